@@ -1,0 +1,308 @@
+"""The settings of a run: one dataclass, filled from defaults, then a recipe (YAML), then the command line.
+
+Names and defaults are those of `transformers.TrainingArguments` and its `run_clm` scripts where they have one.
+`read_settings` reports every problem of the recipe and the command line in one error, before anything slow happens.
+This module imports nothing heavy, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+RECIPES = Path(__file__).parent / "recipes"
+FILE_KINDS = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".json": "json",
+    ".jsonl": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+}
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+
+def setting(group, default, help, check=None, wanted=""):
+    """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words."""
+    return field(default=default, metadata={"group": group, "help": help, "check": check, "wanted": wanted})
+
+
+def at_least(low):
+    return {"check": lambda value: value >= low, "wanted": f"at least {low}"}
+
+
+def above(low):
+    return {"check": lambda value: value > low, "wanted": f"a number above {low}"}
+
+
+def one_of(*names):
+    return {"check": lambda value: value in names, "wanted": "one of " + ", ".join(names)}
+
+
+FRACTION = {"check": lambda value: 0 <= value < 1, "wanted": "at least 0 and below 1"}
+
+
+@dataclass
+class Settings:
+    """Every setting of a run. A value is None where the setting is off or is worked out from the others."""
+
+    model_name_or_path: str | None = setting("model", None, "model to fine-tune: a name on the hub or a folder")
+    config_name: str | None = setting("model", None, "train from scratch: a model config's hub name, folder or .json")
+    model_type: str | None = setting("model", None, "train from scratch: an architecture of transformers, e.g. gpt2")
+    config_overrides: str | None = setting(
+        "model", None, "with config_name or model_type: changes to the config, e.g. n_layer=4,n_embd=256"
+    )
+    model_revision: str | None = setting("model", None, "branch, tag or commit of the model on the hub")
+    tokenizer_name: str | None = setting("model", None, "tokenizer's hub name or folder; else the model's own")
+    tokenizer_vocab_size: int | None = setting(
+        "model", None, "train a byte-level BPE tokenizer of this many tokens on the training rows", **at_least(257)
+    )
+    trust_remote_code: bool = setting("model", False, "run Python code that comes with the model: only if you read it")
+
+    dataset_name: str | None = setting(
+        "data", None, "data set: a name on the hub, a folder, or python_docs (comes with Python)"
+    )
+    dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
+    train_file: str | None = setting(
+        "data", None, "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz"
+    )
+    validation_file: str | None = setting("data", None, "validation rows, likewise")
+    validation_split_percentage: int = setting(
+        "data",
+        5,
+        "percent of the training rows, the last ones, held out where no validation data is given",
+        check=lambda value: 1 <= value <= 99,
+        wanted="from 1 to 99",
+    )
+    text_column: str | None = setting("data", None, "column that holds the text; else 'text', or the only one of text")
+    block_size: int = setting("data", 128, "tokens in a block, the model's context in training", **at_least(2))
+    max_train_samples: int | None = setting("data", None, "use only this many training blocks", **at_least(1))
+    max_eval_samples: int | None = setting("data", None, "use only this many validation blocks", **at_least(1))
+    preprocessing_num_workers: int | None = setting(
+        "data", None, "tokenizer threads; else all cores; does not change the result", **at_least(1)
+    )
+
+    num_train_epochs: float = setting("training", 3.0, "passes over the training blocks", **above(0))
+    max_train_steps: int | None = setting(
+        "training", None, "optimizer steps; wins over num_train_epochs", **at_least(1)
+    )
+    per_device_train_batch_size: int = setting("training", 8, "blocks in a micro-batch, on each process", **at_least(1))
+    gradient_accumulation_steps: int = setting(
+        "training", 1, "micro-batches in an optimizer step, on each process", **at_least(1)
+    )
+    learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
+    lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
+    num_warmup_steps: int = setting("training", 0, "optimizer steps of linear warm-up", **at_least(0))
+    weight_decay: float = setting("training", 0.0, "AdamW's decay, on matrices only", **at_least(0))
+    adam_beta1: float = setting("training", 0.9, "AdamW's first beta", **FRACTION)
+    adam_beta2: float = setting("training", 0.999, "AdamW's second beta", **FRACTION)
+    adam_epsilon: float = setting("training", 1e-8, "AdamW's epsilon", **above(0))
+    max_grad_norm: float = setting("training", 1.0, "gradients are clipped to this norm; 0: not clipped", **at_least(0))
+    seed: int = setting("training", 42, "seed of weights, dropout and the order of blocks", **at_least(0))
+    num_threads: int | None = setting(
+        "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
+    )
+
+    per_device_eval_batch_size: int = setting(
+        "evaluation", 8, "validation blocks at once, on each process", **at_least(1)
+    )
+    eval_steps: int | None = setting(
+        "evaluation", None, "optimizer steps between evaluations; else each epoch", **at_least(1)
+    )
+    eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
+
+    output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
+    overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
+    logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
+    traceback: bool = setting("output", False, "show Python's traceback with an error")
+
+
+def convert(value, kind):
+    """`value` (text of the command line, or a YAML value) as `kind`, one of a field's types; ValueError if it is none.
+
+    YAML reads 2e-5 as text, so a number may come as text from there too; a bool is never a number.
+    """
+    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType]
+    if value is None and kinds != [kind]:
+        return None
+    (kind,) = kinds
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is str and isinstance(value, str) and value:
+        return value
+    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        number = float(value)
+        if number == number and abs(number) != float("inf") and (kind is float or number == int(number)):
+            return (
+                int(value) if kind is int and isinstance(value, str) and value.lstrip("-").isdigit() else kind(number)
+            )
+    raise ValueError
+
+
+def read_settings(argv):
+    """The settings that the command line `argv` (a list of words) asks for.
+
+    Raises ValueError with one line for each problem: unknown keys, wrong types, values out of range, settings that
+    contradict each other, files that are not there. `--help` prints the settings and leaves with SystemExit.
+    """
+    problems = []
+    recipe, flags = _split_command_line(argv, problems)
+    if recipe is None and not {
+        "model_name_or_path",
+        "config_name",
+        "model_type",
+        "dataset_name",
+        "train_file",
+        "validation_file",
+    } & set(flags):
+        recipe = "quickstart"
+    values = {}
+    sources = [("the command line", "--", flags)]
+    if recipe is not None:
+        sources.insert(0, (f"recipe {recipe}", "", _read_recipe(recipe, problems)))
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    for source, dashes, entries in sources:
+        for name, value in entries.items():
+            if name not in fields:
+                close = difflib.get_close_matches(name, fields, n=1)
+                hint = f"; did you mean {dashes}{close[0]}?" if close else ""
+                problems.append(f"{source}: {dashes}{name} is not a setting{hint}")
+                continue
+            f = fields[name]
+            try:
+                value = convert(value, f.type)
+                if value is not None and f.metadata["check"] and not f.metadata["check"](value):
+                    raise ValueError
+                values[name] = value
+            except (ValueError, OverflowError):
+                wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
+                problems.append(f"{source}: {dashes}{name} is {value!r}, but must be {wanted}")
+    settings = Settings(**values)
+    problems += _contradictions(settings)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return settings
+
+
+def _split_command_line(argv, problems):
+    """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
+    parser = argparse.ArgumentParser(
+        prog="train_loop/main.py",
+        usage="accelerate launch %(prog)s [--config RECIPE] [--setting VALUE ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Fine-tune a causal language model. A flag wins over the recipe, the recipe over the default. "
+        "Without --config, a model or data, the recipe is quickstart.",
+    )
+    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    parser.add_argument("--config", metavar="RECIPE", nargs="?", help=f"a YAML file, or one of: {names}")
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        default = "" if f.default is None else f" (default: {str(f.default).lower() if f.type is bool else f.default})"
+        wanted = f"; {f.metadata['wanted']}" if f.metadata["wanted"] else ""
+        groups[group].add_argument(
+            f"--{f.name}",
+            nargs="?",
+            const="true" if f.type is bool else None,
+            metavar="true|false" if f.type is bool else _type_name(f.type).split()[-1].upper(),
+            help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
+        )
+    # --block-size is --block_size, as in transformers' own parser
+    words = [
+        word.split("=")[0].replace("-", "_").replace("__", "--", 1) + word[len(word.split("=")[0]) :]
+        if word.startswith("--")
+        else word
+        for word in argv
+    ]
+    known, unknown = parser.parse_known_args(words)
+    flags = vars(known)
+    for word in unknown:
+        if word.startswith("--"):
+            flags[word[2:].split("=")[0]] = ""
+        elif not (unknown.index(word) and unknown[unknown.index(word) - 1].startswith("--")):
+            problems.append(f"the command line: {word!r} belongs to no flag")
+    if "config" in flags and flags["config"] is None:
+        problems.append("the command line: --config needs the name of a recipe or a YAML file")
+    for name, value in flags.items():
+        if value is None and name != "config":
+            flags[name] = ""  # a flag without its value: no type takes this
+    return flags.pop("config", None), flags
+
+
+def _read_recipe(recipe, problems):
+    """The mapping in a recipe, by name or by path; {} and a problem if there is none."""
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError("it is not a list of 'name: value' lines")
+        return {str(name): value for name, value in entries.items()}
+    except FileNotFoundError:
+        names = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        problems.append(f"the command line: --config {recipe} is neither a file nor a recipe; recipes are {names}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"--config {recipe} cannot be read: {' '.join(str(error).split())}")
+    return {}
+
+
+def _contradictions(s):
+    """One line for each set of settings that do not go together, and for each input file that is not usable."""
+    found = []
+    models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(s, n)]
+    if len(models) != 1:
+        given = " and ".join(models) or "none"
+        found.append(f"give exactly one of model_name_or_path, config_name, model_type: {given} given")
+    if s.config_overrides and s.model_name_or_path:
+        found.append("config_overrides goes with config_name or model_type: a pretrained model's shape is fixed")
+    if s.tokenizer_name and s.tokenizer_vocab_size:
+        found.append("give tokenizer_name or tokenizer_vocab_size, not both")
+    if s.model_name_or_path and s.tokenizer_vocab_size:
+        found.append("tokenizer_vocab_size goes with config_name or model_type: a pretrained model has its tokenizer")
+    if s.model_type and not (s.tokenizer_name or s.tokenizer_vocab_size):
+        found.append("model_type needs tokenizer_name or tokenizer_vocab_size")
+    if s.dataset_name and (s.train_file or s.validation_file):
+        found.append("give dataset_name or files, not both")
+    if s.dataset_config_name and not s.dataset_name:
+        found.append("dataset_config_name goes with dataset_name")
+    if s.eval_only and not s.model_name_or_path:
+        found.append("eval_only needs model_name_or_path")
+    if s.eval_only and not (s.dataset_name or s.train_file or s.validation_file):
+        found.append("eval_only needs data: dataset_name, train_file or validation_file")
+    if not s.eval_only and not (s.dataset_name or s.train_file):
+        found.append("no training data: give dataset_name or train_file")
+    if not s.eval_only and not s.output_dir:
+        found.append("output_dir is needed: the folder for the trained model")
+    if s.max_train_steps and s.num_warmup_steps > s.max_train_steps:
+        found.append(f"num_warmup_steps is {s.num_warmup_steps}, more than max_train_steps, {s.max_train_steps}")
+    for name in ("train_file", "validation_file"):
+        path = getattr(s, name) and Path(getattr(s, name))
+        if not path:
+            continue
+        if not path.is_file():
+            found.append(f"{name} {path}: no such file")
+        elif file_kind(path) is None:
+            found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
+        elif path.stat().st_size == 0:
+            found.append(f"{name} {path} is empty")
+    return found
+
+
+def file_kind(path):
+    """The `datasets` loader for a file, by its ending, a last .gz not counted; None if there is none."""
+    path = Path(path)
+    return FILE_KINDS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower())
+
+
+def _type_name(kind):
+    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType]
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kinds[0]]

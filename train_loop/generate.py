@@ -1,0 +1,57 @@
+"""Text from an exported folder (or any causal language model):
+
+python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50 --num_return_sequences 2
+"""
+
+import argparse
+import sys
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("model", help="folder or hub name of a causal language model")
+    parser.add_argument("prompt", help="text to go on from")
+    parser.add_argument("--max_new_tokens", type=int, default=50, help="tokens to add")
+    parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations to write")
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, help="below 1: less surprising; 0: always the likeliest token"
+    )
+    parser.add_argument("--top_k", type=int, default=50, help="choose among this many likeliest tokens; 0: among all")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="choose among the likeliest tokens of this total probability"
+    )
+    parser.add_argument("--seed", type=int, default=42, help="seed of the choices")
+    arguments = parser.parse_args(argv)
+    for name, low in (("max_new_tokens", 1), ("num_return_sequences", 1), ("temperature", 0), ("top_k", 0)):
+        if getattr(arguments, name) < low:
+            parser.error(f"--{name} must be at least {low}")
+    if not 0 < arguments.top_p <= 1:
+        parser.error("--top_p must be above 0 and at most 1")
+
+    from transformers import logging, pipeline, set_seed  # imported here: --help and a typo answer at once
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        generator = pipeline("text-generation", model=arguments.model)
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: {arguments.model} is no folder or hub name of a model: {' '.join(str(error).split())[:200]}")
+    set_seed(arguments.seed)
+    sampling = {"do_sample": False}
+    if arguments.temperature > 0:
+        sampling = {"do_sample": True, **{n: getattr(arguments, n) for n in ("temperature", "top_k", "top_p")}}
+    elif arguments.num_return_sequences > 1:
+        parser.error("--temperature 0 has one continuation only")
+    texts = generator(
+        arguments.prompt,
+        max_new_tokens=arguments.max_new_tokens,
+        num_return_sequences=arguments.num_return_sequences,
+        **sampling,
+    )
+    print("\n---\n".join(text["generated_text"] for text in texts))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Fine-tune a causal language model with a loop that you can read. This file is the table of contents.
+
+accelerate launch train_loop/main.py                                    the quickstart: a small model, no network
+accelerate launch train_loop/main.py --config distilgpt2_wikitext2      a recipe, by name or path
+accelerate launch train_loop/main.py --config distilgpt2_wikitext2 --num_train_epochs 1     flags win
+accelerate launch --config_file launch_configs/multi_cpu.yaml train_loop/main.py            two processes
+accelerate launch --config_file launch_configs/multi_gpu.yaml train_loop/main.py --config distilgpt2_wikitext2
+accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --validation_file my.txt --eval_only
+"""
+
+import os
+import sys
+from pathlib import Path
+
+if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from train_loop.config import read_settings
+
+
+def main(argv=None):
+    """Exit status: 0 done, 1 an error that the user can mend (told in one sentence), 130 interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(read_settings(argv))
+    except (ValueError, OSError, FloatingPointError) as error:
+        if "--traceback" in argv:
+            raise
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def run(settings):
+    if settings.preprocessing_num_workers:
+        os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
+    # imported here, not above: --help and a mistyped flag answer before torch is loaded
+    from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish
+
+    publish.check_output_dir(settings)
+    accelerator = launch.build_accelerator(settings)
+    is_main = accelerator.is_main_process
+    try:
+        # settings -> data
+        config = model.load_config(settings)
+        with accelerator.local_main_process_first():  # one process of a machine fills the cache, the others find it
+            train_rows, eval_rows, held_out = data.load_rows(settings)
+            tokenizer = model.load_tokenizer(settings, train_rows)
+            eval_split = data.load_split(
+                eval_rows, tokenizer, "validation", settings.block_size, settings.max_eval_samples, is_main
+            )
+            if not settings.eval_only:
+                train_split = data.load_split(
+                    train_rows, tokenizer, "training", settings.block_size, settings.max_train_samples, is_main
+                )
+
+        # -> model
+        net = model.load_model(settings, config, tokenizer)
+        if settings.eval_only:
+            if is_main:
+                print(metrics.banner(settings, accelerator, net, [eval_split], held_out), flush=True)
+            result = evaluate.evaluate(accelerator.prepare(net), eval_split.blocks, settings, accelerator, is_main)
+            if is_main:
+                print(metrics.one_line(result))
+            return
+        world_size, num_blocks = accelerator.num_processes, len(train_split.blocks)
+        per_epoch, num_steps = (
+            loop.steps_per_epoch(num_blocks, settings, world_size),
+            loop.num_steps(num_blocks, settings, world_size),
+        )
+        if is_main:
+            publish.create_output_dir(settings)
+            splits = [train_split, eval_split]
+            print(metrics.banner(settings, accelerator, net, splits, held_out, per_epoch, num_steps), flush=True)
+        optimizer = optim.build_optimizer(net, settings)
+        scheduler = optim.build_scheduler(optimizer, settings, num_steps)
+        net, optimizer = accelerator.prepare(net, optimizer)
+
+        # -> train
+        log = metrics.Metrics(settings.output_dir, num_steps, is_main)
+        evaluation = loop.train(
+            net, optimizer, scheduler, train_split.blocks, eval_split.blocks, settings, accelerator, log
+        )
+
+        # -> export
+        results = log.finish(evaluation)
+        publish.export(net, tokenizer, log.lines, results, settings, accelerator)
+        if is_main:
+            print(f"done: {settings.output_dir}. Generate text with")
+            print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
+    finally:
+        accelerator.end_training()  # without it a run of several CPU processes aborts at exit
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,193 @@
+"""What a person sees of a run, and what is kept of it: progress bar, table on the console, metrics.jsonl,
+all_results.json, loss_curve.png.
+
+Losses are nats per target token. `seconds` count training alone: evaluation and what comes before are left out.
+Only the main process prints and writes; the others carry the same object and call the same methods.
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from train_loop.evaluate import perplexity
+
+COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
+
+
+class Metrics:
+    """Sums since the last line, sums of the whole run, and where they are written."""
+
+    def __init__(self, output_dir, num_steps, is_main):
+        self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
+        self.show_progress = is_main and sys.stderr.isatty()
+        self.lines = []  # every line of metrics.jsonl
+        self.train_nats = self.train_tokens = self.train_seconds = 0
+        self.num_skipped_steps = 0
+        self.bar = None
+        self.train_loss = None  # of the last training line
+        self._restart()
+
+    def _restart(self):
+        self.sums, self.tokens = {}, 0
+        self.started = time.perf_counter()
+
+    def count_step(self, step, epoch, sums, num_targets, learning_rate, grad_norm):
+        """Takes note of an optimizer step: its nats ("loss" in `sums`, with the loss's extras) and its targets, summed
+        over all processes, the learning rate that it was taken with, and the gradient's norm before clipping."""
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.item()
+        self.tokens += num_targets.item()
+        self.latest = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
+        if self.show_progress:
+            self.bar = self.bar or tqdm(total=self.num_steps, desc="training", unit=" steps", leave=False)
+            self.bar.update(1)
+            self.bar.set_postfix(
+                loss=f"{self.sums['loss'] / self.tokens:.4f}", lr=f"{learning_rate:.2e}", refresh=False
+            )
+
+    def count_skipped_step(self):
+        self.num_skipped_steps += 1
+
+    def log_training(self):
+        """A line of metrics.jsonl: the token-weighted mean loss since the line before it."""
+        seconds = time.perf_counter() - self.started
+        means = {name: value / self.tokens for name, value in self.sums.items()}
+        self.train_loss = means["loss"]
+        self.train_nats += self.sums["loss"]
+        self.train_tokens += self.tokens
+        self.train_seconds += seconds
+        line = {
+            "step": self.latest["step"],
+            "epoch": round(self.latest["epoch"], 6),
+            **means,
+            "learning_rate": self.latest["learning_rate"],
+            "grad_norm": self.latest["grad_norm"],
+            "tokens_seen": self.train_tokens,
+            "tokens_per_second": self.tokens / seconds,
+        }
+        self._write(line)
+        if self.is_main and not self.show_progress:
+            self._row(line["step"], line["epoch"], f"{self.train_loss:.4f}", speed=line["tokens_per_second"])
+        self._restart()
+
+    def log_evaluation(self, step, epoch, evaluation):
+        """A line of metrics.jsonl, and a row of the table beside the training loss up to here."""
+        self._write({"step": step, "epoch": round(epoch, 6), **evaluation})
+        if self.is_main:
+            train_loss = "" if self.train_loss is None or not self.show_progress else f"{self.train_loss:.4f}"
+            self._row(step, epoch, train_loss, f"{evaluation['eval_loss']:.4f}", f"{evaluation['perplexity']:.2f}")
+        self._restart()
+
+    def _row(self, step, epoch, train_loss="", eval_loss="", ppl="", speed=None):
+        row = (f"{step:,}", f"{epoch:.2f}", train_loss, eval_loss, ppl, f"{speed:,.0f}" if speed else "")
+        if step == 0:
+            tqdm.write(" ".join(f"{name:>10}" for name in COLUMNS))
+        tqdm.write(" ".join(f"{cell:>10}" for cell in row))
+        sys.stdout.flush()
+
+    def _write(self, line):
+        self.lines.append(line)
+        if self.is_main:
+            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def finish(self, evaluation):
+        """The results of the whole run, written to all_results.json, with the picture of its losses beside them."""
+        if self.bar:
+            self.bar.close()
+        results = {
+            "epoch": round(self.latest["epoch"], 6),
+            "step": self.latest["step"],
+            "train_loss": self.train_nats / self.train_tokens,
+            **evaluation,
+            "train_tokens": self.train_tokens,
+            "train_runtime": self.train_seconds,
+            "tokens_per_second": self.train_tokens / self.train_seconds,
+            "peak_memory_gib": peak_memory_gib(),
+        }
+        if self.is_main:
+            write_json(self.output_dir / "all_results.json", results)
+            draw_losses(self.lines, self.output_dir / "loss_curve.png")
+        return results
+
+
+def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
+    """The arithmetic of the run, a line each. `splits` are the `data.Split`s; the steps are None when only evaluating."""
+    s, world_size = settings, accelerator.num_processes
+    num_parameters = sum(p.numel() for p in model.parameters())
+    source = s.model_name_or_path or f"{s.config_name or s.model_type}, from scratch"
+    lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
+    for split in splits:
+        lines.append(
+            f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> {len(split.blocks):,} blocks of "
+            f"{s.block_size}; {split.num_dropped:,} tokens dropped at the end"
+        )
+    if held_out:
+        lines[-1] += f"; {held_out}"
+    if num_steps:
+        blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
+        lines += [
+            f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
+            f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
+            f"steps       {steps_per_epoch:,} per epoch, {num_steps:,} in all ({num_steps / steps_per_epoch:.2f} epochs)",
+        ]
+    lines.append(
+        f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
+        f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
+    )
+    return "\n".join(lines)
+
+
+def peak_memory_gib():
+    """The largest resident set that this process ever had, in GiB (getrusage counts KiB, on macOS bytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def one_line(results):
+    """{"eval_loss": 1.5} as `eval_loss 1.5000`."""
+    return "  ".join(
+        f"{name} {value:,.4f}" if isinstance(value, float) else f"{name} {value:,}" for name, value in results.items()
+    )
+
+
+def write_json(path, content):
+    """Writes `content` beside `path` first, then renames: a reader never finds half a file."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)
+
+
+def draw_losses(lines, path):
+    """Training and validation loss against the optimizer step, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
+    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
+    axes.plot(
+        *zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training (mean since the last point)"
+    )
+    axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", label="validation")
+    step, loss = evaluation[-1]
+    axes.annotate(
+        f"{loss:.3f} (perplexity {perplexity(loss):.1f})",
+        (step, loss),
+        (-6, 10),
+        textcoords="offset points",
+        ha="right",
+    )
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

@@ -1,0 +1,134 @@
+"""Tokenizer and model: from the hub, from a folder, or from a config alone. This is the place for LoRA or a teacher.
+
+Weights are float32 whatever a checkpoint holds: half-precision weights would round most of an update away. Lower
+precision in the forward and backward passes is the launch config's affair (autocast).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2TokenizerFast,
+    PreTrainedTokenizerFast,
+)
+
+from train_loop.data import hub_address, one_line
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def load_config(settings):
+    """The model's `PretrainedConfig`. Raises ValueError where there is none, or where a block is longer than the
+    positions that the model has."""
+    if settings.model_type:
+        try:
+            config = AutoConfig.for_model(settings.model_type)
+        except ValueError as error:
+            raise ValueError(f"model_type {settings.model_type} is not an architecture of transformers") from error
+    else:
+        name = settings.model_name_or_path or settings.config_name
+        config = _load(AutoConfig, name, settings, "model config", revision=settings.model_revision)
+    if settings.config_overrides:
+        _override(config, settings.config_overrides)
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions and settings.block_size > positions:
+        raise ValueError(f"block_size is {settings.block_size}, but the model has {positions} positions")
+    return config
+
+
+def load_tokenizer(settings, train_rows):
+    """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
+
+    Raises ValueError where there is none, or it is a slow one.
+    """
+    if settings.tokenizer_vocab_size:
+        return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
+    name = settings.tokenizer_name or settings.model_name_or_path or settings.config_name
+    folder = Path(name)
+    if (folder / "vocab.json").is_file() and not any(
+        (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")
+    ):
+        # GPT-2's original two files name no class, and AutoTokenizer cannot know them
+        return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+    revision = None if settings.tokenizer_name else settings.model_revision
+    tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", revision=revision)
+    if not tokenizer.is_fast:
+        raise ValueError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
+    return tokenizer
+
+
+def load_model(settings, config, tokenizer):
+    """The causal language model in float32, with a place in its vocabulary for every token.
+
+    From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's.
+    Raises ValueError where weights are missing or do not fit, or the tokenizer has tokens that the model lacks.
+    """
+    torch.manual_seed(settings.seed)
+    if settings.model_name_or_path:
+        model = _load(
+            AutoModelForCausalLM,
+            settings.model_name_or_path,
+            settings,
+            "model",
+            revision=settings.model_revision,
+            config=config,
+            dtype=torch.float32,
+        )
+    else:
+        config.get_text_config().vocab_size = len(tokenizer)
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+        )
+    vocab_size = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
+    model.config.use_cache = False  # keys and values are for generation; put back in the exported folder
+    return model
+
+
+def _load(loader, name, settings, what, **options):
+    try:
+        return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
+    except Exception as error:  # the loaders' errors have no common class
+        if Path(name).is_dir():
+            raise ValueError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
+        raise ValueError(
+            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and could not be had from "
+            f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a machine "
+            "that reaches it and set HF_HUB_OFFLINE=1"
+        ) from error
+
+
+def _override(config, overrides):
+    for part in overrides.split(","):
+        name, _, text = part.strip().partition("=")
+        old = getattr(config, name, None)
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        if not hasattr(config, name) or (isinstance(old, (int, float)) and not isinstance(value, (int, float))):
+            raise ValueError(f"config_overrides: {part.strip()!r} does not fit a {config.model_type} config")
+        setattr(config, name, value)
+
+
+def _train_tokenizer(rows, vocab_size):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((row["text"] or "" for row in rows), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
