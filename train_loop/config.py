@@ -282,8 +282,6 @@ def _contradictions(s):
         found.append("no training data: give dataset_name or train_file")
     if not s.eval_only and not s.output_dir:
         found.append("output_dir is needed: the folder for the trained model")
-    if s.max_train_steps and s.num_warmup_steps > s.max_train_steps:
-        found.append(f"num_warmup_steps is {s.num_warmup_steps}, more than max_train_steps, {s.max_train_steps}")
     for name in ("train_file", "validation_file"):
         path = getattr(s, name) and Path(getattr(s, name))
         if not path:

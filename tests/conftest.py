@@ -1,0 +1,72 @@
+"""What the tests share: tiny models of four families, a small text, and a way to run the real command."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# a small vocabulary and width; the names that each family gives to its sizes
+TINY_CONFIGS = {
+    "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
+    "llama": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    },
+    "gpt_neox": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    },
+    "opt": {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "hidden_size": 32,
+        "word_embed_proj_dim": 32,
+        "ffn_dim": 64,
+        "max_position_embeddings": 64,
+    },
+}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory):
+    """No test reads or fills the user's caches, or asks a hub."""
+    cache = str(tmp_path_factory.mktemp("cache"))
+    os.environ |= {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = Path(cache) / "datasets"
+    return cache
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """40 kB of English prose, a line a row, blank lines among them."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text("".join(topics[name] for name in sorted(topics))[:40_000], encoding="utf-8")
+    return path
+
+
+def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
+    """Runs a command from the repository's root; returns the finished process with its output as text."""
+    return subprocess.run(
+        [*launcher, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
