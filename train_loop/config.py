@@ -184,7 +184,7 @@ def read_settings(argv):
                 wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
                 problems.append(f"{source}: {dashes}{name} is {value!r}, but must be {wanted}")
     settings = Settings(**values)
-    problems += _contradictions(settings)
+    problems = problems or _contradictions(settings)
     if problems:
         raise ValueError("\n".join(problems))
     return settings

@@ -17,6 +17,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import torch
+from filelock import FileLock
 from tqdm import tqdm
 
 from train_loop.config import file_kind
@@ -125,34 +126,36 @@ def tokenize_rows(rows, tokenizer, name, show_progress):
     """
     recipe = [rows._fingerprint, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), "v1"]
     path = _cache() / "tokens" / f"{hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()}.npy"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            with (
-                open(partial, "wb") as file,
-                tqdm(
-                    total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False
-                ) as bar,
-            ):
-                num_tokens = 0
-                for start in range(0, len(rows), ROWS_PER_BATCH):
-                    texts = rows[start : start + ROWS_PER_BATCH]["text"]
-                    if None in texts:
-                        raise ValueError(f"row {start + texts.index(None) + 1} of the {name} data is null")
-                    # a line of white space alone is an empty row, as in the hub's WikiText
-                    texts = ["" if text.isspace() else text for text in texts]
-                    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-                    tokens = np.fromiter((token for row in ids for token in row), dtype=np.int32)
-                    tokens.tofile(file)
-                    num_tokens += len(tokens)
-                    bar.update(len(texts))
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait and find it done
+        if not path.exists():
+            _write_tokens(path, rows, tokenizer, name, show_progress)
     if path.stat().st_size == 0:
         raise ValueError(f"the {name} data has no tokens: every row is empty")
     return np.memmap(path, dtype=np.int32, mode="r")
+
+
+def _write_tokens(path, rows, tokenizer, name, show_progress):
+    partial = path.with_suffix(".partial")
+    try:
+        with (
+            open(partial, "wb") as file,
+            tqdm(
+                total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False
+            ) as bar,
+        ):
+            for start in range(0, len(rows), ROWS_PER_BATCH):
+                texts = rows[start : start + ROWS_PER_BATCH]["text"]
+                if None in texts:
+                    raise ValueError(f"row {start + texts.index(None) + 1} of the {name} data is null")
+                # a line of white space alone is an empty row, as in the hub's WikiText
+                texts = ["" if text.isspace() else text for text in texts]
+                ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+                np.fromiter((token for row in ids for token in row), dtype=np.int32).tofile(file)
+                bar.update(len(texts))
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 @dataclass

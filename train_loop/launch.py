@@ -1,8 +1,11 @@
 """The processes, devices and threads of a run."""
 
 import os
+import sys
 
+import datasets
 import torch
+import transformers
 from accelerate import Accelerator
 
 
@@ -24,6 +27,17 @@ def build_accelerator(settings):
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(settings.num_threads or max(1, num_cores() // processes_here))
     return accelerator
+
+
+def quiet_libraries(accelerator):
+    """Progress bars of the libraries only on a terminal, and only from the main process. Returns whether they show."""
+    show_progress = accelerator.is_main_process and sys.stderr.isatty()
+    if not show_progress:
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()
+    if not accelerator.is_main_process:
+        transformers.utils.logging.set_verbosity_error()
+    return show_progress
 
 
 def num_cores():

@@ -42,35 +42,32 @@ def run(settings):
 
     publish.check_output_dir(settings)
     accelerator = launch.build_accelerator(settings)
-    is_main = accelerator.is_main_process
+    is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
     try:
         # settings -> data
         config = model.load_config(settings)
-        with accelerator.local_main_process_first():  # one process of a machine fills the cache, the others find it
-            train_rows, eval_rows, held_out = data.load_rows(settings)
-            tokenizer = model.load_tokenizer(settings, train_rows)
-            eval_split = data.load_split(
-                eval_rows, tokenizer, "validation", settings.block_size, settings.max_eval_samples, is_main
-            )
-            if not settings.eval_only:
-                train_split = data.load_split(
-                    train_rows, tokenizer, "training", settings.block_size, settings.max_train_samples, is_main
-                )
+        train_rows, eval_rows, held_out = data.load_rows(settings)
+        tokenizer = model.load_tokenizer(settings, train_rows)
+
+        def load_split(rows, name, max_blocks):
+            return data.load_split(rows, tokenizer, name, settings.block_size, max_blocks, show_progress)
+
+        eval_split = load_split(eval_rows, "validation", settings.max_eval_samples)
+        train_split = None if settings.eval_only else load_split(train_rows, "training", settings.max_train_samples)
 
         # -> model
         net = model.load_model(settings, config, tokenizer)
         if settings.eval_only:
             if is_main:
                 print(metrics.banner(settings, accelerator, net, [eval_split], held_out), flush=True)
-            result = evaluate.evaluate(accelerator.prepare(net), eval_split.blocks, settings, accelerator, is_main)
+            result = evaluate.evaluate(
+                accelerator.prepare(net), eval_split.blocks, settings, accelerator, show_progress
+            )
             if is_main:
                 print(metrics.one_line(result))
             return
-        world_size, num_blocks = accelerator.num_processes, len(train_split.blocks)
-        per_epoch, num_steps = (
-            loop.steps_per_epoch(num_blocks, settings, world_size),
-            loop.num_steps(num_blocks, settings, world_size),
-        )
+        run_length = len(train_split.blocks), settings, accelerator.num_processes
+        per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
         if is_main:
             publish.create_output_dir(settings)
             splits = [train_split, eval_split]
@@ -80,7 +77,7 @@ def run(settings):
         net, optimizer = accelerator.prepare(net, optimizer)
 
         # -> train
-        log = metrics.Metrics(settings.output_dir, num_steps, is_main)
+        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress)
         evaluation = loop.train(
             net, optimizer, scheduler, train_split.blocks, eval_split.blocks, settings, accelerator, log
         )

@@ -23,9 +23,9 @@ COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 class Metrics:
     """Sums since the last line, sums of the whole run, and where they are written."""
 
-    def __init__(self, output_dir, num_steps, is_main):
+    def __init__(self, output_dir, num_steps, is_main, show_progress=False):
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
-        self.show_progress = is_main and sys.stderr.isatty()
+        self.show_progress = show_progress
         self.lines = []  # every line of metrics.jsonl
         self.train_nats = self.train_tokens = self.train_seconds = 0
         self.num_skipped_steps = 0
@@ -118,24 +118,24 @@ class Metrics:
 
 
 def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
-    """The arithmetic of the run, a line each. `splits` are the `data.Split`s; the steps are None when only evaluating."""
+    """The arithmetic of the run, a line each. `splits` are `data.Split`s; without steps, it is of an evaluation."""
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
     source = s.model_name_or_path or f"{s.config_name or s.model_type}, from scratch"
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
     for split in splits:
         lines.append(
-            f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> {len(split.blocks):,} blocks of "
-            f"{s.block_size}; {split.num_dropped:,} tokens dropped at the end"
+            f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> "
+            f"{len(split.blocks):,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped at the end"
         )
     if held_out:
-        lines[-1] += f"; {held_out}"
+        lines.append(f"held out    {held_out}")
     if num_steps:
         blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
         lines += [
             f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
             f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
-            f"steps       {steps_per_epoch:,} per epoch, {num_steps:,} in all ({num_steps / steps_per_epoch:.2f} epochs)",
+            f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}",
         ]
     lines.append(
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "

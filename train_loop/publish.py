@@ -72,9 +72,14 @@ def model_card(model, lines, results, settings):
         train_loss = line.get("loss", train_loss)
         if "eval_loss" in line:
             shown = "" if train_loss is None else f"{train_loss:.4f}"
-            rows.append(
-                f"| {line['step']} | {line['epoch']:.2f} | {shown} | {line['eval_loss']:.4f} | {line['perplexity']:.2f} |"
+            cells = (
+                line["step"],
+                f"{line['epoch']:.2f}",
+                shown,
+                f"{line['eval_loss']:.4f}",
+                f"{line['perplexity']:.2f}",
             )
+            rows.append(f"| {' | '.join(map(str, cells))} |")
     base = f"[{settings.model_name_or_path}]" if settings.model_name_or_path else "random weights"
     parameters = sum(p.numel() for p in model.parameters())
     hyperparameters = "\n".join(
