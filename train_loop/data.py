@@ -21,6 +21,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from train_loop.config import file_kind
+from train_loop.hub import hub_address
 
 ROWS_PER_BATCH = 1000  # rows tokenised at once; has no influence on the tokens
 IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
@@ -66,11 +67,6 @@ def _load_dataset(settings):
             f"folder here, in the cache ({datasets.config.HF_DATASETS_CACHE}), and on {hub_address()}. Without the hub: fill the "
             "cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file and validation_file"
         ) from error
-
-
-def hub_address():
-    """The hub that models and data sets are asked for."""
-    return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
 def _load_file(path):

@@ -15,6 +15,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
+from train_loop import hub
 from train_loop.config import read_settings
 
 
@@ -37,6 +38,8 @@ def main(argv=None):
 def run(settings):
     if settings.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
+    if hub.use_cache_if_unreachable(settings) and int(os.environ.get("RANK", 0)) == 0:
+        print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
     from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish
 

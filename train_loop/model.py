@@ -16,7 +16,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from train_loop.data import hub_address, one_line
+from train_loop.data import one_line
+from train_loop.hub import hub_address
 
 END_OF_TEXT = "<|endoftext|>"
 
