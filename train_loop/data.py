@@ -1,8 +1,8 @@
 """Rows of text become equal blocks of tokens:
 
-    1. rows      load_rows       `datasets` reads a data set or a file; a line of a text file is a row, a blank line is ""
+    1. rows      load_rows       `datasets` reads a data set or a file; a line of a text file is a row, a blank one is ""
     2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk
-    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left over at the end is dropped
+    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
     4. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
 B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
@@ -63,9 +63,9 @@ def _load_dataset(settings):
         return datasets.load_dataset(name, config)
     except Exception as error:  # the loader's errors have no common class
         raise ValueError(
-            f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It is looked for as a "
-            f"folder here, in the cache ({datasets.config.HF_DATASETS_CACHE}), and on {hub_address()}. Without the hub: fill the "
-            "cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file and validation_file"
+            f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It was looked for "
+            f"as a folder here, in the cache ({datasets.config.HF_DATASETS_CACHE}), and on {hub_address()}. "
+            "Without the hub: fill the cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file and validation_file"
         ) from error
 
 
@@ -121,7 +121,7 @@ def tokenize_rows(rows, tokenizer, name, show_progress):
     Raises ValueError for a row that is null.
     """
     recipe = [rows._fingerprint, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), "v1"]
-    path = _cache() / "tokens" / f"{hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()}.npy"
+    path = _cache() / "tokens" / f"{hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()}.int32"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait and find it done
         if not path.exists():

@@ -16,8 +16,8 @@ def hub_address():
 def use_cache_if_unreachable(settings):
     """Sets HF_HUB_OFFLINE=1 where `settings` name something on a hub that cannot be reached; returns whether it did.
 
-    The hub's client would ask again and again for half a minute for each file; offline, it looks into its cache at once.
-    It reads the variable when it is imported: call this before.
+    The hub's client would ask again and again for half a minute for each file; offline, it looks into its cache at
+    once. It reads the variable when it is imported: call this before.
     """
     names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, settings.dataset_name]
     names = [name for name in names if name and name != "python_docs" and not Path(name).exists()]

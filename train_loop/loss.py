@@ -15,8 +15,8 @@ def next_token_loss(model, input_ids, labels):
     """(sum of nats, number of targets, extras) of a micro-batch; `input_ids` and `labels` are [B, T].
 
     The sum of -log p(token | tokens before it in its block) over the targets is a float32 scalar, not divided:
-    `loop.py` and `evaluate.py` divide by the number of targets of the whole optimizer step or split. Extras, {name: scalar tensor
-    without gradient}, are further sums over the targets; they are logged as means beside the loss.
+    `loop.py` and `evaluate.py` divide by the number of targets of the whole optimizer step or split. Extras, {name:
+    scalar tensor without gradient}, are further sums over the targets; they are logged as means beside the loss.
     """
     logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
     nll_sum = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")

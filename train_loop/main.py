@@ -68,6 +68,9 @@ def run(settings):
             )
             if is_main:
                 print(metrics.one_line(result))
+                if settings.output_dir:
+                    publish.create_output_dir(settings)
+                    metrics.write_json(Path(settings.output_dir) / "all_results.json", result)
             return
         run_length = len(train_split.blocks), settings, accelerator.num_processes
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)

@@ -101,8 +101,8 @@ def _load(loader, name, settings, what, **options):
             raise ValueError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
         raise ValueError(
             f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and could not be had from "
-            f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a machine "
-            "that reaches it and set HF_HUB_OFFLINE=1"
+            f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a "
+            "machine that reaches it and set HF_HUB_OFFLINE=1"
         ) from error
 
 

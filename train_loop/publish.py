@@ -12,7 +12,7 @@ import yaml
 
 def check_output_dir(settings):
     """Raises ValueError where output_dir cannot take a new run. Changes nothing."""
-    if settings.eval_only:
+    if not settings.output_dir:
         return
     path = Path(settings.output_dir)
     if path.exists() and not path.is_dir():

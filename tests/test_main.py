@@ -1,0 +1,187 @@
+"""The whole command, from settings to generated text."""
+
+import json
+import math
+import re
+import shlex
+import sys
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TINY_CONFIGS, run
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from train_loop.main import main
+
+TINY = [
+    "--model_type=gpt2",
+    "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
+    "--tokenizer_vocab_size=300",
+    "--block_size=32",
+    "--learning_rate=1e-2",
+    "--max_train_samples=100",
+    "--max_eval_samples=30",
+    "--logging_steps=5",
+]
+
+
+def lines_of(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def trained(text_file, tmp_path_factory):
+    """The folder of a finished run of two epochs: 100 blocks, 8 at a time, 13 steps an epoch."""
+    output_dir = tmp_path_factory.mktemp("runs") / "trained"
+    assert main([*TINY, f"--train_file={text_file}", "--num_train_epochs=2", f"--output_dir={output_dir}"]) == 0
+    return output_dir
+
+
+def test_a_run_leaves_every_file_that_is_promised(trained):
+    assert {path.name for path in trained.iterdir()} == {
+        "README.md",
+        "all_results.json",
+        "config.json",
+        "generation_config.json",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "train_config.yaml",
+    }
+    results = json.loads((trained / "all_results.json").read_text())
+    assert results["step"] == 26
+    assert results["epoch"] == 2
+    assert results["train_tokens"] == 2 * 100 * 31
+    assert results["perplexity"] == math.exp(results["eval_loss"])
+    assert 0.1 < results["peak_memory_gib"] < 24
+    assert (trained / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_have_a_line_for_each_logged_step_and_each_evaluation(trained):
+    lines = lines_of(trained)
+    training = [line for line in lines if "loss" in line]
+    evaluation = [line for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in training] == [5, 10, 13, 15, 20, 25, 26]
+    assert [line["step"] for line in evaluation] == [0, 13, 26]
+    assert evaluation[0]["perplexity"] > 2 * evaluation[-1]["perplexity"]
+    assert training[-1]["tokens_seen"] == 2 * 100 * 31
+    assert training[-1]["learning_rate"] == pytest.approx(1e-2 / 26)  # the last step's; after it, it is 0
+
+
+def test_the_exported_folder_generates_with_the_plain_pipeline(trained):
+    text = pipeline("text-generation", str(trained))("The value", max_new_tokens=5)[0]["generated_text"]
+    assert text.startswith("The value") and len(text) > len("The value")
+    assert AutoModelForCausalLM.from_pretrained(trained).config.use_cache
+
+
+def test_generate_writes_as_many_continuations_as_asked_for(trained, capsys):
+    from train_loop.generate import main as generate
+
+    generate([str(trained), "The value", "--max_new_tokens", "5", "--num_return_sequences", "2"])
+    assert len(capsys.readouterr().out.split("\n---\n")) == 2
+
+
+def test_the_exported_folder_evaluates_to_the_last_loss_exactly(trained, text_file, capsys, tmp_path):
+    # the held-out rows again: the same file, and the same share of it
+    arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--eval_only"]
+    assert main([f"--model_name_or_path={trained}", *arguments, f"--output_dir={tmp_path}/evaluated"]) == 0
+    shown = dict(re.findall(r"(\w+) ([\d.,]+)", capsys.readouterr().out.splitlines()[-1]))
+    last = lines_of(trained)[-1]
+    assert shown["eval_loss"] == f"{last['eval_loss']:.4f}"
+    evaluated = json.loads((tmp_path / "evaluated" / "all_results.json").read_text())
+    assert evaluated["eval_loss"] == last["eval_loss"]
+
+
+def test_train_config_runs_the_same_job_again(trained, tmp_path):
+    again = tmp_path / "again"
+    assert main(["--config", str(trained / "train_config.yaml"), f"--output_dir={again}"]) == 0
+    timings = ("tokens_per_second",)
+    strip = [[{k: v for k, v in line.items() if k not in timings} for line in lines_of(d)] for d in (trained, again)]
+    assert strip[0] == strip[1]
+    first, second = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (trained, again))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_model_card_names_the_data_and_shows_the_losses(trained):
+    card = (trained / "README.md").read_text()
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["pipeline_tag"] == "text-generation"
+    last = lines_of(trained)[-1]
+    assert f"{last['eval_loss']:.4f}" in card and "learning_rate: 0.01" in card
+
+
+@pytest.mark.parametrize("model_type", TINY_CONFIGS)
+def test_every_family_of_models_trains_and_reloads(model_type, text_file, tmp_path):
+    overrides = ",".join(f"{name}={value}" for name, value in TINY_CONFIGS[model_type].items())
+    arguments = [*TINY, f"--model_type={model_type}", f"--config_overrides={overrides}", f"--train_file={text_file}"]
+    assert main([*arguments, "--max_train_steps=6", f"--output_dir={tmp_path}/run"]) == 0
+    evaluation = [line for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+    assert evaluation[-1]["eval_loss"] < evaluation[0]["eval_loss"]
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "run", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == model.get_input_embeddings().num_embeddings
+
+
+def test_a_pretrained_model_goes_on_from_where_it_was(trained, text_file, tmp_path):
+    arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--max_train_steps=2"]
+    assert main([f"--model_name_or_path={trained}", *arguments, f"--output_dir={tmp_path}/more"]) == 0
+    assert lines_of(tmp_path / "more")[0]["eval_loss"] == lines_of(trained)[-1]["eval_loss"]
+
+
+def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, text_file, tmp_path, capsys):
+    (tmp_path / "precious.txt").write_text("kept")
+    arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    assert main(arguments) == 1
+    assert "--overwrite_output_dir" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    assert main([*arguments, "--overwrite_output_dir"]) == 0
+    assert not (tmp_path / "precious.txt").exists()
+
+
+def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
+    """The launcher sets OMP_NUM_THREADS=1 by itself: the banner must say as many threads as there are cores."""
+    from train_loop.launch import num_cores
+
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "train_loop/main.py")
+    done = run(
+        *TINY, f"--train_file={text_file}", "--max_train_steps=1", f"--output_dir={tmp_path}/run", launcher=launcher
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"world size 1, {num_cores()} CPU threads" in done.stdout
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(text_file, tmp_path):
+    """launch_configs/multi_cpu.yaml, as README has it. Tolerance: sums in another order, in float32, and for the
+    weights a hundredth of the learning rate: AdamW makes steps of that size out of the rounding of a gradient of zero."""
+    arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--logging_steps=1", "--eval_steps=4"]
+    arguments += ["--learning_rate=1e-3"]
+    arguments += ["--config_overrides=n_layer=1,n_head=2,n_embd=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"]
+    config = ROOT / "launch_configs" / "multi_cpu.yaml"
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "train_loop/main.py")
+    done = run(*arguments, "--per_device_train_batch_size=4", f"--output_dir={tmp_path}/two", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert "world size 2" in done.stdout and "abort" not in done.stderr.lower()
+    assert main([*arguments, "--per_device_train_batch_size=8", f"--output_dir={tmp_path}/one"]) == 0
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert len(one) == len(two)
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"tokens_per_second"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), name
+    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / d).state_dict() for d in ("one", "two"))
+    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+
+
+def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
+    """README's first command, but for the installation and the length: 40 steps of its 354."""
+    command = re.search(r"^python -m pip install -e \. && (.*)$", (ROOT / "README.md").read_text(), re.M).group(1)
+    train, generate = (shlex.split(part) for part in command.split(" && "))
+    assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]
+    assert main([*train[3:], "--max_train_steps=40", f"--output_dir={tmp_path}/quickstart"]) == 0
+    evaluation = [line for line in lines_of(tmp_path / "quickstart") if "eval_loss" in line]
+    assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 3
+    done = run(*generate[1:3], tmp_path / "quickstart", *generate[4:])
+    assert done.returncode == 0 and done.stdout.startswith(generate[4])
