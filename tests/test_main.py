@@ -154,8 +154,8 @@ def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
 
 
 def test_two_processes_give_the_losses_and_weights_of_one(text_file, tmp_path):
-    """launch_configs/multi_cpu.yaml, as README has it. Tolerance: sums in another order, in float32, and for the
-    weights a hundredth of the learning rate: AdamW makes steps of that size out of the rounding of a gradient of zero."""
+    """launch_configs/multi_cpu.yaml, as README has it. Tolerance: sums in another order, in float32; for the weights a
+    hundredth of the learning rate: AdamW makes such steps out of the rounding of a gradient that is zero."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--logging_steps=1", "--eval_steps=4"]
     arguments += ["--learning_rate=1e-3"]
     arguments += ["--config_overrides=n_layer=1,n_head=2,n_embd=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"]

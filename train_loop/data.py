@@ -1,6 +1,6 @@
 """Rows of text become equal blocks of tokens:
 
-    1. rows      load_rows       `datasets` reads a data set or a file; a line of a text file is a row, a blank one is ""
+    1. rows      load_rows       read by `datasets`; a line of a text file is a row, with its newline; a blank one is ""
     2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
     4. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks

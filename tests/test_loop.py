@@ -1,0 +1,316 @@
+"""The numbers of the loop, against the real Trainer and against itself cut another way."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from accelerate import Accelerator
+from conftest import TINY_CONFIGS
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+from train_loop import loop
+from train_loop.config import Settings
+from train_loop.data import IGNORED, Windows, load_windows, shuffled
+from train_loop.evaluate import evaluate
+from train_loop.loss import count_targets, next_token_loss
+from train_loop.metrics import Metrics
+from train_loop.optim import build_optimizer, build_scheduler
+
+VOCAB, BLOCK = 97, 16
+NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """22 blocks of a language with something to learn: each token mostly determines the next."""
+    generator = np.random.default_rng(0)
+    successor = generator.permutation(VOCAB)
+    rows = np.empty((22, BLOCK), dtype=np.int32)
+    rows[:, 0] = generator.integers(VOCAB, size=22)
+    for t in range(1, BLOCK):
+        rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
+    return rows
+
+
+def make_model(model_type="gpt2", dropout=False):
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **TINY_CONFIGS[model_type])
+    for name, value in ({} if dropout else NO_DROPOUT[model_type]).items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train(model, train_blocks, eval_blocks, output_dir, **values):
+    """The loop's lines of training, its last evaluation, and the final weights."""
+    values = {"logging_steps": 1, "num_train_epochs": 1.0, "learning_rate": 1e-3} | values
+    settings = Settings(output_dir=str(output_dir), **values)
+    output_dir.mkdir()
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(settings.seed)
+    num_steps = loop.num_steps(len(train_blocks), settings, 1)
+    optimizer = build_optimizer(model, settings)
+    scheduler = build_scheduler(optimizer, settings, num_steps)
+    prepared, optimizer = accelerator.prepare(model, optimizer)
+    metrics = Metrics(output_dir, num_steps, is_main=True)
+    evaluation = loop.train(prepared, optimizer, scheduler, train_blocks, eval_blocks, settings, accelerator, metrics)
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], evaluation, model.state_dict()
+
+
+class RecordingTrainer(Trainer):
+    """The real Trainer, with the order of rows handed to it and each step's loss kept unrounded."""
+
+    def __init__(self, *arguments, order, **options):
+        super().__init__(*arguments, **options)
+        self.order, self.losses = order, []
+
+    def _get_train_sampler(self, *arguments):
+        return self.order
+
+    def training_step(self, *arguments, **options):
+        loss = super().training_step(*arguments, **options)
+        self.losses.append(loss.item())
+        return loss
+
+
+def largest_difference(first, second):
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+@pytest.mark.parametrize("order", ["one batch", "shuffled"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+@pytest.mark.parametrize("weight_decay", [0.01, 0.1])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_thirty_steps_equal_trainers(model_type, weight_decay, accumulation, order, blocks, tmp_path):
+    """Tolerances: float32 rounding. Losses are nats per target token in both."""
+    blocks = blocks[:16]
+    per_step = 16 if order == "one batch" else 8
+    options = {
+        "per_device_train_batch_size": per_step // accumulation,
+        "per_device_eval_batch_size": 8,
+        "gradient_accumulation_steps": accumulation,
+        "learning_rate": 1e-3,
+        "weight_decay": weight_decay,
+        "max_grad_norm": 0.5,
+    }
+    model = make_model(model_type)
+    lines, evaluation, ours = train(model, blocks, blocks[:5], tmp_path / "run", max_train_steps=30, **options)
+
+    num_epochs = 30 * per_step // 16
+    rows = [{"input_ids": row.tolist(), "labels": row.tolist()} for row in blocks]
+    reference = make_model(model_type)
+    # transformers 5.23 takes GPT-2's class for one whose loss does not shift, and would divide by the labels before the
+    # shift: its losses and gradients would be 15/16 of the true ones here
+    reference.loss_type = "ForCausalLM"
+    trainer = RecordingTrainer(
+        model=reference,
+        args=TrainingArguments(
+            output_dir=str(tmp_path / "trainer"),
+            max_steps=30,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            lr_scheduler_type="linear",
+            **options,
+        ),
+        # one long epoch of rows in our order, so that the Trainer's own epochs play no part
+        train_dataset=[rows[i] for epoch in range(num_epochs) for i in shuffled(16, 42, epoch)],
+        eval_dataset=rows[:5],
+        data_collator=transformers.default_data_collator,
+        order=list(range(num_epochs * 16)),
+    )
+    trainer.train()
+    logged = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    losses = np.array(trainer.losses).reshape(30, accumulation).sum(axis=1)
+    np.testing.assert_allclose([line["loss"] for line in lines], losses, rtol=1e-5)
+    np.testing.assert_allclose(
+        [line["grad_norm"] for line in lines], [entry["grad_norm"] for entry in logged], rtol=1e-4
+    )
+    assert min(line["grad_norm"] for line in lines) > 0.5, "clipping was not active in every step"
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * (1 - step / 30) for step in range(30)])
+    assert largest_difference(ours, reference.state_dict()) < 1e-5
+    assert evaluation["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch, accumulation", [(1, 8), (2, 4), (4, 2), (3, 3)])
+def test_accumulating_micro_batches_equals_one_big_batch(micro_batch, accumulation, blocks, tmp_path):
+    """22 blocks, 8 (or 9) to a step: the last step of each epoch is short. Tolerance: sums in another order."""
+    whole = micro_batch * accumulation
+    arguments = blocks, blocks[:3]
+    options = {"num_train_epochs": 3.0}
+    one = train(make_model(), *arguments, tmp_path / "one", per_device_train_batch_size=whole, **options)
+    many = train(
+        make_model(),
+        *arguments,
+        tmp_path / "many",
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=accumulation,
+        **options,
+    )
+    assert len(one[0]) == len(many[0]) == 9
+    for a, b in zip(one[0], many[0], strict=True):
+        assert b["tokens_seen"] == a["tokens_seen"]
+        assert b["loss"] == pytest.approx(a["loss"], rel=1e-5)
+        assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
+    assert one[0][-1]["tokens_seen"] == 3 * 22 * (BLOCK - 1)
+    assert largest_difference(one[2], many[2]) < 1e-5
+
+
+def test_micro_batches_with_few_targets_weigh_by_their_targets(blocks, tmp_path, monkeypatch):
+    """Labels that are -100 in some places, more of them in some blocks than in others."""
+    plain = Windows.__getitem__
+
+    def ragged(self, window):
+        input_ids, labels = plain(self, window)
+        # how many labels go is a function of the block alone, so that each way of cutting sees the same
+        keep = input_ids[..., :1] % BLOCK
+        return input_ids, labels.masked_fill(torch.arange(BLOCK) > keep, IGNORED)
+
+    monkeypatch.setattr(Windows, "__getitem__", ragged)
+    one = train(make_model(), blocks, blocks[:3], tmp_path / "one", per_device_train_batch_size=22)
+    many = train(
+        make_model(),
+        blocks,
+        blocks[:3],
+        tmp_path / "many",
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=22,
+    )
+    assert many[0][0]["tokens_seen"] == one[0][0]["tokens_seen"] < 22 * (BLOCK - 1)
+    assert many[0][0]["loss"] == pytest.approx(one[0][0]["loss"], rel=1e-6)
+    assert many[0][0]["grad_norm"] == pytest.approx(one[0][0]["grad_norm"], rel=1e-5)
+
+
+def test_evaluating_every_step_or_never_gives_the_same_weights_bit_for_bit(blocks, tmp_path):
+    often = train(make_model(dropout=True), blocks, blocks[:5], tmp_path / "often", eval_steps=1)
+    never = train(make_model(dropout=True), blocks, blocks[:5], tmp_path / "never", eval_steps=1000)
+    assert [line["loss"] for line in often[0]] == [line["loss"] for line in never[0]]
+    assert largest_difference(often[2], never[2]) == 0
+
+
+def test_evaluation_equals_the_loss_of_one_token_after_the_other(blocks):
+    """Each token's probability from a forward pass of its own over the tokens before it."""
+    model = make_model().eval()
+    with torch.no_grad():
+        nats = [
+            -model(input_ids=torch.from_numpy(row[None, :t].astype(np.int64)))
+            .logits[0, -1]
+            .log_softmax(-1)[row[t]]
+            .item()
+            for row in blocks[:5]
+            for t in range(1, BLOCK)
+        ]
+    for batch_size in (1, 2, 5, 64):
+        settings = Settings(per_device_eval_batch_size=batch_size)
+        result = evaluate(model, blocks[:5], settings, Accelerator(cpu=True))
+        assert result["eval_tokens"] == len(nats)
+        assert result["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-6)
+        assert result["perplexity"] == math.exp(result["eval_loss"])
+
+
+def test_evaluation_leaves_mode_and_random_numbers_alone(blocks):
+    model = make_model(dropout=True).train()
+    state = torch.random.get_rng_state()
+    first = evaluate(model, blocks, Settings(), Accelerator(cpu=True))
+    assert model.training and torch.equal(state, torch.random.get_rng_state())
+    assert first == evaluate(model, blocks, Settings(), Accelerator(cpu=True))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(blocks, tmp_path):
+    model = make_model()
+    settings = {"max_train_steps": 5, "learning_rate": 1e38, "max_grad_norm": 0.0}
+    with pytest.raises(FloatingPointError, match=r"step [23]: the loss"):
+        train(model, blocks, blocks[:2], tmp_path / "run", **settings)
+    with torch.no_grad():
+        model.transformer.wte.weight[0, 0] = torch.nan
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(FloatingPointError, match="step 1"):
+        train(model, blocks, blocks[:2], tmp_path / "again", max_train_steps=5)
+    after = model.state_dict()
+    assert all(torch.equal(before[name].nan_to_num(7.0), after[name].nan_to_num(7.0)) for name in before)
+
+
+def test_logged_loss_is_the_token_weighted_mean_since_the_line_before(blocks, tmp_path):
+    each, _, _ = train(make_model(), blocks, blocks[:2], tmp_path / "each", num_train_epochs=4.0)
+    some, _, _ = train(make_model(), blocks, blocks[:2], tmp_path / "some", num_train_epochs=4.0, logging_steps=5)
+    assert [line["step"] for line in some] == [3, 5, 6, 9, 10, 12]  # every fifth step, and where an epoch ends
+    nats, seen, last = 0.0, 0, 0
+    for line in each:
+        nats += line["loss"] * (line["tokens_seen"] - seen)
+        seen = line["tokens_seen"]
+        if some and line["step"] == some[0]["step"]:
+            assert some[0]["loss"] == pytest.approx(nats / (seen - last), rel=1e-6)
+            nats, last = 0.0, seen
+            some.pop(0)
+    assert not some
+
+
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("linear", [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.0, 0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * t / 4)) for t in (1, 2, 3))]),
+        ("constant", [1.0] * 6),
+        ("constant_with_warmup", [0.0, 0.5, 1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_learning_rate_is_a_function_of_the_optimizer_step(schedule, expected, accumulation, blocks, tmp_path):
+    lines, _, _ = train(
+        make_model(),
+        blocks,
+        blocks[:2],
+        tmp_path / "run",
+        max_train_steps=6,
+        learning_rate=1e-3,
+        lr_scheduler_type=schedule,
+        num_warmup_steps=2,
+        gradient_accumulation_steps=accumulation,
+    )
+    assert [line["learning_rate"] for line in lines] == pytest.approx([1e-3 * factor for factor in expected])
+
+
+@pytest.mark.parametrize("num_blocks", [1, 2, 7, 22])
+@pytest.mark.parametrize(
+    "world_size, micro_batch, accumulation", [(1, 6, 1), (2, 3, 1), (3, 2, 1), (1, 2, 3), (3, 1, 2)]
+)
+def test_each_block_is_seen_once_an_epoch_however_the_batch_is_spread(
+    num_blocks, world_size, micro_batch, accumulation
+):
+    """And each optimizer step of six blocks holds the same blocks, on any number of processes."""
+    blocks = np.arange(num_blocks, dtype=np.int32)[:, None].repeat(4, axis=1)
+    order = shuffled(num_blocks, 42, 3)
+    ranks = [
+        list(load_windows(Windows(blocks, order, micro_batch, accumulation, world_size, rank)))
+        for rank in range(world_size)
+    ]
+    assert {len(windows) for windows in ranks} == {math.ceil(num_blocks / 6)}
+    for step, windows in enumerate(zip(*ranks, strict=True)):
+        assert len({labels.shape for _, labels in windows}) == 1
+        seen = torch.cat([labels[..., 1].flatten() for _, labels in windows])
+        assert sorted(seen[seen != IGNORED].tolist()) == sorted(order[step * 6 : step * 6 + 6])
+
+
+def test_windows_can_begin_anywhere(blocks):
+    windows = Windows(blocks, shuffled(len(blocks), 1, 0), 2, 2)
+    whole = list(load_windows(windows))
+    rest = list(load_windows(windows, first=3))
+    assert len(rest) == len(whole) - 3
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[3:], rest, strict=True))
+
+
+def test_loss_counts_the_targets_after_the_shift(blocks):
+    labels = torch.from_numpy(blocks[:2].astype(np.int64))
+    labels[0, :5] = IGNORED
+    assert count_targets(labels) == 2 * (BLOCK - 1) - 4
+    model = make_model().eval()
+    input_ids = torch.from_numpy(blocks[:2].astype(np.int64))
+    nll_sum, num_targets, extras = next_token_loss(model, input_ids, labels)
+    assert num_targets == count_targets(labels) and extras == {}
+    # the model's own loss is the mean over the same targets
+    assert (nll_sum / num_targets).item() == pytest.approx(model(input_ids, labels=labels).loss.item(), rel=1e-6)
