@@ -1,11 +1,19 @@
 """What the tests share: tiny models of four families, a small text, and a way to run the real command."""
 
+import atexit
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
+
+# no test reads or fills the user's caches, or asks a hub; the libraries read these when they are imported
+CACHE = tempfile.mkdtemp(prefix="train_loop_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parent.parent
 
@@ -36,17 +44,6 @@ TINY_CONFIGS = {
         "max_position_embeddings": 64,
     },
 }
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _own_cache(tmp_path_factory):
-    """No test reads or fills the user's caches, or asks a hub."""
-    cache = str(tmp_path_factory.mktemp("cache"))
-    os.environ |= {"HF_HOME": cache, "HF_HUB_OFFLINE": "1"}
-    import datasets
-
-    datasets.config.HF_DATASETS_CACHE = Path(cache) / "datasets"
-    return cache
 
 
 @pytest.fixture(scope="session")

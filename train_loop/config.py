@@ -38,7 +38,7 @@ def at_least(low):
 
 
 def above(low):
-    return {"check": lambda value: value > low, "wanted": f"a number above {low}"}
+    return {"check": lambda value: value > low, "wanted": f"above {low}"}
 
 
 def one_of(*names):
@@ -176,10 +176,9 @@ def read_settings(argv):
                 continue
             f = fields[name]
             try:
-                value = convert(value, f.type)
-                if value is not None and f.metadata["check"] and not f.metadata["check"](value):
+                values[name] = convert(value, f.type)
+                if values[name] is not None and f.metadata["check"] and not f.metadata["check"](values[name]):
                     raise ValueError
-                values[name] = value
             except (ValueError, OverflowError):
                 wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
                 problems.append(f"{source}: {dashes}{name} is {value!r}, but must be {wanted}")

@@ -65,7 +65,8 @@ def _load_dataset(settings):
         raise ValueError(
             f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It was looked for "
             f"as a folder here, in the cache ({datasets.config.HF_DATASETS_CACHE}), and on {hub_address()}. "
-            "Without the hub: fill the cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file and validation_file"
+            "Without the hub: fill the cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file "
+            "and validation_file"
         ) from error
 
 

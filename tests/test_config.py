@@ -1,0 +1,168 @@
+"""Settings: where they come from, and what is said when they are wrong."""
+
+import dataclasses
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import run
+
+from train_loop.config import RECIPES, Settings, file_kind, read_settings
+
+MODEL = ["--model_name_or_path", "some/model"]
+DATA = ["--dataset_name", "some/data", "--output_dir", "out"]
+
+
+def problems_of(argv):
+    with pytest.raises(ValueError) as error:
+        read_settings(argv)
+    return str(error.value).split("\n")
+
+
+def test_flags_win_over_the_recipe_and_the_recipe_over_the_default(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("model_name_or_path: m\ndataset_name: d\noutput_dir: o\nlearning_rate: 2e-5\nblock_size: 64\n")
+    settings = read_settings(["--config", str(recipe), "--block_size", "32"])
+    assert (settings.block_size, settings.learning_rate, settings.seed) == (32, 2e-5, 42)
+
+
+@pytest.mark.parametrize("words", [["--block-size", "64"], ["--block_size=64"], ["--block-size=64"]])
+def test_a_flag_may_be_spelled_with_hyphens_and_an_equals_sign(words):
+    assert read_settings([*MODEL, *DATA, *words]).block_size == 64
+
+
+def test_a_value_keeps_its_hyphens():
+    assert read_settings([*MODEL, *DATA, "--text_column=my-own--text"]).text_column == "my-own--text"
+
+
+def test_without_a_model_or_data_the_recipe_is_quickstart():
+    assert read_settings(["--seed", "7"]).output_dir == "runs/quickstart"
+    assert read_settings([*MODEL, *DATA]).tokenizer_vocab_size is None
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
+def test_every_recipe_is_valid(recipe):
+    assert read_settings(["--config", recipe]).output_dir.startswith("runs/")
+
+
+def test_resolved_settings_written_as_yaml_are_read_back_the_same(tmp_path):
+    settings = read_settings([*MODEL, *DATA, "--adam_epsilon", "1e-9", "--eval_steps", "5"])
+    path = tmp_path / "train_config.yaml"
+    path.write_text(yaml.safe_dump(dataclasses.asdict(settings)))
+    assert read_settings(["--config", str(path)]) == settings
+
+
+def test_a_switch_is_on_alone_or_with_a_value():
+    data = [*MODEL, "--dataset_name", "d"]
+    assert read_settings([*data, "--eval_only"]).eval_only
+    assert read_settings([*data, "--eval_only", "true"]).eval_only
+    assert not read_settings([*data, "--eval_only", "false", "--output_dir", "o"]).eval_only
+
+
+def test_all_problems_are_told_at_once_with_key_value_and_what_is_allowed(tmp_path):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text("learning_rte: 1\nseed: [1]\n")
+    problems = problems_of(["--config", str(recipe), "--block_size", "x", "--num_train_epochs", "0", "--no_such", "3"])
+    assert problems == [
+        f"recipe {recipe}: learning_rte is not a setting; did you mean learning_rate?",
+        f"recipe {recipe}: seed is [1], but must be a whole number, at least 0",
+        "the command line: --block_size is 'x', but must be a whole number, at least 2",
+        "the command line: --num_train_epochs is '0', but must be a number, above 0",
+        "the command line: --no_such is not a setting",
+    ]
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--block_size", "1"], "--block_size"),
+        (["--block_size", "12.5"], "--block_size"),
+        (["--block_size", "inf"], "--block_size"),
+        (["--block_size"], "--block_size"),
+        (["--seed", "-1"], "--seed"),
+        (["--learning_rate", "nan"], "--learning_rate"),
+        (["--learning_rate", "-0.1"], "--learning_rate"),
+        (["--learning_rate", "true"], "--learning_rate"),
+        (["--adam_beta1", "1"], "--adam_beta1"),
+        (["--adam_epsilon", "0"], "--adam_epsilon"),
+        (["--weight_decay", "-1"], "--weight_decay"),
+        (["--max_grad_norm", "-1"], "--max_grad_norm"),
+        (["--num_train_epochs", "-3"], "--num_train_epochs"),
+        (["--max_train_steps", "0"], "--max_train_steps"),
+        (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
+        (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size"),
+        (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps"),
+        (["--lr_scheduler_type", "polynomial"], "linear, cosine"),
+        (["--num_warmup_steps", "-1"], "--num_warmup_steps"),
+        (["--logging_steps", "0"], "--logging_steps"),
+        (["--eval_steps", "0"], "--eval_steps"),
+        (["--num_threads", "0"], "--num_threads"),
+        (["--validation_split_percentage", "100"], "from 1 to 99"),
+        (["--eval_only", "perhaps"], "true or false"),
+        (["--text_column", ""], "--text_column"),
+        (["stray"], "'stray'"),
+        (["--config"], "--config"),
+        (["--config", "no_such_recipe"], "distilgpt2_wikitext2"),
+        (["--config_name", "c"], "exactly one of"),
+        (["--config_overrides", "n_layer=1"], "config_overrides"),
+        (["--tokenizer_vocab_size", "500"], "tokenizer_vocab_size"),
+        (["--train_file", "t.txt"], "not both"),
+        (["--output_dir", ""], "--output_dir"),
+    ],
+)
+def test_a_wrong_value_is_one_line_that_names_it(words, said):
+    (problem,) = [line for line in problems_of([*MODEL, *DATA, *words]) if said in line]
+    assert len(problem) < 250
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (MODEL, "no training data"),
+        ([*MODEL, "--dataset_name", "d"], "output_dir is needed"),
+        (["--model_type", "gpt2", *DATA], "model_type needs"),
+        (["--config_name", "c", "--eval_only", *DATA], "eval_only needs model_name_or_path"),
+        ([*MODEL, "--eval_only"], "eval_only needs data"),
+        ([*MODEL, "--train_file", "no/such.txt", "--output_dir", "o"], "no/such.txt: no such file"),
+        ([*MODEL, "--train_file", __file__, "--output_dir", "o"], "kind is not known"),
+        (["--config_name", "c", "--tokenizer_name", "t", "--tokenizer_vocab_size", "300", *DATA], "not both"),
+        ([*MODEL, "--dataset_config_name", "c", "--train_file", "x.txt", "--output_dir", "o"], "dataset_config_name"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(argv, said):
+    assert any(said in line for line in problems_of(argv))
+
+
+@pytest.mark.parametrize("text", ["just words", "- a\n- list", "a: [", "\x00"])
+def test_a_recipe_that_is_no_mapping_is_refused(text, tmp_path):
+    recipe = tmp_path / "bad.yaml"
+    recipe.write_text(text)
+    (problem,) = problems_of(["--config", str(recipe)])
+    assert "cannot be read" in problem
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a.txt", "text"),
+        ("a.JSONL.gz", "json"),
+        ("a.csv", "csv"),
+        ("a.parquet", "parquet"),
+        ("a.gz", None),
+        ("a", None),
+    ],
+)
+def test_the_kind_of_a_file_is_told_by_its_ending(name, kind):
+    assert file_kind(name) == kind
+
+
+def test_help_is_in_groups_names_units_and_defaults_and_answers_at_once():
+    started = time.perf_counter()
+    done = run("train_loop/main.py", "--help", launcher=(sys.executable,))
+    assert done.returncode == 0 and time.perf_counter() - started < 5  # no torch is loaded: a fraction of that
+    for group in ("model:", "data:", "training:", "evaluation:", "output:"):
+        assert f"\n{group}\n" in done.stdout
+    assert "(default: 128)" in " ".join(done.stdout.split())
+    for f in dataclasses.fields(Settings):
+        assert f"--{f.name} " in done.stdout

@@ -1,0 +1,133 @@
+"""What a user's mistake ends with: one sentence, exit status 1, no traceback, nothing written."""
+
+import json
+import os
+import sys
+
+import pytest
+from conftest import run
+from test_main import TINY
+
+from train_loop.main import main
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """An empty working directory: whatever a failing run writes would show."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def one_sentence(argv, capsys, folder, said):
+    before = sorted(folder.rglob("*"))
+    assert main(argv) == 1
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("Generating ")]
+    assert len(lines) == 1 and lines[0].startswith("error: ") and said in lines[0], err
+    assert out == "" and "Traceback" not in err and len(lines[0]) < 700
+    assert sorted(folder.rglob("*")) == before
+
+
+BAD_FILES = {
+    "empty.txt": (b"", "empty.txt is empty"),
+    "blank.txt": (b"\n\n \n", "no tokens"),
+    "short.txt": (b"few\nwords\n", "less than one block of 32"),
+    "latin1.txt": ("caf\xe9\n".encode("latin-1") * 50, "latin1.txt cannot be read as text"),
+    "binary.txt": (bytes(range(256)) * 20, "binary.txt cannot be read as text"),
+    "cut.txt.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03KL\x84\x01", "cut.txt.gz cannot be read as text"),
+    "not.parquet": (b"PAR1 but no parquet", "not.parquet cannot be read as parquet"),
+    "broken.jsonl": (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "broken.jsonl cannot be read as json"),
+    "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
+    "numbers.csv": (b"a,b\n1,2\n3,4\n", "none is text"),
+    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n', "row 2 of the"),
+    "unknown.docx": (b"text", "its kind is not known"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file(name, folder, capsys):
+    content, said = BAD_FILES[name]
+    (folder / name).write_bytes(content)
+    files = [f"--train_file={name}"]
+    if name not in ("empty.txt", "unknown.docx"):  # said at once, and of each file
+        files += [f"--validation_file={name}"]
+    one_sentence([*TINY, *files, "--output_dir=out"], capsys, folder, said)
+
+
+BAD_ARGUMENTS = {
+    "a wrong path": (["--train_file=no.txt"], "no.txt: no such file"),
+    "a folder for a file": (["--train_file=."], ".: no such file"),
+    "an unknown flag": (["--learning_rte=1"], "did you mean --learning_rate?"),
+    "a recipe that is not there": (["--config=quickstrt"], "recipes are"),
+    "a block too long": (["--block_size=65"], "65, but the model has 64 positions"),
+    "an unknown architecture": (["--model_type=gpt5"], "gpt5 is not an architecture"),
+    "an unknown part of the config": (["--config_overrides=n_layr=1"], "n_layr=1"),
+    "a tokenizer that is not there": (["--tokenizer_name=none/such"], "tokenizer 'none/such'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ARGUMENTS)
+def test_a_bad_argument(name, folder, text_file, capsys):
+    arguments, said = BAD_ARGUMENTS[name]
+    given = [word for word in TINY if not (name.startswith("a tokenizer") and "tokenizer" in word)]
+    one_sentence([*given, f"--train_file={text_file}", "--output_dir=out", *arguments], capsys, folder, said)
+
+
+def test_an_unknown_recipe_key(folder, capsys):
+    (folder / "mine.yaml").write_text("model_type: gpt2\nblok_size: 3\n")
+    one_sentence(["--config=mine.yaml"], capsys, folder, "blok_size is not a setting; did you mean block_size?")
+
+
+def test_a_model_that_is_not_there(folder, text_file, capsys):
+    arguments = ["--model_name_or_path=none/such", f"--train_file={text_file}", "--output_dir=out"]
+    one_sentence(arguments, capsys, folder, "'none/such' cannot be loaded")
+
+
+def test_a_folder_that_is_no_model(folder, text_file, capsys):
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text(json.dumps({"hello": 1}))
+    arguments = ["--model_name_or_path=model", f"--train_file={text_file}", "--output_dir=out"]
+    one_sentence(arguments, capsys, folder, "holds no usable model config")
+
+
+def test_a_data_set_that_is_not_there(folder, capsys):
+    one_sentence([*TINY, "--dataset_name=none/such", "--output_dir=out"], capsys, folder, "train_file")
+
+
+def test_an_output_dir_that_is_a_file(folder, text_file, capsys):
+    (folder / "out").write_text("kept")
+    one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file")
+    assert (folder / "out").read_text() == "kept"
+
+
+def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder):
+    """A port of this machine where nobody listens stands for the hub; an own empty cache."""
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "cache")}
+    os.environ.pop("HF_HUB_OFFLINE")
+    try:
+        done = run(
+            "-m",
+            "train_loop.main",
+            "--config",
+            "distilgpt2_wikitext2",
+            timeout=30,
+            launcher=(sys.executable,),
+            **environment,
+        )
+    finally:
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    first, second = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "127.0.0.1:9 cannot be reached" in first
+    assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second
+
+
+def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/multi_cpu.yaml")
+    (folder / "few.txt").write_text("few words")
+    files = [f"--train_file={folder}/few.txt", f"--validation_file={folder}/few.txt"]
+    done = run("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", launcher=launcher)
+    assert done.returncode == 1 and not (folder / "out").exists()
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: the validation data has 2 tokens, less than one block of 32"
+    ]
