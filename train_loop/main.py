@@ -31,6 +31,8 @@ def main(argv=None):
             print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print("interrupted", file=sys.stderr)
         return 130
     return 0
 
