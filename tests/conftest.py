@@ -8,6 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 # no test reads or fills the user's caches, or asks a hub; the libraries read these when they are imported
@@ -17,7 +18,9 @@ os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parent.parent
 
-# a small vocabulary and width; the names that each family gives to its sizes
+VOCAB, BLOCK = 97, 16  # of the blocks below
+
+# a small width; the names that each family gives to its sizes
 TINY_CONFIGS = {
     "gpt2": {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 64},
     "llama": {
@@ -54,6 +57,18 @@ def text_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "prose.txt"
     path.write_text("".join(topics[name] for name in sorted(topics))[:40_000], encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def blocks():
+    """22 blocks of a language with something to learn: each token mostly determines the next."""
+    generator = np.random.default_rng(0)
+    successor = generator.permutation(VOCAB)
+    rows = np.empty((22, BLOCK), dtype=np.int32)
+    rows[:, 0] = generator.integers(VOCAB, size=22)
+    for t in range(1, BLOCK):
+        rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
+    return rows
 
 
 def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):

@@ -8,31 +8,17 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import TINY_CONFIGS
+from conftest import BLOCK, TINY_CONFIGS, VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from train_loop import loop
 from train_loop.config import Settings
 from train_loop.data import IGNORED, Windows, load_windows, shuffled
-from train_loop.evaluate import evaluate
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
 
-VOCAB, BLOCK = 97, 16
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
-
-
-@pytest.fixture(scope="module")
-def blocks():
-    """22 blocks of a language with something to learn: each token mostly determines the next."""
-    generator = np.random.default_rng(0)
-    successor = generator.permutation(VOCAB)
-    rows = np.empty((22, BLOCK), dtype=np.int32)
-    rows[:, 0] = generator.integers(VOCAB, size=22)
-    for t in range(1, BLOCK):
-        rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
-    return rows
 
 
 def make_model(model_type="gpt2", dropout=False):
@@ -191,34 +177,6 @@ def test_evaluating_every_step_or_never_gives_the_same_weights_bit_for_bit(block
     never = train(make_model(dropout=True), blocks, blocks[:5], tmp_path / "never", eval_steps=1000)
     assert [line["loss"] for line in often[0]] == [line["loss"] for line in never[0]]
     assert largest_difference(often[2], never[2]) == 0
-
-
-def test_evaluation_equals_the_loss_of_one_token_after_the_other(blocks):
-    """Each token's probability from a forward pass of its own over the tokens before it."""
-    model = make_model().eval()
-    with torch.no_grad():
-        nats = [
-            -model(input_ids=torch.from_numpy(row[None, :t].astype(np.int64)))
-            .logits[0, -1]
-            .log_softmax(-1)[row[t]]
-            .item()
-            for row in blocks[:5]
-            for t in range(1, BLOCK)
-        ]
-    for batch_size in (1, 2, 5, 64):
-        settings = Settings(per_device_eval_batch_size=batch_size)
-        result = evaluate(model, blocks[:5], settings, Accelerator(cpu=True))
-        assert result["eval_tokens"] == len(nats)
-        assert result["eval_loss"] == pytest.approx(np.mean(nats), rel=1e-6)
-        assert result["perplexity"] == math.exp(result["eval_loss"])
-
-
-def test_evaluation_leaves_mode_and_random_numbers_alone(blocks):
-    model = make_model(dropout=True).train()
-    state = torch.random.get_rng_state()
-    first = evaluate(model, blocks, Settings(), Accelerator(cpu=True))
-    assert model.training and torch.equal(state, torch.random.get_rng_state())
-    assert first == evaluate(model, blocks, Settings(), Accelerator(cpu=True))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(blocks, tmp_path):
