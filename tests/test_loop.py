@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 
 from train_loop import loop
 from train_loop.config import Settings
-from train_loop.data import IGNORED, Windows, load_windows, shuffled
+from train_loop.data import IGNORED, Split, Windows, load_windows, shuffled
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
@@ -34,14 +34,15 @@ def train(model, train_blocks, eval_blocks, output_dir, **values):
     values = {"logging_steps": 1, "num_train_epochs": 1.0, "learning_rate": 1e-3} | values
     settings = Settings(output_dir=str(output_dir), **values)
     output_dir.mkdir()
+    splits = [b if isinstance(b, Split) else Split("blocks", b) for b in (train_blocks, eval_blocks)]
     accelerator = Accelerator(cpu=True)
     torch.manual_seed(settings.seed)
-    num_steps = loop.num_steps(len(train_blocks), settings, 1)
+    num_steps = loop.num_steps(len(splits[0].blocks), settings, 1)
     optimizer = build_optimizer(model, settings)
     scheduler = build_scheduler(optimizer, settings, num_steps)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     metrics = Metrics(output_dir, num_steps, is_main=True)
-    evaluation = loop.train(prepared, optimizer, scheduler, train_blocks, eval_blocks, settings, accelerator, metrics)
+    evaluation = loop.train(prepared, optimizer, scheduler, *splits, settings, accelerator, metrics)
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], evaluation, model.state_dict()
 
@@ -152,10 +153,10 @@ def test_micro_batches_with_few_targets_weigh_by_their_targets(blocks, tmp_path,
     plain = Windows.__getitem__
 
     def ragged(self, window):
-        input_ids, labels = plain(self, window)
+        batch = plain(self, window)
         # how many labels go is a function of the block alone, so that each way of cutting sees the same
-        keep = input_ids[..., :1] % BLOCK
-        return input_ids, labels.masked_fill(torch.arange(BLOCK) > keep, IGNORED)
+        keep = batch["input_ids"][..., :1] % BLOCK
+        return batch | {"labels": batch["labels"].masked_fill(torch.arange(BLOCK) > keep, IGNORED)}
 
     monkeypatch.setattr(Windows, "__getitem__", ragged)
     one = train(make_model(), blocks, blocks[:3], tmp_path / "one", per_device_train_batch_size=22)
@@ -249,8 +250,8 @@ def test_each_block_is_seen_once_an_epoch_however_the_batch_is_spread(
     ]
     assert {len(windows) for windows in ranks} == {math.ceil(num_blocks / 6)}
     for step, windows in enumerate(zip(*ranks, strict=True)):
-        assert len({labels.shape for _, labels in windows}) == 1
-        seen = torch.cat([labels[..., 1].flatten() for _, labels in windows])
+        assert len({window["labels"].shape for window in windows}) == 1
+        seen = torch.cat([window["labels"][..., 1].flatten() for window in windows])
         assert sorted(seen[seen != IGNORED].tolist()) == sorted(order[step * 6 : step * 6 + 6])
 
 
@@ -259,7 +260,7 @@ def test_windows_can_begin_anywhere(blocks):
     whole = list(load_windows(windows))
     rest = list(load_windows(windows, first=3))
     assert len(rest) == len(whole) - 3
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(whole[3:], rest, strict=True))
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[3:], rest, strict=True))
 
 
 def test_loss_counts_the_targets_after_the_shift(blocks):
@@ -268,7 +269,56 @@ def test_loss_counts_the_targets_after_the_shift(blocks):
     assert count_targets(labels) == 2 * (BLOCK - 1) - 4
     model = make_model().eval()
     input_ids = torch.from_numpy(blocks[:2].astype(np.int64))
-    nll_sum, num_targets, extras = next_token_loss(model, input_ids, labels)
+    nll_sum, num_targets, extras = next_token_loss(model, {"input_ids": input_ids, "labels": labels})
     assert num_targets == count_targets(labels) and extras == {}
     # the model's own loss is the mean over the same targets
     assert (nll_sum / num_targets).item() == pytest.approx(model(input_ids, labels=labels).loss.item(), rel=1e-6)
+
+
+def smoothed(model, batch, epsilon=0.1):
+    """An objective of one's own: label smoothing, with the plain loss logged beside it."""
+    log_p = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    labels = batch["labels"][:, 1:]
+    is_target = labels != IGNORED
+    plain = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][is_target].sum()
+    uniform = -log_p.mean(-1)[is_target].sum()
+    return (1 - epsilon) * plain + epsilon * uniform, is_target.sum(), {"plain_loss": plain.detach()}
+
+
+def with_z_loss(model, batch, weight=1e-2):
+    """Another: the squared log of the softmax's denominator is added to the nats of each target."""
+    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
+    labels = batch["labels"][:, 1:]
+    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
+    z = logits.logsumexp(-1)[labels != IGNORED].square().sum()
+    return nll + weight * z, (labels != IGNORED).sum(), {"z_loss": z.detach()}
+
+
+@pytest.mark.parametrize("objective", [smoothed, with_z_loss])
+def test_an_objective_of_ones_own_is_normalised_and_logged_in_training_and_evaluation(
+    objective, blocks, tmp_path, monkeypatch
+):
+    """Put in the place of next_token_loss: it still does not matter how a step is cut, and evaluation shows it."""
+    plain_lines, _, plain_weights = train(make_model(), blocks, blocks[:3], tmp_path / "plain")
+    monkeypatch.setattr("train_loop.loop.next_token_loss", objective)
+    monkeypatch.setattr("train_loop.evaluate.next_token_loss", objective)
+    one = train(make_model(), blocks, blocks[:3], tmp_path / "one", per_device_train_batch_size=8)
+    many = train(
+        make_model(),
+        blocks,
+        blocks[:3],
+        tmp_path / "many",
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=4,
+    )
+    (extra,) = one[0][0].keys() - plain_lines[0].keys()
+    assert extra in ("plain_loss", "z_loss") and f"eval_{extra}" in one[1]
+    for a, b in zip(one[0], many[0], strict=True):
+        assert (b["loss"], b[extra]) == pytest.approx((a["loss"], a[extra]), rel=1e-5)
+    assert largest_difference(one[2], many[2]) < 1e-5
+    assert largest_difference(one[2], plain_weights) > 1e-4, "the objective changed nothing"
+    if objective is smoothed:  # before the first step both see the same weights
+        assert one[0][0]["plain_loss"] == pytest.approx(plain_lines[0]["loss"], rel=1e-6)
+        assert one[0][0]["loss"] != pytest.approx(plain_lines[0]["loss"], rel=1e-4)
+    else:
+        assert one[0][0]["loss"] == pytest.approx(plain_lines[0]["loss"] + 1e-2 * one[0][0]["z_loss"], rel=1e-6)

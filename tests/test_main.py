@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_CONFIGS, run
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.main import main
@@ -141,6 +142,58 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
     assert not (tmp_path / "precious.txt").exists()
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_compiled_run_exports_plain_names_and_tied_weights(model_type, text_file, tmp_path):
+    """The eager backend of torch.compile: the wrapper is the same, and no C++ compiler is needed."""
+    overrides = ",".join(f"{name}={value}" for name, value in TINY_CONFIGS[model_type].items())
+    arguments = [*TINY, f"--model_type={model_type}", f"--config_overrides={overrides},tie_word_embeddings=true"]
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--dynamo_backend=eager", "train_loop/main.py")
+    arguments += [f"--train_file={text_file}", "--max_train_steps=3"]
+    done = run(*arguments, f"--output_dir={tmp_path}/compiled", launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, f"--output_dir={tmp_path}/plain"]) == 0
+    compiled, plain = (load_file(tmp_path / d / "model.safetensors") for d in ("compiled", "plain"))
+    assert compiled.keys() == plain.keys() and "lm_head.weight" not in plain
+    assert max((compiled[name] - plain[name]).abs().max().item() for name in plain) < 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_tokens_per_second_and_peak_memory_are_those_of_the_process(text_file, tmp_path):
+    """A loss that sleeps in training for 20 ms, and in evaluation for 200 ms, and at the end 200 MiB held for a moment.
+    Tokens per second must see the first sleep and not the second, peak memory the moment."""
+    arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--eval_steps=4"]
+    arguments += [f"--output_dir={tmp_path}/run"]
+    script = f"""
+import time, torch
+from train_loop import loss, loop, evaluate
+plain = loss.next_token_loss
+def slow(model, batch):
+    time.sleep(0.02 if model.training else 0.2)
+    return plain(model, batch)
+loop.next_token_loss = evaluate.next_token_loss = slow
+from train_loop import metrics
+finish = metrics.Metrics.finish
+def hungry(self, *arguments):
+    held = torch.ones(50 << 20)
+    del held
+    return finish(self, *arguments)
+metrics.Metrics.finish = hungry
+from train_loop.main import main
+assert main({arguments!r}) == 0
+status = open("/proc/self/status").read()
+print("peak", int(status.split("VmHWM:")[1].split()[0]) / 2**20)
+"""
+    done = run("-c", script)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run" / "all_results.json").read_text())
+    assert 13 * 0.02 < results["train_runtime"] < 13 * 0.02 + 2  # 5 evaluations of 4 batches each took 4 s
+    assert results["tokens_per_second"] == results["train_tokens"] / results["train_runtime"]
+    assert results["train_tokens"] == 100 * 31
+    peak = float(done.stdout.splitlines()[-1].split()[1])
+    assert results["peak_memory_gib"] == pytest.approx(peak, abs=0.15)
+
+
 def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
     """The launcher sets OMP_NUM_THREADS=1 by itself: the banner must say as many threads as there are cores."""
     from train_loop.launch import num_cores
@@ -153,19 +206,30 @@ def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
     assert f"world size 1, {num_cores()} CPU threads" in done.stdout
 
 
-def test_two_processes_give_the_losses_and_weights_of_one(text_file, tmp_path):
-    """launch_configs/multi_cpu.yaml, as README has it. Tolerance: sums in another order, in float32; for the weights a
-    hundredth of the learning rate: AdamW makes such steps out of the rounding of a gradient that is zero."""
+@pytest.mark.parametrize(
+    "processes, num_blocks, micro_batch, accumulation", [(2, 100, 4, 1), (3, 100, 2, 2), (3, 2, 1, 1)]
+)
+def test_several_processes_give_the_losses_and_weights_of_one(
+    processes, num_blocks, micro_batch, accumulation, text_file, tmp_path
+):
+    """launch_configs/multi_cpu.yaml, as README has it; at last with fewer blocks than processes, in training and in
+    evaluation. Tolerance: sums in another order, in float32; for the weights a hundredth of the learning rate: AdamW
+    makes such steps out of the rounding of a gradient that is zero."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--logging_steps=1", "--eval_steps=4"]
-    arguments += ["--learning_rate=1e-3"]
+    arguments += ["--learning_rate=1e-3", f"--max_train_samples={num_blocks}"]
+    arguments += [f"--max_eval_samples={min(num_blocks, 30)}"]
     arguments += ["--config_overrides=n_layer=1,n_head=2,n_embd=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"]
     config = ROOT / "launch_configs" / "multi_cpu.yaml"
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "train_loop/main.py")
-    done = run(*arguments, "--per_device_train_batch_size=4", f"--output_dir={tmp_path}/two", launcher=launcher)
+    launcher = (*launcher[:-1], f"--num_processes={processes}", launcher[-1])
+    batch = [f"--per_device_train_batch_size={micro_batch}", f"--gradient_accumulation_steps={accumulation}"]
+    done = run(*arguments, *batch, f"--output_dir={tmp_path}/two", launcher=launcher)
     assert done.returncode == 0, done.stderr
-    assert "world size 2" in done.stdout and "abort" not in done.stderr.lower()
-    assert main([*arguments, "--per_device_train_batch_size=8", f"--output_dir={tmp_path}/one"]) == 0
+    assert f"world size {processes}" in done.stdout and "abort" not in done.stderr.lower()
+    whole = processes * micro_batch * accumulation
+    assert main([*arguments, f"--per_device_train_batch_size={whole}", f"--output_dir={tmp_path}/one"]) == 0
     one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert two[-1]["step"] == math.ceil(num_blocks / whole)
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
         assert a.keys() == b.keys()

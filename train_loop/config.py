@@ -81,6 +81,10 @@ class Settings:
         wanted="from 1 to 99",
     )
     text_column: str | None = setting("data", None, "column that holds the text; else 'text', or the only one of text")
+    add_eos_token: bool = setting("data", False, "put the end-of-text token after each row: rows are documents")
+    document_attention: bool = setting(
+        "data", False, "with add_eos_token: attention and positions begin anew with each document in a block"
+    )
     block_size: int = setting("data", 128, "tokens in a block, the model's context in training", **at_least(2))
     max_train_samples: int | None = setting("data", None, "use only this many training blocks", **at_least(1))
     max_eval_samples: int | None = setting("data", None, "use only this many validation blocks", **at_least(1))
@@ -114,6 +118,15 @@ class Settings:
     )
     eval_steps: int | None = setting(
         "evaluation", None, "optimizer steps between evaluations; else each epoch", **at_least(1)
+    )
+    eval_stride: int | None = setting(
+        "evaluation",
+        None,
+        "evaluate with a sliding window that moves by this many tokens; else by block_size: no overlap",
+        **at_least(1),
+    )
+    named_perplexities: bool = setting(
+        "evaluation", False, "also word_perplexity and bits_per_byte, comparable between tokenizers"
     )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
 
@@ -281,6 +294,10 @@ def _contradictions(s):
         found.append("no training data: give dataset_name or train_file")
     if not s.eval_only and not s.output_dir:
         found.append("output_dir is needed: the folder for the trained model")
+    if s.eval_stride and s.eval_stride > s.block_size:
+        found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
+    if s.document_attention and not s.add_eos_token:
+        found.append("document_attention goes with add_eos_token, which marks where documents end")
     for name in ("train_file", "validation_file"):
         path = getattr(s, name) and Path(getattr(s, name))
         if not path:
@@ -291,6 +308,8 @@ def _contradictions(s):
             found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
         elif path.stat().st_size == 0:
             found.append(f"{name} {path} is empty")
+        elif s.add_eos_token and file_kind(path) == "text":
+            found.append(f"add_eos_token: a row of {path} is a line, not a document; use jsonl or parquet")
     return found
 
 

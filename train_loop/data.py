@@ -1,7 +1,8 @@
 """Rows of text become equal blocks of tokens:
 
     1. rows      load_rows       read by `datasets`; a line of a text file is a row, with its newline; a blank one is ""
-    2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk
+    2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
+                                 on request with the end-of-text token after each row that is not empty
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
     4. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
@@ -115,25 +116,28 @@ def _only_text(rows, settings):
     return rows if column == "text" else rows.rename_column(column, "text")
 
 
-def tokenize_rows(rows, tokenizer, name, show_progress):
-    """The tokens of all rows, one after the other: a read-only memory-mapped array [tokens] of int32.
+def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
+    """(tokens, words, bytes): the tokens of all rows, one after the other, as a read-only memory-mapped array [tokens]
+    of int32, and the size of the text that they stand for (see `count_words`). `end_of_text`: the id of the token to
+    put after each row that is not empty, or None.
 
     They are kept in the `datasets` cache under a name made of what they depend on: the rows and the tokenizer.
     Raises ValueError for a row that is null.
     """
-    recipe = [rows._fingerprint, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), "v1"]
+    recipe = [rows._fingerprint, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), end_of_text, "v2"]
     path = _cache() / "tokens" / f"{hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()}.int32"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait and find it done
         if not path.exists():
-            _write_tokens(path, rows, tokenizer, name, show_progress)
+            _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress)
     if path.stat().st_size == 0:
         raise ValueError(f"the {name} data has no tokens: every row is empty")
-    return np.memmap(path, dtype=np.int32, mode="r")
+    counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    return np.memmap(path, dtype=np.int32, mode="r"), counts["words"], counts["bytes"]
 
 
-def _write_tokens(path, rows, tokenizer, name, show_progress):
-    partial = path.with_suffix(".partial")
+def _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress):
+    partial, num_words, num_bytes = path.with_suffix(".partial"), 0, 0
     try:
         with (
             open(partial, "wb") as file,
@@ -148,11 +152,21 @@ def _write_tokens(path, rows, tokenizer, name, show_progress):
                 # a line of white space alone is an empty row, as in the hub's WikiText
                 texts = ["" if text.isspace() else text for text in texts]
                 ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+                if end_of_text is not None:
+                    ids = [row if not row or row[-1] == end_of_text else [*row, end_of_text] for row in ids]
                 np.fromiter((token for row in ids for token in row), dtype=np.int32).tofile(file)
+                num_words += sum(map(count_words, texts))
+                num_bytes += sum(len(text.encode()) for text in texts)
                 bar.update(len(texts))
+        path.with_suffix(".json").write_text(json.dumps({"words": num_words, "bytes": num_bytes}), encoding="utf-8")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def count_words(text):
+    """Words as WikiText counts them: what white space separates, and one for the end of each line."""
+    return len(text.split()) + text.count("\n") + (not text.endswith("\n"))
 
 
 @dataclass
@@ -161,18 +175,27 @@ class Split:
 
     name: str
     blocks: np.ndarray
-    num_rows: int
-    num_tokens: int
-    num_dropped: int  # tokens left over at the end
+    num_rows: int = 0
+    num_tokens: int = 0
+    num_words: int = 0
+    num_bytes: int = 0
+    num_dropped: int = 0  # tokens left over at the end
+    document_end: int | None = None  # the token after which attention and positions begin anew
 
 
-def load_split(rows, tokenizer, name, block_size, max_blocks=None, show_progress=False):
-    """`rows` as a `Split`. Raises ValueError where they are fewer tokens than one block."""
-    tokens = tokenize_rows(rows, tokenizer, name, show_progress)
-    blocks, num_dropped = group_texts([tokens], block_size)
+def load_split(rows, tokenizer, name, settings, show_progress=False):
+    """`rows` as a `Split`; `name` is "training" or "validation". Raises ValueError where they are fewer tokens than one
+    block, or where documents are to end with a token that the tokenizer lacks."""
+    if settings.add_eos_token and tokenizer.eos_token_id is None:
+        raise ValueError("add_eos_token: the tokenizer has no end-of-text token")
+    end_of_text = tokenizer.eos_token_id if settings.add_eos_token else None
+    tokens, num_words, num_bytes = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
+    blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
-        raise ValueError(f"the {name} data has {len(tokens):,} tokens, less than one block of {block_size}")
-    return Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped)
+        raise ValueError(f"the {name} data has {len(tokens):,} tokens, less than one block of {settings.block_size}")
+    max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
+    document_end = end_of_text if settings.document_attention else None
+    return Split(name, blocks[:max_blocks], len(rows), len(tokens), num_words, num_bytes, num_dropped, document_end)
 
 
 def group_texts(rows, block_size):
@@ -189,15 +212,22 @@ def shuffled(num_blocks, seed, epoch):
 
 
 class Windows(torch.utils.data.Dataset):
-    """This process's part of each optimizer step: item i is (input_ids, labels), each [M, B, T] of int64.
+    """This process's part of each optimizer step: item i is {"input_ids", "labels"}, each [M, B, T] of int64, and with
+    `document_end` also {"position_ids"}.
 
     A window takes the next `world_size * M * B` blocks of `order`. A last, short one takes as many micro-batches as
     its blocks need, filled up with blocks that have no targets: each block is seen once, and every process has the
     same number of micro-batches. `labels` equal `input_ids`: the shift to the next token happens in the loss.
+
+    `num_context`: the first tokens of each block but the first are context alone, no targets (a sliding window).
+    `document_end`: after this token positions begin at 0 again, and the token there is no target. From positions that
+    do not rise by one, transformers' models build attention masks that keep documents apart.
     """
 
-    def __init__(self, blocks, order, micro_batch_size, num_micro_batches, world_size=1, rank=0):
-        self.blocks, self.order = blocks, order
+    def __init__(
+        self, blocks, order, micro_batch_size, num_micro_batches, world_size=1, rank=0, num_context=0, document_end=None
+    ):
+        self.blocks, self.order, self.num_context, self.document_end = blocks, order, num_context, document_end
         self.micro_batch_size, self.world_size, self.rank = micro_batch_size, world_size, rank
         self.blocks_per_window = world_size * num_micro_batches * micro_batch_size
 
@@ -209,8 +239,22 @@ class Windows(torch.utils.data.Dataset):
         num_fillers = -len(indices) % (self.world_size * self.micro_batch_size)
         indices = np.concatenate([indices, np.full(num_fillers, -1)])
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        input_ids = torch.from_numpy(self.blocks[indices].astype(np.int64))
-        return input_ids, input_ids.masked_fill(torch.from_numpy(indices == -1)[..., None], IGNORED)
+        input_ids = self.blocks[indices].astype(np.int64)
+        labels = input_ids.copy()
+        labels[indices > 0, : self.num_context] = IGNORED
+        window = {"input_ids": input_ids, "labels": labels}
+        if self.document_end is not None:
+            window["position_ids"] = positions_in_documents(input_ids, self.document_end)
+            labels[window["position_ids"] == 0] = IGNORED
+        labels[indices == -1] = IGNORED
+        return {name: torch.from_numpy(array) for name, array in window.items()}
+
+
+def positions_in_documents(input_ids, document_end):
+    """The position of each token [..., T] within its document, the first of the block beginning with the block."""
+    index = np.arange(input_ids.shape[-1])
+    begins = np.roll(input_ids == document_end, 1, axis=-1)
+    return index - np.maximum.accumulate(np.where(begins & (index > 0), index, 0), axis=-1)
 
 
 def load_windows(windows, first=0, pin_memory=False):

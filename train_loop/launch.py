@@ -7,12 +7,14 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import DynamoBackend
 
 
 def build_accelerator(settings):
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
-    Raises ValueError where the launcher started several processes that would each train alone.
+    Raises ValueError where the launcher started several processes that would each train alone, or where the device
+    cannot do the precision asked for.
     """
     has_device = torch.accelerator.is_available()
     # without cpu=True, CPU processes do not find each other: each would be a world of its own
@@ -23,10 +25,22 @@ def build_accelerator(settings):
             f"the launcher started {launched} processes, but Accelerate formed {accelerator.num_processes}"
         )
     if accelerator.device.type == "cpu":
+        if accelerator.mixed_precision not in ("no", "bf16"):
+            # Accelerate takes the setting without a word, and would train with neither autocast nor scaler
+            raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
         # the launcher sets OMP_NUM_THREADS=1 where its config says nothing: one core would work, the others look on
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(settings.num_threads or max(1, num_cores() // processes_here))
     return accelerator
+
+
+def compile_in_place(model, accelerator):
+    """`torch.compile` as the launch config's `dynamo_config` asks for it. Accelerate would wrap the model instead, and
+    the wrapper's prefix would stand before every name in the exported weights."""
+    plugin = accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        model.compile(**plugin.to_kwargs())
+        plugin.backend = DynamoBackend.NO
 
 
 def quiet_libraries(accelerator):

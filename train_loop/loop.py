@@ -29,41 +29,41 @@ def num_steps(num_blocks, settings, world_size):
     )
 
 
-def train(model, optimizer, scheduler, train_blocks, eval_blocks, settings, accelerator, metrics):
+def train(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, metrics):
     """Trains `model` in place. `model` and `optimizer` are prepared by Accelerate, `scheduler` is not.
 
     Returns the last evaluation. Raises FloatingPointError, on all processes and before the weights are touched, when
     a loss or a gradient norm is not finite.
     """
     W, device = accelerator.num_processes, accelerator.device
-    per_epoch = steps_per_epoch(len(train_blocks), settings, W)
-    last_step = num_steps(len(train_blocks), settings, W)
-    evaluation = evaluate(model, eval_blocks, settings, accelerator, metrics.show_progress)
+    num_blocks = len(train_split.blocks)
+    per_epoch, last_step = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
+    evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress)
     metrics.log_evaluation(0, 0.0, evaluation)
 
     model.train()
     step = 0
     for epoch in itertools.count():
         windows = Windows(
-            train_blocks,
-            shuffled(len(train_blocks), settings.seed, epoch),
+            train_split.blocks,
+            shuffled(num_blocks, settings.seed, epoch),
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             W,
             accelerator.process_index,
+            document_end=train_split.document_end,
         )
         batches = load_windows(windows, pin_memory=device.type == "cuda")
-        for window, (input_ids_MBT, labels_MBT) in enumerate(batches, start=1):
-            input_ids_MBT = input_ids_MBT.to(device, non_blocking=True)
-            labels_MBT = labels_MBT.to(device, non_blocking=True)
-            num_targets = accelerator.reduce(count_targets(labels_MBT), "sum")
+        for done, window in enumerate(batches, start=1):
+            window = {name: value.to(device, non_blocking=True) for name, value in window.items()}  # each [M, B, T]
+            num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")
 
             sums = {}  # over the window's targets: nats, and whatever else the loss wants logged
-            last = len(input_ids_MBT) - 1
-            for i, (input_ids, labels) in enumerate(zip(input_ids_MBT, labels_MBT, strict=True)):
+            num_micro_batches = len(window["labels"])
+            for i in range(num_micro_batches):
                 # gradients are summed up here, and exchanged between processes with the last micro-batch only
-                with accelerator.no_sync(model) if i < last else contextlib.nullcontext():
-                    nll, _, extras = next_token_loss(model, input_ids, labels)
+                with accelerator.no_sync(model) if i < num_micro_batches - 1 else contextlib.nullcontext():
+                    nll, _, extras = next_token_loss(model, {name: value[i] for name, value in window.items()})
                     accelerator.backward(nll * W / num_targets)  # x W: the exchange averages over processes
                 for name, value in {"loss": nll.detach(), **extras}.items():
                     sums[name] = sums.get(name, 0) + value
@@ -72,24 +72,23 @@ def train(model, optimizer, scheduler, train_blocks, eval_blocks, settings, acce
             sums = accelerator.reduce(sums, "sum")
             stop_if_not_finite(step + 1, sums["loss"], grad_norm, accelerator)
             optimizer.step()
-            if accelerator.optimizer_step_was_skipped:  # float16's scaler met an overflow, and halves its scale
-                optimizer.zero_grad()
+            optimizer.zero_grad()
+            if not torch.isfinite(grad_norm):  # float16's scaler kept the weights as they were, and halved its scale
                 metrics.count_skipped_step()
                 continue
             learning_rate = scheduler.get_last_lr()[0]
             scheduler.step()
-            optimizer.zero_grad()
             step += 1
 
-            metrics.count_step(step, epoch + window / per_epoch, sums, num_targets, learning_rate, grad_norm)
+            metrics.count_step(step, epoch + done / per_epoch, sums, num_targets, learning_rate, grad_norm)
             evaluate_now = step == last_step or (
-                step % settings.eval_steps == 0 if settings.eval_steps else window == per_epoch
+                step % settings.eval_steps == 0 if settings.eval_steps else done == per_epoch
             )
             if step % settings.logging_steps == 0 or evaluate_now:
                 metrics.log_training()
             if evaluate_now:
-                evaluation = evaluate(model, eval_blocks, settings, accelerator, metrics.show_progress)
-                metrics.log_evaluation(step, epoch + window / per_epoch, evaluation)
+                evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress)
+                metrics.log_evaluation(step, epoch + done / per_epoch, evaluation)
             if step == last_step:
                 return evaluation
 

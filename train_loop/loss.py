@@ -11,13 +11,16 @@ def count_targets(labels):
     return (labels[..., 1:] != IGNORED).sum()
 
 
-def next_token_loss(model, input_ids, labels):
-    """(sum of nats, number of targets, extras) of a micro-batch; `input_ids` and `labels` are [B, T].
+def next_token_loss(model, batch):
+    """(sum of nats, number of targets, extras) of a micro-batch: {"input_ids", "labels"}, each [B, T], and what else
+    the model's forward takes ("position_ids" where documents are kept apart).
 
     The sum of -log p(token | tokens before it in its block) over the targets is a float32 scalar, not divided:
     `loop.py` and `evaluate.py` divide by the number of targets of the whole optimizer step or split. Extras, {name:
     scalar tensor without gradient}, are further sums over the targets; they are logged as means beside the loss.
     """
-    logits = model(input_ids=input_ids, use_cache=False).logits[:, :-1].float()
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    labels = batch["labels"]
+    logits = model(**inputs, use_cache=False).logits[:, :-1].float()
     nll_sum = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED, reduction="sum")
     return nll_sum, count_targets(labels), {}

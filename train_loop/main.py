@@ -54,20 +54,17 @@ def run(settings):
         train_rows, eval_rows, held_out = data.load_rows(settings)
         tokenizer = model.load_tokenizer(settings, train_rows)
 
-        def load_split(rows, name, max_blocks):
-            return data.load_split(rows, tokenizer, name, settings.block_size, max_blocks, show_progress)
-
-        eval_split = load_split(eval_rows, "validation", settings.max_eval_samples)
-        train_split = None if settings.eval_only else load_split(train_rows, "training", settings.max_train_samples)
+        eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
+        if not settings.eval_only:
+            train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
 
         # -> model
         net = model.load_model(settings, config, tokenizer)
+        launch.compile_in_place(net, accelerator)
         if settings.eval_only:
             if is_main:
                 print(metrics.banner(settings, accelerator, net, [eval_split], held_out), flush=True)
-            result = evaluate.evaluate(
-                accelerator.prepare(net), eval_split.blocks, settings, accelerator, show_progress
-            )
+            result = evaluate.evaluate(accelerator.prepare(net), eval_split, settings, accelerator, show_progress)
             if is_main:
                 print(metrics.one_line(result))
                 if settings.output_dir:
@@ -86,9 +83,7 @@ def run(settings):
 
         # -> train
         log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress)
-        evaluation = loop.train(
-            net, optimizer, scheduler, train_split.blocks, eval_split.blocks, settings, accelerator, log
-        )
+        evaluation = loop.train(net, optimizer, scheduler, train_split, eval_split, settings, accelerator, log)
 
         # -> export
         results = log.finish(evaluation)

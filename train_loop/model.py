@@ -89,8 +89,31 @@ def load_model(settings, config, tokenizer):
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
+    if settings.document_attention and not keeps_documents_apart(model):
+        raise ValueError(
+            f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
+        )
     model.config.use_cache = False  # keys and values are for generation; put back in the exported folder
     return model
+
+
+@torch.no_grad()
+def keeps_documents_apart(model):
+    """Whether a document's logits are the same alone and after another one in a block, when `position_ids` begin anew.
+
+    Tried out, not looked up: a model may accept positions and not mask by them, or carry a state along."""
+    ids = torch.arange(12)[None] * 7 % model.get_input_embeddings().num_embeddings
+    positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
+    was_training = model.training
+    model.eval()
+    try:
+        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:]
+        alone = model(input_ids=ids[:, 6:], use_cache=False).logits
+    except TypeError:  # the model takes no positions
+        return False
+    finally:
+        model.train(was_training)
+    return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.std().item())
 
 
 def _load(loader, name, settings, what, **options):

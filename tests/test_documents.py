@@ -1,0 +1,72 @@
+"""Attention and positions that keep to the documents of a packed block."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_CONFIGS
+from test_evaluate import make_model
+from test_loop import train
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from train_loop.config import Settings
+from train_loop.data import Split, Windows
+from train_loop.loss import next_token_loss
+from train_loop.model import keeps_documents_apart, load_model
+
+VOCAB, END = 97, 0
+
+
+def packed(num_blocks, document_length, seed):
+    """Blocks of two equal copies of a random document, each closed by END."""
+    document = np.random.default_rng(seed).integers(1, VOCAB, size=(num_blocks, document_length - 1), dtype=np.int32)
+    document = np.pad(document, ((0, 0), (0, 1)), constant_values=END)
+    return np.concatenate([document, document], axis=1)
+
+
+def nats_of(model, blocks, document_end):
+    window = Windows(blocks, np.arange(len(blocks)), len(blocks), 1, document_end=document_end)[0]
+    with torch.no_grad():
+        return next_token_loss(model, {name: value[0] for name, value in window.items()})
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox"])
+def test_a_packed_block_has_the_loss_of_its_documents_alone(model_type):
+    model = make_model(model_type).eval()
+    blocks = packed(3, 9, seed=1)
+    both, num_targets, _ = nats_of(model, blocks, END)
+    first, num_first, _ = nats_of(model, blocks[:, :9], None)
+    assert num_targets == 2 * num_first == 2 * 3 * 8
+    assert both.item() == pytest.approx(2 * first.item(), rel=1e-6)
+
+
+def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_path):
+    """Trained on nothing but doubled random documents, a model learns to copy, unless it cannot see the first copy."""
+
+    def second_copy_loss(document_end, name):
+        blocks = packed(4096, 9, seed=2)
+        options = {"num_train_epochs": 4.0, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
+        model = make_model("llama")
+        splits = [Split("blocks", rows, document_end=document_end) for rows in (blocks, blocks[:64])]
+        train(model, *splits, tmp_path / name, eval_steps=1000, logging_steps=1000, **options)
+        new, model = packed(64, 9, seed=3), model.eval()
+        whole, num_whole, _ = nats_of(model, new, document_end)
+        first, num_first, _ = nats_of(model, new[:, :9], None)
+        return (whole - first).item() / (num_whole - num_first).item()
+
+    leaked, kept = second_copy_loss(None, "leaked"), second_copy_loss(END, "kept")
+    # 7 of the 8 targets are one of 96 tokens, log(96) = 4.56 nats; the last is END
+    assert kept > 0.95 * 7 / 8 * np.log(96), f"{kept:.2f} nats"
+    assert leaked < 0.5 * kept, f"the test shows nothing: {leaked:.2f} nats with the first copy in sight"
+
+
+@pytest.mark.parametrize("model_type", ["opt", "bloom", "mamba"])
+def test_a_model_that_cannot_is_refused(model_type, tmp_path):
+    """OPT masks by attention_mask alone, Bloom counts distances over the whole block, Mamba carries a state along."""
+    sizes = TINY_CONFIGS.get(model_type, {"hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "n_head": 2})
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **sizes)
+    model = AutoModelForCausalLM.from_config(config)
+    assert not keeps_documents_apart(model)
+    model.save_pretrained(tmp_path)
+    settings = Settings(model_name_or_path=str(tmp_path), document_attention=True, add_eos_token=True)
+    with pytest.raises(ValueError, match=f"the attention of {model_type} does not keep to the documents"):
+        load_model(settings, config, [])
