@@ -12,6 +12,7 @@ from conftest import BLOCK, TINY_CONFIGS, VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from train_loop import loop
+from train_loop.checkpoint import Checkpoints, Position
 from train_loop.config import Settings
 from train_loop.data import IGNORED, Split, Windows, load_windows, shuffled
 from train_loop.loss import count_targets, next_token_loss
@@ -29,9 +30,21 @@ def make_model(model_type="gpt2", dropout=False):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
+class StopSignalThatNeverComes:
+    number = 0
+
+    def agreed(self, accelerator):
+        return False
+
+
 def train(model, train_blocks, eval_blocks, output_dir, **values):
     """The loop's lines of training, its last evaluation, and the final weights."""
-    values = {"logging_steps": 1, "num_train_epochs": 1.0, "learning_rate": 1e-3} | values
+    values = {
+        "checkpointing_steps": "none",
+        "logging_steps": 1,
+        "num_train_epochs": 1.0,
+        "learning_rate": 1e-3,
+    } | values
     settings = Settings(output_dir=str(output_dir), **values)
     output_dir.mkdir()
     splits = [b if isinstance(b, Split) else Split("blocks", b) for b in (train_blocks, eval_blocks)]
@@ -42,7 +55,18 @@ def train(model, train_blocks, eval_blocks, output_dir, **values):
     scheduler = build_scheduler(optimizer, settings, num_steps)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     metrics = Metrics(output_dir, num_steps, is_main=True)
-    evaluation = loop.train(prepared, optimizer, scheduler, *splits, settings, accelerator, metrics)
+    evaluation = loop.train(
+        prepared,
+        optimizer,
+        scheduler,
+        *splits,
+        settings,
+        accelerator,
+        metrics,
+        Checkpoints(settings, accelerator),
+        StopSignalThatNeverComes(),
+        Position(),
+    )
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], evaluation, model.state_dict()
 

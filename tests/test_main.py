@@ -43,6 +43,7 @@ def test_a_run_leaves_every_file_that_is_promised(trained):
     assert {path.name for path in trained.iterdir()} == {
         "README.md",
         "all_results.json",
+        "checkpoints",
         "config.json",
         "generation_config.json",
         "loss_curve.png",

@@ -7,10 +7,11 @@ import torch
 from accelerate import Accelerator
 from conftest import BLOCK, run
 from safetensors.torch import load_file
-from test_loop import make_model
+from test_loop import StopSignalThatNeverComes, make_model
 from test_main import TINY, lines_of
 
 from train_loop import loop
+from train_loop.checkpoint import Checkpoints, Position
 from train_loop.config import Settings
 from train_loop.data import Split
 from train_loop.metrics import Metrics
@@ -47,7 +48,14 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(bloc
     def train(output_dir, scaler):
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = scaler
-        settings = Settings(max_grad_norm=0.5, logging_steps=1, max_train_steps=4, learning_rate=1e-3)
+        settings = Settings(
+            output_dir=str(output_dir),
+            checkpointing_steps="none",
+            max_grad_norm=0.5,
+            logging_steps=1,
+            max_train_steps=4,
+            learning_rate=1e-3,
+        )
         settings.per_device_train_batch_size = len(blocks)  # one batch, so that a skipped one is seen again
         model = make_model()
         optimizer = build_optimizer(model, settings)
@@ -60,7 +68,18 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(bloc
         metrics = Metrics(output_dir, 4, is_main=True)
         try:
             splits = Split("training", blocks), Split("validation", blocks[:2])
-            loop.train(prepared, prepared_optimizer, scheduler, *splits, settings, accelerator, metrics)
+            loop.train(
+                prepared,
+                prepared_optimizer,
+                scheduler,
+                *splits,
+                settings,
+                accelerator,
+                metrics,
+                Checkpoints(settings, accelerator),
+                StopSignalThatNeverComes(),
+                Position(),
+            )
         finally:
             accelerator.state._mixed_precision = "no"
         return [line for line in lines_of(output_dir) if "loss" in line], metrics, model.state_dict()

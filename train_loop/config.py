@@ -133,6 +133,25 @@ class Settings:
     output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
+    checkpointing_steps: str = setting(
+        "checkpoints",
+        "epoch",
+        "optimizer steps between checkpoints",
+        check=lambda value: value in ("epoch", "none") or (value.isdecimal() and int(value) > 0),
+        wanted="a number, epoch or none",
+    )
+    checkpoints_total_limit: int | None = setting(
+        "checkpoints", 2, "newest checkpoints to keep, beside the one with the best validation loss", **at_least(1)
+    )
+    resume_from_checkpoint: str | None = setting(
+        "checkpoints", None, "auto: go on from output_dir's newest whole checkpoint, or start; or a checkpoint's folder"
+    )
+    resume_with_changes: bool = setting(
+        "checkpoints", False, "go on although settings changed that change the result: more epochs, another rate"
+    )
+    ddp_timeout: int = setting(
+        "checkpoints", 600, "seconds that a process waits for its peers before it gives up", **at_least(1)
+    )
     traceback: bool = setting("output", False, "show Python's traceback with an error")
 
 
@@ -147,8 +166,8 @@ def convert(value, kind):
     (kind,) = kinds
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
-    if kind is str and isinstance(value, str) and value:
-        return value
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
+        return str(value)
     if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         number = float(value)
         if number == number and abs(number) != float("inf") and (kind is float or number == int(number)):
@@ -294,6 +313,9 @@ def _contradictions(s):
         found.append("no training data: give dataset_name or train_file")
     if not s.eval_only and not s.output_dir:
         found.append("output_dir is needed: the folder for the trained model")
+    if s.resume_from_checkpoint and (s.overwrite_output_dir or s.eval_only):
+        other = "overwrite_output_dir" if s.overwrite_output_dir else "eval_only"
+        found.append(f"give resume_from_checkpoint or {other}, not both")
     if s.eval_stride and s.eval_stride > s.block_size:
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
     if s.document_attention and not s.add_eos_token:

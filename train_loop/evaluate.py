@@ -34,7 +34,7 @@ def named_perplexities(loss, split):
 
 
 @torch.no_grad()
-def evaluate(model, split, settings, accelerator, show_progress=False):
+def evaluate(model, split, settings, accelerator, show_progress=False, stop=None):
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
     request the `named_perplexities`.
@@ -42,6 +42,7 @@ def evaluate(model, split, settings, accelerator, show_progress=False):
     Windows of T tokens move on by the stride, which is T if the settings say nothing else; the targets of a window are
     its tokens that the window before did not have, so each sees at least T - stride tokens of context, except in the
     first window. With stride T the context begins anew with each block, and the first token of a block is no target.
+    Returns None where `stop`, a `StopSignal`, comes in between.
     The nats and the targets of every process are summed once, at the end, in float64. Training is left as it was:
     the model's mode is put back, and no random number is drawn.
     """
@@ -63,6 +64,9 @@ def evaluate(model, split, settings, accelerator, show_progress=False):
     model.eval()
     batches = tqdm(load_windows(windows), desc="evaluating", unit=" batches", disable=not show_progress, leave=False)
     for window in batches:
+        if stop is not None and stop.agreed(accelerator):
+            model.train(was_training)
+            return None
         batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
         nll, num_targets, extras = next_token_loss(model, batch)
         for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():

@@ -1,13 +1,17 @@
 """The processes, devices and threads of a run."""
 
+import ctypes
+import dataclasses
 import os
+import signal
 import sys
+from datetime import timedelta
 
 import datasets
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DynamoBackend, InitProcessGroupKwargs
 
 
 def build_accelerator(settings):
@@ -18,7 +22,10 @@ def build_accelerator(settings):
     """
     has_device = torch.accelerator.is_available()
     # without cpu=True, CPU processes do not find each other: each would be a world of its own
-    accelerator = Accelerator(cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true")
+    accelerator = Accelerator(
+        cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true",
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))],
+    )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
         raise ValueError(
@@ -32,6 +39,21 @@ def build_accelerator(settings):
         processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         torch.set_num_threads(settings.num_threads or max(1, num_cores() // processes_here))
     return accelerator
+
+
+def after_restart(settings):
+    """The settings of processes that the launcher started again (`--max_restarts`): they go on by themselves."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and settings.output_dir:
+        wanted = settings.resume_from_checkpoint or "auto"
+        return dataclasses.replace(settings, resume_from_checkpoint=wanted, overwrite_output_dir=False)
+    return settings
+
+
+def stop_with_launcher():
+    """Asks Linux for a SIGTERM when the launcher dies: `accelerate launch` of a single process passes no signal on."""
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def compile_in_place(model, accelerator):

@@ -6,7 +6,6 @@ by the number of those targets: how the blocks are spread over micro-batches and
 """
 
 import contextlib
-import itertools
 import math
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from train_loop.data import Windows, load_windows, shuffled
 from train_loop.evaluate import evaluate
 from train_loop.loss import count_targets, next_token_loss
+from train_loop.stop import Stopped
 
 
 def steps_per_epoch(num_blocks, settings, world_size):
@@ -29,32 +29,44 @@ def num_steps(num_blocks, settings, world_size):
     )
 
 
-def train(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, metrics):
-    """Trains `model` in place. `model` and `optimizer` are prepared by Accelerate, `scheduler` is not.
+def train(
+    model, optimizer, scheduler, train_split, eval_split, settings, accelerator, metrics, checkpoints, stop, position
+):
+    """Trains `model` in place, from `position` on. `model` and `optimizer` are prepared by Accelerate, `scheduler` is
+    not. Returns the last evaluation.
 
-    Returns the last evaluation. Raises FloatingPointError, on all processes and before the weights are touched, when
-    a loss or a gradient norm is not finite.
+    Raises, on all processes alike: FloatingPointError, before the weights are touched, when a loss or a gradient norm
+    is not finite; Stopped, with a checkpoint written, when `stop` came.
     """
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = len(train_split.blocks)
     per_epoch, last_step = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
-    evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress)
-    metrics.log_evaluation(0, 0.0, evaluation)
 
+    def evaluate_if_due():
+        step, every = position.step, settings.eval_steps
+        due = step in (0, last_step) or (step % every == 0 if every else position.window == per_epoch)
+        if not due or position.evaluated_step == step:
+            return
+        metrics.log_training()
+        evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
+        if evaluation is not None:  # it was not stopped
+            position.evaluated_step, position.evaluation = step, evaluation
+            metrics.log_evaluation(step, position.epoch + position.window / per_epoch, evaluation)
+
+    evaluate_if_due()  # of the untrained model; or the one that a stop cut short
     model.train()
-    step = 0
-    for epoch in itertools.count():
+    while position.step < last_step and not stop.agreed(accelerator):
+        order = shuffled(num_blocks, settings.seed, position.epoch)
         windows = Windows(
             train_split.blocks,
-            shuffled(num_blocks, settings.seed, epoch),
+            order,
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             W,
             accelerator.process_index,
             document_end=train_split.document_end,
         )
-        batches = load_windows(windows, pin_memory=device.type == "cuda")
-        for done, window in enumerate(batches, start=1):
+        for window in load_windows(windows, first=position.window, pin_memory=device.type == "cuda"):
             window = {name: value.to(device, non_blocking=True) for name, value in window.items()}  # each [M, B, T]
             num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")
 
@@ -70,35 +82,41 @@ def train(model, optimizer, scheduler, train_split, eval_split, settings, accele
 
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
             sums = accelerator.reduce(sums, "sum")
-            stop_if_not_finite(step + 1, sums["loss"], grad_norm, accelerator)
+            stop_if_not_finite(position.step + 1, sums["loss"], grad_norm, accelerator, checkpoints)
             optimizer.step()
             optimizer.zero_grad()
-            if not torch.isfinite(grad_norm):  # float16's scaler kept the weights as they were, and halved its scale
+            position.window += 1
+            if torch.isfinite(grad_norm):
+                learning_rate = scheduler.get_last_lr()[0]
+                scheduler.step()
+                position.step += 1
+                epoch = position.epoch + position.window / per_epoch
+                metrics.count_step(position.step, epoch, sums, num_targets, learning_rate, grad_norm)
+                if position.step % settings.logging_steps == 0:
+                    metrics.log_training()
+            else:  # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
                 metrics.count_skipped_step()
-                continue
-            learning_rate = scheduler.get_last_lr()[0]
-            scheduler.step()
-            step += 1
 
-            metrics.count_step(step, epoch + done / per_epoch, sums, num_targets, learning_rate, grad_norm)
-            evaluate_now = step == last_step or (
-                step % settings.eval_steps == 0 if settings.eval_steps else done == per_epoch
-            )
-            if step % settings.logging_steps == 0 or evaluate_now:
-                metrics.log_training()
-            if evaluate_now:
-                evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress)
-                metrics.log_evaluation(step, epoch + done / per_epoch, evaluation)
-            if step == last_step:
-                return evaluation
+            evaluate_if_due()
+            stopping = stop.agreed(accelerator)
+            if stopping or checkpoints.is_due(position.step, position.window, per_epoch, last_step):
+                checkpoints.save(position, model, optimizer, metrics)
+            if stopping or position.step == last_step:
+                break
+        if position.window == per_epoch:
+            position.epoch, position.window = position.epoch + 1, 0
+    if stop.number and (position.step < last_step or position.evaluated_step != position.step):
+        raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")
+    return position.evaluation
 
 
-def stop_if_not_finite(step, nll_sum, grad_norm, accelerator):
+def stop_if_not_finite(step, nll_sum, grad_norm, accelerator, checkpoints):
     """Both numbers are the same on every process, so all of them stop together."""
     # with float16's scaler an infinite gradient is no accident: the scaler skips that step
     checked = nll_sum if accelerator.scaler is not None else nll_sum + grad_norm
     if not torch.isfinite(checked):
         raise FloatingPointError(
             f"step {step}: the loss ({nll_sum.item()} nats) or the gradient norm ({float(grad_norm)}) is not finite; "
-            "the weights are those of the step before. Try a lower learning_rate, or more num_warmup_steps"
+            f"the step was not taken, and {checkpoints.say_latest()}. Try a lower learning_rate, or more "
+            "num_warmup_steps"
         )

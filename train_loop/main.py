@@ -17,34 +17,43 @@ if __package__ in (None, ""):  # run as a script: this folder's modules must not
 
 from train_loop import hub
 from train_loop.config import read_settings
+from train_loop.stop import Stopped, StopSignal
 
 
 def main(argv=None):
-    """Exit status: 0 done, 1 an error that the user can mend (told in one sentence), 130 interrupted."""
+    """Exit status: 0 done; 1 an error that the user can mend, told in one sentence; 75 stopped by a signal, with a
+    checkpoint to go on from; 128 + the signal's number: stopped before there was anything to save."""
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(read_settings(argv))
-    except (ValueError, OSError, FloatingPointError) as error:
-        if "--traceback" in argv:
-            raise
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print("interrupted", file=sys.stderr)
-        return 130
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with StopSignal() as stop:
+        try:
+            run(read_settings(argv), stop)
+        except (ValueError, OSError, FloatingPointError) as error:
+            if "--traceback" in argv:
+                raise
+            if is_main:
+                print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+            return 1
+        except Stopped as stopped:
+            if is_main:
+                way_on = ". To go on: the same command with --resume_from_checkpoint auto" if str(stopped) else ""
+                print(f"stopped by {stop.name} {stopped}".rstrip() + way_on, file=sys.stderr)
+            return 75 if "step-" in str(stopped) else 128 + stop.number
     return 0
 
 
-def run(settings):
+def run(settings, stop):
     if settings.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
     if hub.use_cache_if_unreachable(settings) and int(os.environ.get("RANK", 0)) == 0:
         print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
-    from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish
+    from accelerate.utils import set_seed
 
+    from train_loop import checkpoint, data, evaluate, launch, loop, metrics, model, optim, publish
+
+    launch.stop_with_launcher()
+    settings = launch.after_restart(settings)
     publish.check_output_dir(settings)
     accelerator = launch.build_accelerator(settings)
     is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
@@ -53,7 +62,6 @@ def run(settings):
         config = model.load_config(settings)
         train_rows, eval_rows, held_out = data.load_rows(settings)
         tokenizer = model.load_tokenizer(settings, train_rows)
-
         eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
         if not settings.eval_only:
             train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
@@ -73,22 +81,50 @@ def run(settings):
             return
         run_length = len(train_split.blocks), settings, accelerator.num_processes
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
-        if is_main:
-            publish.create_output_dir(settings)
-            splits = [train_split, eval_split]
-            print(metrics.banner(settings, accelerator, net, splits, held_out, per_epoch, num_steps), flush=True)
         optimizer = optim.build_optimizer(net, settings)
         scheduler = optim.build_scheduler(optimizer, settings, num_steps)
+        identity = checkpoint.identity(settings, net, train_split, num_steps, accelerator)
         net, optimizer = accelerator.prepare(net, optimizer)
+        set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
+
+        # -> where an earlier run was
+        checkpoints, position = checkpoint.Checkpoints(settings, accelerator, identity), checkpoint.Position()
+        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress)
+        path = checkpoints.find()
+        if path:
+            position = checkpoints.restore(path, net, optimizer, scheduler, log)
+            if position.step == num_steps and publish.is_finished(settings.output_dir, num_steps):
+                if is_main:
+                    print(f"the run in {settings.output_dir} is finished: {num_steps:,} steps")
+                return
+        if is_main:
+            publish.create_output_dir(settings, resuming=path is not None)
+            splits = [train_split, eval_split]
+            print(metrics.banner(settings, accelerator, net, splits, held_out, per_epoch, num_steps), flush=True)
+            if settings.resume_from_checkpoint:
+                print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
 
         # -> train
-        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress)
-        evaluation = loop.train(net, optimizer, scheduler, train_split, eval_split, settings, accelerator, log)
+        stop.deferred = True
+        evaluation = loop.train(
+            net,
+            optimizer,
+            scheduler,
+            train_split,
+            eval_split,
+            settings,
+            accelerator,
+            log,
+            checkpoints,
+            stop,
+            position,
+        )
 
         # -> export
-        results = log.finish(evaluation)
+        results = log.finish(evaluation, checkpoints.seconds)
         publish.export(net, tokenizer, log.lines, results, settings, accelerator)
         if is_main:
+            metrics.write_json(Path(settings.output_dir) / "all_results.json", results)  # says that the run is finished
             print(f"done: {settings.output_dir}. Generate text with")
             print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
     finally:

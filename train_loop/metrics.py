@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from train_loop.evaluate import perplexity
 
+STATE = ("sums", "tokens", "train_nats", "train_tokens", "train_seconds", "num_skipped_steps", "train_loss", "latest")
 COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 
 
@@ -31,6 +32,8 @@ class Metrics:
         self.num_skipped_steps = 0
         self.bar = None
         self.train_loss = None  # of the last training line
+        self.latest = {"step": 0, "epoch": 0.0}  # of the last optimizer step
+        self.has_head = False  # of the table
         self._restart()
 
     def _restart(self):
@@ -45,7 +48,9 @@ class Metrics:
         self.tokens += num_targets.item()
         self.latest = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
         if self.show_progress:
-            self.bar = self.bar or tqdm(total=self.num_steps, desc="training", unit=" steps", leave=False)
+            self.bar = self.bar or tqdm(
+                total=self.num_steps, initial=step - 1, desc="training", unit=" steps", leave=False
+            )
             self.bar.update(1)
             self.bar.set_postfix(
                 loss=f"{self.sums['loss'] / self.tokens:.4f}", lr=f"{learning_rate:.2e}", refresh=False
@@ -54,8 +59,35 @@ class Metrics:
     def count_skipped_step(self):
         self.num_skipped_steps += 1
 
+    def leave_out(self, seconds):
+        """Takes time that was not spent on training out of the tokens per second."""
+        self.started += seconds
+
+    def state_dict(self):
+        """What a checkpoint keeps, so that the numbers go on where they were. Waits until the lines are on the disk."""
+        size = 0
+        if self.lines and self.is_main:
+            with open(self.output_dir / "metrics.jsonl", "rb") as file:
+                os.fsync(file.fileno())
+                size = file.seek(0, os.SEEK_END)
+        counts = {name: getattr(self, name) for name in STATE}
+        return {"size": size, "seconds": time.perf_counter() - self.started, **counts}
+
+    def load_state_dict(self, state):
+        """Goes on from `state`, and cuts metrics.jsonl back to it: one step has one line."""
+        for name in STATE:
+            setattr(self, name, state[name])
+        self.started = time.perf_counter() - state["seconds"]
+        path = self.output_dir / "metrics.jsonl"
+        if self.is_main and path.is_file():
+            if path.stat().st_size > state["size"]:
+                os.truncate(path, state["size"])
+            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
     def log_training(self):
-        """A line of metrics.jsonl: the token-weighted mean loss since the line before it."""
+        """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
+        if not self.tokens:
+            return
         seconds = time.perf_counter() - self.started
         means = {name: value / self.tokens for name, value in self.sums.items()}
         self.train_loss = means["loss"]
@@ -86,7 +118,8 @@ class Metrics:
 
     def _row(self, step, epoch, train_loss="", eval_loss="", ppl="", speed=None):
         row = (f"{step:,}", f"{epoch:.2f}", train_loss, eval_loss, ppl, f"{speed:,.0f}" if speed else "")
-        if step == 0:
+        if not self.has_head:
+            self.has_head = True
             tqdm.write(" ".join(f"{name:>10}" for name in COLUMNS))
         tqdm.write(" ".join(f"{cell:>10}" for cell in row))
         sys.stdout.flush()
@@ -97,11 +130,13 @@ class Metrics:
             with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def finish(self, evaluation):
-        """The results of the whole run, written to all_results.json, with the picture of its losses beside them."""
+    def finish(self, evaluation, checkpoint_seconds=0.0):
+        """The results of the whole run, and the picture of its losses in output_dir."""
         if self.bar:
             self.bar.close()
-        results = {
+        if self.is_main:
+            draw_losses(self.lines, self.output_dir / "loss_curve.png")
+        return {
             "epoch": round(self.latest["epoch"], 6),
             "step": self.latest["step"],
             "train_loss": self.train_nats / self.train_tokens,
@@ -109,12 +144,9 @@ class Metrics:
             "train_tokens": self.train_tokens,
             "train_runtime": self.train_seconds,
             "tokens_per_second": self.train_tokens / self.train_seconds,
+            "checkpoint_runtime": checkpoint_seconds,
             "peak_memory_gib": peak_memory_gib(),
         }
-        if self.is_main:
-            write_json(self.output_dir / "all_results.json", results)
-            draw_losses(self.lines, self.output_dir / "loss_curve.png")
-        return results
 
 
 def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):

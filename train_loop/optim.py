@@ -27,6 +27,12 @@ def build_optimizer(model, settings):
     )
 
 
+def move_scheduler(scheduler, step):
+    """Sets the schedule to where it is after `step` optimizer steps: it is a function of the step alone."""
+    scheduler.last_epoch, scheduler._step_count = step - 1, step + 1
+    scheduler.step()
+
+
 def build_scheduler(optimizer, settings, num_steps):
     """The schedule of `num_steps` optimizer steps. Not to be passed through Accelerate's `prepare`, which would step
     it once for each process."""

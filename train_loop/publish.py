@@ -2,6 +2,7 @@
 model card and settings."""
 
 import dataclasses
+import json
 import os
 import shutil
 from importlib.metadata import version
@@ -17,24 +18,44 @@ def check_output_dir(settings):
     path = Path(settings.output_dir)
     if path.exists() and not path.is_dir():
         raise ValueError(f"output_dir {path} is a file")
-    if path.is_dir() and any(path.iterdir()) and not settings.overwrite_output_dir:
+    is_run = (path / "train_config.yaml").is_file()
+    resuming = settings.resume_from_checkpoint and is_run
+    if path.is_dir() and any(path.iterdir()) and not settings.overwrite_output_dir and not resuming:
+        way_on = "--resume_from_checkpoint auto to go on with the run in it, or " if is_run else ""
         raise ValueError(
-            f"output_dir {path} is not empty: choose another, or give --overwrite_output_dir to delete what is in it"
+            f"output_dir {path} is not empty: choose another, or give {way_on}--overwrite_output_dir to delete what "
+            "is in it"
         )
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK):
         raise ValueError(f"output_dir {path} cannot be written: no permission in {place}")
 
 
-def create_output_dir(settings):
-    """An empty output_dir, with the settings in it. Called once the model and the data are known to be good."""
+def create_output_dir(settings, resuming=False):
+    """output_dir with the settings in it, and empty but for them unless `resuming`. Called once the model and the data
+    are known to be good."""
     path = Path(settings.output_dir)
+    if settings.resume_from_checkpoint and not resuming and is_finished(path):
+        raise ValueError(f"output_dir {path} holds a finished run without checkpoints: there is nothing to go on from")
+    if settings.resume_from_checkpoint and not resuming:  # what a run left that was killed before its first checkpoint
+        (path / "metrics.jsonl").unlink(missing_ok=True)
     if settings.overwrite_output_dir and path.is_dir():
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     path.mkdir(parents=True, exist_ok=True)
     values = dataclasses.asdict(settings)
-    (path / "train_config.yaml").write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    partial = path / ".train_config.partial"
+    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    os.replace(partial, path / "train_config.yaml")
+
+
+def is_finished(output_dir, step=None):
+    """Whether the run in `output_dir` was exported, with `step` as its last step if that is given."""
+    try:
+        results = json.loads((Path(output_dir) / "all_results.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return step is None or results.get("step") == step
 
 
 def export(model, tokenizer, lines, results, settings, accelerator):

@@ -1,0 +1,404 @@
+"""Checkpoints that are whole or not there, and the way back from them.
+
+    output_dir/checkpoints/step-000500/
+        model.safetensors       every parameter and buffer by its name; a tied weight once
+        optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
+        state.json              position, metrics, random states of every process, scaler, settings, versions
+        manifest.json           size and digest of each file and of itself, written last
+
+A checkpoint is written to a folder of another name, flushed to the disk, and renamed; only then are older ones removed.
+So a kill at any instant leaves the one before it whole. The learning rate needs no place in it: it is a function of the
+step.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from train_loop.optim import move_scheduler
+
+# what may differ from a checkpoint when the user asks for it; the rest of `Identity` may not
+CHANGEABLE = {
+    "num_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "mixed_precision",
+}
+
+
+@dataclass
+class Position:
+    """How far a run is: `window` optimizer steps' blocks of `epoch` are done, and `step` optimizer steps in all."""
+
+    epoch: int = 0
+    window: int = 0
+    step: int = 0
+    evaluated_step: int | None = None  # the step of the last evaluation, and what came out
+    evaluation: dict | None = None
+
+
+def identity(settings, model, split, num_steps, accelerator):
+    """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
+    not: the blocks themselves and the model's config do."""
+    blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
+    return values | {
+        "training blocks": hashlib.blake2b(np.ascontiguousarray(split.blocks), digest_size=16).hexdigest(),
+        "documents end with token": split.document_end,
+        "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
+        "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
+        "num_steps": num_steps,
+        "mixed_precision": accelerator.mixed_precision,
+    }
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every process has one and calls the same methods; the main process writes."""
+
+    def __init__(self, settings, accelerator, identity=None):
+        self.settings, self.accelerator, self.identity = settings, accelerator, identity
+        self.folder = Path(settings.output_dir) / "checkpoints"
+        self.latest = None  # the last one that this process saved or resumed from
+        self.seconds = 0.0  # spent on saving
+
+    def is_due(self, step, window, steps_per_epoch, last_step):
+        every = self.settings.checkpointing_steps
+        if every == "none":
+            return False
+        return step == last_step or (window == steps_per_epoch if every == "epoch" else step % int(every) == 0)
+
+    def save(self, position, model, optimizer, metrics):
+        """Raises OSError on every process where it cannot be written; the checkpoints before it stay."""
+        began = time.perf_counter()
+        tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
+        rng = gather_object([rng_state()])
+        problem = None
+        if self.accelerator.is_main_process:
+            scaler = self.accelerator.scaler
+            state = {
+                "position": dataclasses.asdict(position),
+                "metrics": metrics.state_dict(),
+                "rng": rng,
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "optimizer": scalars,
+                "identity": self.identity,
+                "settings": dataclasses.asdict(self.settings),
+                "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+            }
+            eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
+            try:
+                self._write(position.step, eval_loss, tensors, optimizer_tensors, state)
+            except OSError as error:
+                problem = f"the checkpoint of step {position.step} cannot be written ({error}); {self.say_latest()}"
+        problem = broadcast_object_list([problem])[0]
+        if problem:
+            raise OSError(problem)
+        self.latest = self.folder / name_of(position.step)
+        self.seconds += time.perf_counter() - began
+        metrics.leave_out(time.perf_counter() - began)
+
+    def _snapshot(self, model, optimizer):
+        # gathering a sharded tensor takes every process; only the main one keeps it
+        keep = self.accelerator.is_main_process
+        tensors, optimizer_tensors, scalars = {}, {}, {}
+        model = self.accelerator.unwrap_model(model)
+        for name, tensor in named_tensors(model).items():
+            tensor = gathered(tensor)
+            if keep:
+                tensors[name] = tensor
+        names = {id(p): name for name, p in model.named_parameters()}
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                name = f"{names[id(parameter)]}.{key}"
+                if isinstance(value, torch.Tensor):
+                    value = gathered(value)
+                    if keep:
+                        optimizer_tensors[name] = value
+                else:
+                    scalars[name] = value
+        return tensors, optimizer_tensors, scalars
+
+    def _write(self, step, eval_loss, tensors, optimizer_tensors, state):
+        final = self.folder / name_of(step)
+        partial = self.folder / f"{final.name}.partial"
+        self.folder.mkdir(exist_ok=True)
+        for leftover in self.folder.glob("*.partial"):
+            shutil.rmtree(leftover)
+        partial.mkdir()
+        try:
+            write_tensors(tensors, partial / "model.safetensors")
+            write_tensors(optimizer_tensors, partial / "optimizer.safetensors")
+            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+            files = {}
+            for path in sorted(partial.iterdir()):
+                flush(path)
+                files[path.name] = {"size": path.stat().st_size, "blake2b": digest_of(path)}
+            manifest = {"step": step, "eval_loss": eval_loss, "files": files}
+            manifest["blake2b"] = digest_of_manifest(manifest)
+            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+            flush(partial / "manifest.json")
+            flush(partial)
+            if final.exists():  # left from a run that went another way; no promise is on it
+                discard(final)
+            os.rename(partial, final)
+            flush(self.folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._rotate()
+
+    def _rotate(self):
+        kept = steps_in(self.folder)
+        best = [(loss, step) for step in kept if (loss := eval_loss_of(self.folder / name_of(step))) is not None]
+        limit = self.settings.checkpoints_total_limit
+        surplus = kept[:-limit] if limit else []
+        for path in [self.folder / name_of(step) for step in surplus if not best or step != min(best)[1]]:
+            discard(path)
+        for path in self.folder.glob("*.discarded"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def find(self):
+        """The checkpoint to go on from, or None for a new run; the same on every process. Says on stderr which
+        damaged ones were skipped. Raises ValueError where there are only damaged ones, or the one named is."""
+        found, problem = None, None
+        if self.accelerator.is_main_process:
+            try:
+                found = self._find()
+            except ValueError as error:
+                problem = str(error)
+        found, problem = broadcast_object_list([found, problem])
+        if problem:
+            raise ValueError(problem)
+        self.latest = found and Path(found)
+        return self.latest
+
+    def _find(self):
+        wanted = self.settings.resume_from_checkpoint
+        if wanted is None:
+            return None
+        if wanted != "auto":
+            if reason := damage(Path(wanted)):
+                raise ValueError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
+            return wanted
+        steps = steps_in(self.folder)
+        for step in reversed(steps):
+            path = self.folder / name_of(step)
+            reason = damage(path)
+            if not reason:
+                return str(path)
+            tell(f"{path} is damaged ({reason}): looking for the one before it")
+        if steps:
+            raise ValueError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
+        return None
+
+    def restore(self, path, model, optimizer, scheduler, metrics):
+        """Puts everything back as it was in the checkpoint `path`, on every process, and returns its `Position`.
+
+        Raises ValueError where the run would go another way than the one that was interrupted.
+        """
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        position = Position(**state["position"])
+        self._compare(state, position)
+        model = self.accelerator.unwrap_model(model)
+        tensors = named_tensors(model)
+        with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
+            if set(file.keys()) != set(tensors):
+                raise ValueError(f"{path} holds other weights than this model has")
+            for name, tensor in tensors.items():
+                tensor.copy_(placed_like(file.get_tensor(name), tensor))
+        names = {name: p for name, p in model.named_parameters()}
+        with safe_open(path / "optimizer.safetensors", "pt") as file:
+            values = {name: file.get_tensor(name) for name in file.keys()} | state["optimizer"]  # noqa: SIM118
+        for name, value in values.items():
+            parameter_name, _, key = name.rpartition(".")
+            parameter = names[parameter_name]
+            if isinstance(value, torch.Tensor):
+                same_shape = value.shape == parameter.shape  # a step count has none: it is not sharded
+                value = placed_like(value, parameter) if same_shape else value.to(parameter.device)
+            optimizer.state[parameter][key] = value
+        move_scheduler(scheduler, position.step)
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        metrics.load_state_dict(state["metrics"])
+        if len(state["rng"]) == self.accelerator.num_processes:
+            set_rng_state(state["rng"][self.accelerator.process_index])
+        else:
+            torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
+            if self.accelerator.is_main_process:
+                tell(f"random states are of {len(state['rng'])} processes: dropout goes on from new ones")
+        if self.accelerator.is_main_process:
+            for step in steps_in(self.folder):  # damaged, or of a run that went on from here before
+                if step > position.step:
+                    discard(self.folder / name_of(step))
+        return position
+
+    def _compare(self, state, position):
+        old, new = state["identity"], self.identity
+        differing = {name: f"{name}: {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]}
+        fixed = [line for name, line in differing.items() if name not in CHANGEABLE]
+        if fixed:
+            raise ValueError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
+        if differing and not self.settings.resume_with_changes:
+            raise ValueError(
+                f"since the checkpoint of step {position.step} settings changed that change the result: "
+                f"{'; '.join(differing.values())}. --resume_with_changes goes on with the new ones"
+            )
+        if new["num_steps"] < position.step:
+            raise ValueError(f"the run is to end at step {new['num_steps']}, but the checkpoint is of {position.step}")
+        if self.accelerator.is_main_process:
+            settings = dataclasses.asdict(self.settings)
+            others = [
+                f"{name}: {value} -> {settings.get(name)}"
+                for name, value in state["settings"].items()
+                if settings.get(name) != value and name not in differing and not name.startswith("resume_")
+            ]
+            if lines := [*differing.values(), *others]:
+                tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(lines)}")
+
+    def say_latest(self):
+        """A clause for messages about a run that ends here."""
+        return f"the last checkpoint is {self.latest}" if self.latest else "there is no checkpoint yet"
+
+
+def name_of(step):
+    return f"step-{step:06d}"
+
+
+def steps_in(folder):
+    """The steps of the checkpoints in a folder, oldest first, whole or not."""
+    matches = [re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*")]
+    return sorted(int(match[1]) for match in matches if match)
+
+
+def discard(path):
+    """Renames a checkpoint that will be removed: a kill while its files go leaves nothing that looks like one."""
+    discarded = path.with_name(f"{path.name}.discarded")
+    shutil.rmtree(discarded, ignore_errors=True)
+    os.rename(path, discarded)
+
+
+def damage(path):
+    """Why the folder `path` is no whole checkpoint, or None. Reads every file."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["blake2b"] != digest_of_manifest(manifest):
+            return "manifest.json is not as it was written"
+        for name, entry in manifest["files"].items():
+            if (path / name).stat().st_size != entry["size"]:
+                return f"{name} has {(path / name).stat().st_size:,} bytes instead of {entry['size']:,}"
+            if digest_of(path / name) != entry["blake2b"]:
+                return f"{name} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"manifest.json cannot be read: {type(error).__name__}"
+    return None
+
+
+def eval_loss_of(path):
+    try:
+        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))["eval_loss"]
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def digest_of(path):
+    digest = hashlib.blake2b(digest_size=16)
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_of_manifest(manifest):
+    rest = {name: value for name, value in manifest.items() if name != "blake2b"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def write_tensors(tensors, path):
+    try:
+        save_file(tensors, path)
+    except Exception as error:  # safetensors has an error class of its own for a full disk
+        raise OSError(str(error)) from error
+
+
+def flush(path):
+    """Waits until a file's or a folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def named_tensors(model):
+    """{name: parameter or buffer}, a tied weight under its first name alone."""
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
+    return dict(model.named_parameters()) | buffers
+
+
+def gathered(tensor):
+    """`tensor` whole and on the CPU, whatever share of it this process holds."""
+    tensor = tensor.detach()
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+
+
+def placed_like(tensor, other):
+    """`tensor`, whole, on the device and in the shares of `other`."""
+    tensor = tensor.to(other.device)
+    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+
+
+def rng_state():
+    """The random states of this process, as JSON takes them."""
+    kind, keys, *rest = np.random.get_state()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "device": torch.get_device_module(device).get_rng_state().tolist() if device else None,
+    }
+
+
+def set_rng_state(state):
+    """Raises ValueError where a state does not fit: going on with other random numbers would be another run."""
+    try:
+        version_, keys, gauss = state["python"]
+        random.setstate((version_, tuple(keys), gauss))
+        np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if (state["device"] is not None) != torch.accelerator.is_available():
+            raise ValueError("it was saved on another kind of device")
+        if state["device"] is not None:
+            device = torch.accelerator.current_accelerator()
+            torch.get_device_module(device).set_rng_state(torch.tensor(state["device"], dtype=torch.uint8))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's random state cannot be restored: {error}") from error
+
+
+def tell(sentence):
+    print(sentence, file=sys.stderr, flush=True)
