@@ -9,6 +9,7 @@ accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --vali
 """
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -33,6 +34,12 @@ def main(argv=None):
                 raise
             if is_main:
                 print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+            return 1
+        except RuntimeError as error:
+            if "--traceback" in argv or not re.search(r"peer|timed? ?out", str(error), re.IGNORECASE):
+                raise
+            rank = os.environ.get("RANK", 0)  # every process says it: the one that is gone cannot
+            print(f"error: process {rank} lost its peers: {str(error).splitlines()[0]}", file=sys.stderr)
             return 1
         except Stopped as stopped:
             if is_main:
@@ -99,8 +106,8 @@ def run(settings, stop):
                 return
         if is_main:
             publish.create_output_dir(settings, resuming=path is not None)
-            splits = [train_split, eval_split]
-            print(metrics.banner(settings, accelerator, net, splits, held_out, per_epoch, num_steps), flush=True)
+            whole, splits = accelerator.unwrap_model(net), [train_split, eval_split]
+            print(metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps), flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
 

@@ -162,6 +162,8 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         )
     if held_out:
         lines.append(f"held out    {held_out}")
+    if s.trust_remote_code:
+        lines.append(f"trusted     Python code that comes with {source} is run (trust_remote_code)")
     if num_steps:
         blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
         lines += [

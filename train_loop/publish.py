@@ -10,6 +10,8 @@ from pathlib import Path
 
 import yaml
 
+from train_loop.data import one_line
+
 
 def check_output_dir(settings):
     """Raises ValueError where output_dir cannot take a new run. Changes nothing."""
@@ -77,6 +79,8 @@ def export(model, tokenizer, lines, results, settings, accelerator):
         (partial / "README.md").write_text(model_card(model, lines, results, settings), encoding="utf-8")
         for path in partial.iterdir():
             os.replace(path, output_dir / path.name)
+    except Exception as error:  # safetensors has an error class of its own for a full disk
+        raise OSError(f"the model cannot be exported to {output_dir}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -172,7 +172,8 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
         counts.setdefault("exit statuses", {})
         for code in codes:
             counts["exit statuses"][code] = counts["exit statuses"].get(code, 0) + 1
-        if codes - {0, 75, 128 + number, -signal.SIGKILL, -number}:
+        lost_a_peer = {1} if processes > 1 and number == signal.SIGKILL else set()
+        if codes - {0, 75, 128 + number, -signal.SIGKILL, -number} - lost_a_peer:
             raise SystemExit(f"an attempt ended with {codes}; see {log}")
         steps = checkpoint.steps_in(output_dir / "checkpoints") if output_dir.exists() else []
         whole = [step for step in steps if not checkpoint.damage(output_dir / "checkpoints" / checkpoint.name_of(step))]

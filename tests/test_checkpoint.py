@@ -1,0 +1,417 @@
+"""A run that cannot be lost: killed, stopped, damaged and resumed, it ends as if nothing had been."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_main import TINY, lines_of
+
+from train_loop.checkpoint import damage, name_of, rng_state, set_rng_state, steps_in
+from train_loop.main import main
+
+NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO = (*LAUNCH, "--config_file", ROOT / "launch_configs" / "multi_cpu.yaml")
+
+
+def weights_of(output_dir):
+    return load_file(output_dir / "model.safetensors")
+
+
+def assert_same_run(output_dir, reference):
+    """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
+    first, second = weights_of(output_dir), weights_of(reference)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    strip = [
+        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines_of(d)]
+        for d in (output_dir, reference)
+    ]
+    assert strip[0] == strip[1]
+
+
+@pytest.fixture(scope="module")
+def arguments(text_file):
+    """26 steps in two epochs, with dropout; checkpoints at 5, 10, 15, 20, 25 and 26, an evaluation every 7 steps."""
+    return [*TINY, f"--train_file={text_file}", "--num_train_epochs=2", "--checkpointing_steps=5", "--eval_steps=7"]
+
+
+@pytest.fixture(scope="module")
+def reference(arguments, tmp_path_factory):
+    """The run that was left alone."""
+    output_dir = tmp_path_factory.mktemp("reference") / "run"
+    assert main([*arguments, f"--output_dir={output_dir}", "--checkpoints_total_limit=9"]) == 0
+    return output_dir
+
+
+@pytest.fixture
+def interrupted(reference, tmp_path):
+    """The same folder as a kill after step 15 would have left it."""
+    output_dir = tmp_path / "run"
+    shutil.copytree(reference, output_dir)
+    for name in ("step-000020", "step-000025", "step-000026"):
+        shutil.rmtree(output_dir / "checkpoints" / name)
+    for name in ("model.safetensors", "all_results.json"):
+        (output_dir / name).unlink()
+    return output_dir
+
+
+@pytest.mark.parametrize("processes, number, kills", [(1, "KILL", 8), (2, "KILL", 4), (1, "TERM", 4), (2, "USR1", 3)])
+def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number, kills):
+    """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
+    harness = "tests/benchmarks/kills.py"
+    done = run(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = eval(done.stdout.splitlines()[-1])
+    assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
+
+
+def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, arguments, reference):
+    """Mid-epoch, at its boundary after 13 steps, in the second epoch; metrics.jsonl is cut back to each."""
+    for step in (15, 10, 5):
+        resume = f"--resume_from_checkpoint={reference}/checkpoints/{name_of(step)}"
+        assert main([*arguments, f"--output_dir={interrupted}", resume]) == 0
+        assert_same_run(interrupted, reference)
+        (interrupted / "all_results.json").unlink()
+
+
+@pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
+def test_a_damaged_file_is_noticed(name, deed, interrupted):
+    path = interrupted / "checkpoints" / "step-000015"
+    assert damage(path) is None
+    file, size = path / name, (path / name).stat().st_size
+    if deed == "removed":
+        file.unlink()
+    elif deed == "flipped":
+        content = bytearray(file.read_bytes())
+        for position in np.random.default_rng(0).integers(size, size=20):
+            content[position] ^= 1 << int(position % 8)
+            file.write_bytes(content)
+            assert damage(path) is not None, f"bit {position % 8} of byte {position}"
+            content[position] ^= 1 << int(position % 8)
+        content[size // 2] ^= 1
+        file.write_bytes(content)
+    else:
+        os.truncate(file, size - 1 if deed == "truncated" else 0)
+    assert damage(path) is not None
+
+
+@pytest.mark.parametrize("name, deed", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
+def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, arguments, reference, capsys):
+    path = interrupted / "checkpoints" / "step-000015" / name
+    path.write_bytes(path.read_bytes()[:-1] + b"?") if deed == "flipped" else path.unlink()
+    assert main([*arguments, f"--output_dir={interrupted}", f"--resume_from_checkpoint={path.parent}"]) == 1
+    assert "step-000015 is no whole checkpoint: " + name in capsys.readouterr().err
+    assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 0
+    done = capsys.readouterr()
+    assert re.search(r"step-000015 is damaged \(" + name, done.err) and "checkpoints/step-000010\n" in done.out
+    assert_same_run(interrupted, reference)
+    assert damage(interrupted / "checkpoints" / "step-000025") is None
+
+
+def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, capsys):
+    for path in interrupted.glob("checkpoints/*/state.json"):
+        path.write_text("{}")
+    assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 1
+    assert "is whole; --overwrite_output_dir starts anew" in capsys.readouterr().err
+    assert len(steps_in(interrupted / "checkpoints")) == 3
+
+
+def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
+    assert steps_in(reference / "checkpoints") == [5, 10, 15, 20, 25, 26]
+    # eight blocks learnt by heart: the validation loss rises again
+    run_dir = tmp_path / "run"
+    more = ["--max_train_samples=8", "--num_train_epochs=60", "--learning_rate=3e-2", "--eval_steps=1"]
+    more += ["--checkpointing_steps=1", "--checkpoints_total_limit=3"]
+    assert main([*arguments, *more, f"--output_dir={run_dir}"]) == 0
+    losses = {line["step"]: line["eval_loss"] for line in lines_of(run_dir) if line.get("eval_loss") and line["step"]}
+    best = min(losses, key=losses.get)
+    assert best < 50, "the model did not learn them by heart"
+    assert steps_in(run_dir / "checkpoints") == [best, 58, 59, 60]
+
+
+def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, arguments, reference, capsys):
+    resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
+    assert main(resume) == 0
+    before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
+    capsys.readouterr()
+    assert main(resume) == 0
+    assert f"the run in {interrupted} is finished: 26 steps" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
+
+    assert main([*resume, "--num_train_epochs=3"]) == 1
+    assert "num_steps: 26 -> 39. --resume_with_changes goes on" in capsys.readouterr().err
+    assert main([*resume, "--num_train_epochs=3", "--resume_with_changes"]) == 0
+    lines = [line for line in lines_of(interrupted) if "loss" in line]
+    assert lines[-1]["step"] == 39 and len({line["step"] for line in lines}) == len(lines)
+    # the schedule is that of a run of 39 steps from now on
+    assert lines[-1]["learning_rate"] == pytest.approx(1e-2 / 39)
+    assert json.loads((interrupted / "all_results.json").read_text())["step"] == 39
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ("--learning_rate=1e-3", "learning_rate: 0.01 -> 0.001. --resume_with_changes"),
+        ("--seed=1", "belongs to another run: seed: 42 -> 1"),
+        ("--per_device_train_batch_size=4", "blocks in an optimizer step: 8 -> 4"),
+        ("--max_train_samples=90", "belongs to another run: training blocks"),
+        ("--config_overrides=n_layer=1,n_head=1,n_embd=32", "belongs to another run: model config"),
+    ],
+)
+def test_settings_that_change_the_result_are_refused(change, message, interrupted, arguments, capsys):
+    before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
+    assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto", change]) == 1
+    assert message in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
+
+
+def test_other_settings_that_differ_are_listed(interrupted, arguments, reference, capsys):
+    resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
+    assert main([*resume, "--per_device_eval_batch_size=30", "--learning_rate=1e-2"]) == 0
+    listed = capsys.readouterr().err
+    assert "per_device_eval_batch_size: 8 -> 30" in listed and "learning_rate" not in listed
+
+
+def test_a_random_state_that_cannot_be_restored_is_an_error(interrupted, arguments):
+    state = rng_state()
+    torch.rand(3), np.random.rand(3)
+    set_rng_state(json.loads(json.dumps(state)))
+    assert json.dumps(rng_state()) == json.dumps(state)
+    with pytest.raises(ValueError, match="random state cannot be restored"):
+        set_rng_state(state | {"torch": state["torch"][:-1]})
+    with pytest.raises(ValueError, match="another kind of device"):
+        set_rng_state(state | {"device": [0] * 16})
+    set_rng_state(state)
+
+
+def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arguments, tmp_path, capsys):
+    resume = [*arguments, "--max_train_steps=2", "--resume_from_checkpoint=auto"]
+    assert main([*resume, f"--output_dir={tmp_path}/new"]) == 0
+    assert "nothing yet: from the beginning" in capsys.readouterr().out
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "thesis.txt").write_text("years")
+    assert main([*resume, f"--output_dir={tmp_path}/foreign"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
+    assert main([*arguments, f"--output_dir={tmp_path}/new"]) == 1
+    assert "--resume_from_checkpoint auto to go on with the run in it" in capsys.readouterr().err
+
+
+def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path):
+    """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
+    arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
+    arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
+    done = run(
+        "train_loop/main.py",
+        *arguments,
+        "--per_device_train_batch_size=4",
+        f"--output_dir={tmp_path}/two",
+        launcher=TWO,
+    )
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "two", tmp_path / "one")
+    (tmp_path / "one" / "all_results.json").unlink()
+    for step in (18, 26):
+        shutil.rmtree(tmp_path / "one" / "checkpoints" / name_of(step), ignore_errors=True)
+    shutil.copytree(tmp_path / "two" / "checkpoints" / name_of(18), tmp_path / "one" / "checkpoints" / name_of(18))
+    more = ["--gradient_accumulation_steps=2", "--resume_from_checkpoint=auto"]
+    done = run("train_loop/main.py", *arguments, *more, f"--output_dir={tmp_path}/one")
+    assert done.returncode == 0, done.stderr
+    assert "random states are of 2 processes" in done.stderr
+    assert "gradient_accumulation_steps: 1 -> 2" in done.stderr
+    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"tokens_per_second"}:
+            assert b[name] == pytest.approx(a[name], rel=1e-5), name
+
+
+LIMITED = """
+import resource, sys
+from train_loop.main import main
+import train_loop.checkpoint, train_loop.publish
+module, name, limit = getattr(train_loop, sys.argv[1]), sys.argv[2], int(sys.argv[3])
+plain = getattr(module, name)
+def limited(*arguments, **options):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    return plain(*arguments, **options)
+setattr(module, name, limited)
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize(
+    "module, function, message",
+    [
+        ("checkpoint", "write_tensors", "error: the checkpoint of step 20 cannot be written"),
+        ("publish", "export", "error: the model cannot be exported"),
+    ],
+)
+def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(
+    module, function, message, interrupted, arguments, reference
+):
+    """A limit on the size of files, which the first write beyond it meets as a full disk: EFBIG for ENOSPC."""
+    resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
+    done = run("-c", LIMITED, module, function, 20_000, *resume)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert line.startswith(message), line
+    kept = steps_in(interrupted / "checkpoints")
+    assert kept and all(damage(interrupted / "checkpoints" / name_of(step)) is None for step in kept)
+    assert not list(interrupted.rglob("*.partial")) and not (interrupted / "model.safetensors").exists()
+    assert main(resume) == 0
+    assert_same_run(interrupted, reference)
+
+
+NAN_ON_ONE_RANK = """
+import os, sys, torch
+from train_loop import loss, loop
+plain, calls = loss.next_token_loss, [0]
+def poisoned(model, batch):
+    calls[0] += model.training
+    nll, count, extras = plain(model, batch)
+    return (nll * torch.nan if model.training and calls[0] == 7 and os.environ["RANK"] == "1" else nll), count, extras
+loop.next_token_loss = poisoned
+from train_loop.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(NAN_ON_ONE_RANK)
+    output_dir = tmp_path / "run"
+    batch = ["--per_device_train_batch_size=4", "--logging_steps=1"]
+    done = run(script, *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert (
+        "step 7: the loss (nan nats)" in error and f"last checkpoint is {output_dir}/checkpoints/step-000005" in error
+    )
+    assert steps_in(output_dir / "checkpoints") == [5]
+    assert [line["step"] for line in lines_of(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+DIES_ONCE = """
+import os, signal, sys
+from pathlib import Path
+from train_loop import optim, loop
+from train_loop.metrics import Metrics
+plain = Metrics.count_step
+def dying(self, step, *arguments):
+    if step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
+        os.kill(os.getpid(), getattr(signal, os.environ["DEED"]))
+    plain(self, step, *arguments)
+Metrics.count_step = dying
+from train_loop.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(arguments, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DIES_ONCE)
+    arguments = [*arguments, "--per_device_train_batch_size=4"]
+    launcher = (*TWO, "--max_restarts=2", "--rdzv_backend=c10d")
+    environment = {"PYTHONPATH": str(ROOT), "DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
+    done = run(script, *arguments, f"--output_dir={tmp_path}/run", launcher=launcher, **environment)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoints/step-000005" in done.stdout
+    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/reference", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "run", tmp_path / "reference")
+
+
+def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(DIES_ONCE)
+    arguments = [*arguments, "--per_device_train_batch_size=4", "--ddp_timeout=5", f"--output_dir={tmp_path}/run"]
+    launched = subprocess.Popen(
+        [*TWO, script, *arguments],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "DEED": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    lines, stopped_at = [], None
+    for line in launched.stderr:
+        lines.append(line)
+        if line.startswith("error: process 0 lost its peers"):
+            stopped_at = time.monotonic()
+            break
+    assert stopped_at, "".join(lines)
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # the launcher would after a grace of half a minute
+    assert launched.wait(60) != 0
+    assert damage(tmp_path / "run" / "checkpoints" / "step-000005") is None
+
+
+def wait_for(path, seconds=60):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < end, f"{path} did not come"
+        time.sleep(0.01)
+
+
+def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, reference):
+    """`accelerate launch` of one process passes no signal on: it dies, and the run must notice."""
+    arguments = [*arguments, f"--output_dir={tmp_path}/run", "--max_train_samples=100"]
+    launched = subprocess.Popen(
+        [*LAUNCH, "train_loop/main.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(tmp_path / "run" / "checkpoints" / "step-000005")
+    launched.send_signal(signal.SIGTERM)
+    error = launched.stderr.read()  # until the run itself has closed it
+    assert "stopped by SIGTERM after step" in error and "--resume_from_checkpoint auto" in error
+    assert main([*arguments, "--resume_from_checkpoint=auto"]) == 0
+    assert_same_run(tmp_path / "run", reference)
+
+
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(arguments, tmp_path):
+    """The first one comes while a step takes for ever."""
+    script = """
+import sys, time
+from train_loop import loss, loop
+plain = loss.next_token_loss
+def slow(model, batch):
+    if model.training and len(list(Path(sys.argv[1]).glob("checkpoints/step-000005"))):
+        print("slow", flush=True)
+        time.sleep(600)
+    return plain(model, batch)
+from pathlib import Path
+loop.next_token_loss = slow
+from train_loop.main import main
+sys.exit(main(sys.argv[2:]))
+"""
+    output_dir = tmp_path / "run"
+    running = subprocess.Popen(
+        [sys.executable, "-c", script, output_dir, *arguments, f"--output_dir={output_dir}"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert any(line == "slow\n" for line in running.stdout)
+    running.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        running.wait(1.5)
+    running.send_signal(signal.SIGINT)
+    assert running.wait(10) == 130
+    assert "stopped by SIGINT" in running.stderr.read()
+    assert damage(output_dir / "checkpoints" / "step-000005") is None
