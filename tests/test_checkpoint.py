@@ -212,13 +212,8 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
-    done = run(
-        "train_loop/main.py",
-        *arguments,
-        "--per_device_train_batch_size=4",
-        f"--output_dir={tmp_path}/two",
-        launcher=TWO,
-    )
+    arguments += ["--per_device_train_batch_size=4"]
+    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=TWO)
     assert done.returncode == 0, done.stderr
     shutil.copytree(tmp_path / "two", tmp_path / "one")
     (tmp_path / "one" / "all_results.json").unlink()

@@ -4,6 +4,8 @@ import dataclasses
 import sys
 import time
 
+import hypothesis
+import hypothesis.strategies as st
 import pytest
 import yaml
 from conftest import run
@@ -166,3 +168,51 @@ def test_help_is_in_groups_names_units_and_defaults_and_answers_at_once():
     assert "(default: 128)" in " ".join(done.stdout.split())
     for f in dataclasses.fields(Settings):
         assert f"--{f.name} " in done.stdout
+
+
+NAMES = [f.name for f in dataclasses.fields(Settings)]
+VALUES = st.one_of(
+    st.integers().map(str),
+    st.floats().map(str),
+    st.text(max_size=20),
+    st.sampled_from(
+        ["", "true", "none", "null", "epoch", "1e400", "-0", "0x10", "1_000", "auto", "[1]", "{}", "~", "."]
+    ),
+)
+
+
+@hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=5))
+def test_any_value_for_any_setting_is_taken_or_named(pairs):
+    """Whatever stands on the command line: settings within their ranges, or a ValueError that names a flag."""
+    argv = [*MODEL, *DATA, *(f"--{name}={value}" for name, value in pairs)]
+    try:
+        settings = read_settings(argv)
+    except ValueError as error:
+        names = {name for name, _ in pairs}
+        assert any(name in line for line in str(error).split("\n") for name in (*names, *NAMES))
+    else:
+        for f in dataclasses.fields(Settings):
+            value = getattr(settings, f.name)
+            assert value is None or not f.metadata["check"] or f.metadata["check"](value)
+
+
+YAML = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()), st.dates())
+
+
+@hypothesis.settings(
+    max_examples=300,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+@hypothesis.given(
+    entries=st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(), st.integers()), YAML, max_size=4)
+)
+def test_any_recipe_is_taken_or_its_keys_are_named(tmp_path, entries):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump(entries), encoding="utf-8")
+    try:
+        read_settings(["--config", str(recipe), *MODEL, *DATA])
+    except ValueError as error:
+        assert str(error)

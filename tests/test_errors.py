@@ -1,12 +1,16 @@
 """What a user's mistake ends with: one sentence, exit status 1, no traceback, nothing written."""
 
+import io
 import json
 import os
 import sys
 
+import datasets
 import pytest
-from conftest import run
+import torch
+from conftest import TINY_CONFIGS, run
 from test_main import TINY
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
 
@@ -28,6 +32,13 @@ def one_sentence(argv, capsys, folder, said):
     assert sorted(folder.rglob("*")) == before
 
 
+def parquet():
+    buffer = io.BytesIO()
+    datasets.Dataset.from_dict({"text": ["some text\n"] * 50}).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+PARQUET = parquet()
 BAD_FILES = {
     "empty.txt": (b"", "empty.txt is empty"),
     "blank.txt": (b"\n\n \n", "no tokens"),
@@ -37,6 +48,24 @@ BAD_FILES = {
     "cut.txt.gz": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03KL\x84\x01", "cut.txt.gz cannot be read as text"),
     "not.parquet": (b"PAR1 but no parquet", "not.parquet cannot be read as parquet"),
     "broken.jsonl": (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', "broken.jsonl cannot be read as json"),
+    "line.jsonl": (
+        b'{"text": "a"}\n' * 7 + b'{"text": b}\n{"text": "c"}\n',
+        "line.jsonl cannot be read as json: line 8:",
+    ),
+    "half.jsonl": (b'{"text": "a"}\n' * 9 + b'{"text": "b', "half.jsonl cannot be read as json: line 10:"),
+    "half.csv": (b'text\n"a"\n"b', "half.csv cannot be read as csv"),
+    "half.parquet": (PARQUET[: len(PARQUET) // 2], "half.parquet cannot be read as parquet"),
+    "headless.parquet": (PARQUET[99:], "headless.parquet cannot be read as parquet"),
+    "zeros.jsonl": (bytes(500), "zeros.jsonl cannot be read as json"),
+    "zeros.txt.gz": (bytes(500), "zeros.txt.gz cannot be read as text"),
+    "latin1.jsonl": ('{"text": "caf\xe9"}\n'.encode("latin-1") * 5, "latin1.jsonl cannot be read as json"),
+    "utf16.txt": ("some text\n".encode("utf-16") * 5, "utf16.txt cannot be read as text"),
+    "empty.jsonl": (b"", "empty.jsonl is empty"),
+    "empty.parquet": (b"", "empty.parquet is empty"),
+    "header.csv": (b"text\n", "header.csv"),
+    "list.json": (b'["a", "b"]', "less than one block"),
+    "nulls.jsonl": (b'{"text": null}\n' * 5, "none is text"),
+    "no_ending": (b"text", "its kind is not known"),
     "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "none is text"),
     "null.jsonl": (b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n', "row 2 of the"),
@@ -49,7 +78,7 @@ def test_a_bad_file(name, folder, capsys):
     content, said = BAD_FILES[name]
     (folder / name).write_bytes(content)
     files = [f"--train_file={name}"]
-    if name not in ("empty.txt", "unknown.docx"):  # said at once, and of each file
+    if not name.startswith(("empty", "unknown", "no_ending")):  # said at once, and of each file
         files += [f"--validation_file={name}"]
     one_sentence([*TINY, *files, "--output_dir=out"], capsys, folder, said)
 
@@ -131,3 +160,71 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: the validation data has 2 tokens, less than one block of 32"
     ]
+
+
+def broken_model(folder, what):
+    """A tiny model's folder with its tokenizer, and something wrong with it."""
+    from train_loop.config import Settings
+    from train_loop.model import load_tokenizer
+
+    vocab_size = 200 if what == "tokenizer too large" else 300
+    config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **TINY_CONFIGS["gpt2"])
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    rows = datasets.Dataset.from_dict({"text": ["a few words of some text"] * 9})
+    load_tokenizer(Settings(tokenizer_vocab_size=270), rows).save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    if what == "no weights":
+        weights.unlink()
+    elif what == "truncated":
+        os.truncate(weights, weights.stat().st_size - 100)
+    elif what == "emptied":
+        os.truncate(weights, 0)
+    elif what == "a weight missing":
+        from safetensors.torch import load_file, save_file
+
+        tensors = load_file(weights)
+        del tensors["transformer.h.1.mlp.c_fc.weight"]
+        save_file(tensors, weights, metadata={"format": "pt"})
+    elif what == "another shape":
+        config.n_embd = 64
+        config.save_pretrained(folder)
+    elif what == "no tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif what == "pickled weights":
+        weights.unlink()
+        torch.save({"code": print}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [
+        ("no weights", "holds no usable model: "),
+        ("truncated", "holds no usable model: "),
+        ("emptied", "holds no usable model: "),
+        ("a weight missing", "lacks 1 of its weights, e.g. transformer.h.1.mlp.c_fc.weight"),
+        ("another shape", "holds no usable model: "),
+        ("no tokenizer", "holds no usable tokenizer: it has no vocabulary"),
+        ("tokenizer too large", "but the model's vocabulary only 200"),
+        ("pickled weights", "holds no usable model: "),
+    ],
+)
+def test_a_broken_model_folder(what, said, folder, text_file, capsys):
+    broken_model(folder / "model", what)
+    capsys.readouterr()
+    arguments = ["--model_name_or_path=model", "--block_size=32", f"--train_file={text_file}", "--output_dir=out"]
+    one_sentence(arguments, capsys, folder, said)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
+def test_an_output_dir_that_is_read_only(folder, text_file, capsys):
+    (folder / "kept").mkdir(mode=0o555)
+    one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=kept/out"], capsys, folder, "no permission")
+
+
+@pytest.mark.parametrize("output_dir", ["/proc/out", "/dev/null/out"])
+def test_an_output_dir_where_nothing_can_be_made(output_dir, folder, text_file, capsys):
+    arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={output_dir}"]
+    assert main(arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and output_dir in line

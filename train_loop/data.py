@@ -9,6 +9,8 @@
 B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
 
+import codecs
+import gzip
 import hashlib
 import json
 import os
@@ -73,9 +75,17 @@ def _load_dataset(settings):
 
 def _load_file(path):
     kind, digest = file_kind(path), hashlib.blake2b(digest_size=16)
+    decoder = codecs.getincrementaldecoder("utf-8")()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
+            if kind != "parquet" and not str(path).endswith(".gz"):
+                try:
+                    decoder.decode(chunk)
+                except UnicodeDecodeError as error:  # said here: `datasets` finds some of it only when rows are used
+                    raise ValueError(
+                        f"{path} cannot be read as {kind}: it is not UTF-8 text ({error.reason})"
+                    ) from error
     digest = digest.hexdigest()
     try:
         # `datasets` knows a file by path and time of change; the digest in the folder's name makes it know the content
@@ -87,8 +97,23 @@ def _load_file(path):
             **({"keep_linebreaks": True} if kind == "text" else {}),
         )
     except Exception as error:  # as above
-        raise ValueError(f"{path} cannot be read as {kind}: {one_line(error)}") from error
+        where = _broken_line(path) if kind == "json" else ""
+        raise ValueError(f"{path} cannot be read as {kind}: {where or one_line(error)}") from error
     return datasets.Dataset(rows.data, info=rows.info, fingerprint=digest)
+
+
+def _broken_line(path):
+    """Where the first line that is no JSON stands, in words; "" if each is, or none, as in a file of one value."""
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    json.loads(line)
+                except ValueError as error:
+                    return f"line {number}: {error}"
+    except (OSError, EOFError, UnicodeError) as error:
+        return one_line(error)
+    return ""
 
 
 def _cache():

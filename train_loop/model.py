@@ -59,6 +59,8 @@ def load_tokenizer(settings, train_rows):
     tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", revision=revision)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
+    if not tokenizer("text")["input_ids"]:  # transformers makes an empty one out of a config without its files
+        raise ValueError(f"{name} holds no usable tokenizer: it has no vocabulary")
     return tokenizer
 
 
@@ -70,7 +72,7 @@ def load_model(settings, config, tokenizer):
     """
     torch.manual_seed(settings.seed)
     if settings.model_name_or_path:
-        model = _load(
+        model, info = _load(
             AutoModelForCausalLM,
             settings.model_name_or_path,
             settings,
@@ -78,7 +80,12 @@ def load_model(settings, config, tokenizer):
             revision=settings.model_revision,
             config=config,
             dtype=torch.float32,
+            output_loading_info=True,
         )
+        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
+            raise ValueError(
+                f"model {settings.model_name_or_path} lacks {len(missing)} of its weights, e.g. {missing[0]}"
+            )
     else:
         config.get_text_config().vocab_size = len(tokenizer)
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
