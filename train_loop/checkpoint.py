@@ -230,7 +230,7 @@ class Checkpoints:
                 tensor.copy_(placed_like(file.get_tensor(name), tensor))
         names = {name: p for name, p in model.named_parameters()}
         with safe_open(path / "optimizer.safetensors", "pt") as file:
-            values = {name: file.get_tensor(name) for name in file.keys()} | state["optimizer"]  # noqa: SIM118
+            values = {name: file.get_tensor(name).clone() for name in file.keys()} | state["optimizer"]  # noqa: SIM118
         for name, value in values.items():
             parameter_name, _, key = name.rpartition(".")
             parameter = names[parameter_name]

@@ -15,6 +15,8 @@ from train_loop.evaluate import evaluate
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.stop import Stopped
 
+SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at any scale
+
 
 def steps_per_epoch(num_blocks, settings, world_size):
     """Optimizer steps in one pass over the training blocks; the last may be a short one."""
@@ -112,8 +114,9 @@ def train(
 
 def stop_if_not_finite(step, nll_sum, grad_norm, accelerator, checkpoints):
     """Both numbers are the same on every process, so all of them stop together."""
-    # with float16's scaler an infinite gradient is no accident: the scaler skips that step
-    checked = nll_sum if accelerator.scaler is not None else nll_sum + grad_norm
+    # with float16's scaler an infinite gradient is no accident: the scaler skips that step, and halves its scale
+    scaler = accelerator.scaler
+    checked = nll_sum if scaler is not None and scaler.get_scale() > SMALLEST_SCALE else nll_sum + grad_norm
     if not torch.isfinite(checked):
         raise FloatingPointError(
             f"step {step}: the loss ({nll_sum.item()} nats) or the gradient norm ({float(grad_norm)}) is not finite; "

@@ -127,8 +127,12 @@ class Metrics:
     def _write(self, line):
         self.lines.append(line)
         if self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+            path = self.output_dir / "metrics.jsonl"
+            try:
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:  # a full disk may show only when the file is closed, and then names no file
+                raise OSError(f"{path} cannot be written: {error.strerror}") from error
 
     def finish(self, evaluation, checkpoint_seconds=0.0):
         """The results of the whole run, and the picture of its losses in output_dir."""

@@ -138,7 +138,7 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
     command = [*arguments, f"--output_dir={output_dir}", "--resume_from_checkpoint=auto"]
     while True:
         aim_at_save = not gentle and generator.random() < 0.6
-        attempt = Attempt(command, processes, log, slow=0.03 if aim_at_save else 0.0)
+        attempt = Attempt(command, processes, log, slow=0.03 if aim_at_save or gentle else 0.0)
         if counts["kills"] >= counts["wanted"]:
             finished = attempt.wait(300)
         elif aim_at_save:
@@ -154,7 +154,7 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
                     break
             finished = attempt.poll()
         else:
-            finished = attempt.wait(generator.random() * seconds)
+            finished = attempt.wait(generator.random() * (2 * seconds if gentle else seconds))
         if not finished:
             in_save = attempt.saving[0]
             if number == signal.SIGKILL:
