@@ -319,7 +319,7 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(argument
     script = tmp_path / "script.py"
     script.write_text(DIES_ONCE)
     arguments = [*arguments, "--per_device_train_batch_size=4"]
-    launcher = (*TWO, "--max_restarts=2", "--rdzv_backend=c10d")
+    launcher = (*TWO, "--max_restarts=2")
     environment = {"PYTHONPATH": str(ROOT), "DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
     done = run(script, *arguments, f"--output_dir={tmp_path}/run", launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr

@@ -21,10 +21,13 @@ def build_accelerator(settings):
     cannot do the precision asked for.
     """
     has_device = torch.accelerator.is_available()
+    torch.distributed.register_rendezvous_handler("restart", _meet_after_restart)
+    group = InitProcessGroupKwargs(
+        init_method="restart://" if _num_restarts() else None, timeout=timedelta(seconds=settings.ddp_timeout)
+    )
     # without cpu=True, CPU processes do not find each other: each would be a world of its own
     accelerator = Accelerator(
-        cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true",
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))],
+        cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true", kwargs_handlers=[group]
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
@@ -41,9 +44,24 @@ def build_accelerator(settings):
     return accelerator
 
 
+def _num_restarts():
+    """How often the launcher has started this machine's processes again (`--max_restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
+
+
+def _meet_after_restart(url, **options):
+    """torch's env:// rendezvous, under a name of its own on one machine: the launcher's store outlives the processes,
+    and those that it starts again would now and then read the addresses of the dead ones there, and wait for them.
+    Machines count their restarts each by itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead."""
+    store, rank, world_size = next(torch.distributed.rendezvous(url.replace("restart:", "env:", 1), **options))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
+        store = torch.distributed.PrefixStore(f"restart-{_num_restarts()}", store)
+    yield store, rank, world_size
+
+
 def after_restart(settings):
-    """The settings of processes that the launcher started again (`--max_restarts`): they go on by themselves."""
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) and settings.output_dir:
+    """The settings of processes that the launcher started again: they go on by themselves."""
+    if _num_restarts() and settings.output_dir:
         wanted = settings.resume_from_checkpoint or "auto"
         return dataclasses.replace(settings, resume_from_checkpoint=wanted, overwrite_output_dir=False)
     return settings
