@@ -278,8 +278,8 @@ def poisoned(model, batch):
     nll, count, extras = plain(model, batch)
     return (nll * torch.nan if model.training and calls[0] == 7 and os.environ["RANK"] == "1" else nll), count, extras
 loop.next_token_loss = poisoned
-from train_loop.main import main
-sys.exit(main(sys.argv[1:]))
+from train_loop.main import leave, main
+leave(main(sys.argv[1:]))
 """
 
 
@@ -310,8 +310,8 @@ def dying(self, step, *arguments):
         os.kill(os.getpid(), getattr(signal, os.environ["DEED"]))
     plain(self, step, *arguments)
 Metrics.count_step = dying
-from train_loop.main import main
-sys.exit(main(sys.argv[1:]))
+from train_loop.main import leave, main
+leave(main(sys.argv[1:]))
 """
 
 
