@@ -21,10 +21,10 @@ def build_accelerator(settings):
     cannot do the precision asked for.
     """
     has_device = torch.accelerator.is_available()
-    torch.distributed.register_rendezvous_handler("restart", _meet_after_restart)
-    group = InitProcessGroupKwargs(
-        init_method="restart://" if _num_restarts() else None, timeout=timedelta(seconds=settings.ddp_timeout)
-    )
+    group = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))
+    if _num_restarts():
+        torch.distributed.register_rendezvous_handler("restart", _meet_after_restart)
+        group.init_method = "restart://"
     # without cpu=True, CPU processes do not find each other: each would be a world of its own
     accelerator = Accelerator(
         cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true", kwargs_handlers=[group]
