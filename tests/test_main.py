@@ -197,7 +197,7 @@ print("peak", int(status.split("VmHWM:")[1].split()[0]) / 2**20)
 
 def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
     """The launcher sets OMP_NUM_THREADS=1 by itself: the banner must say as many threads as there are cores."""
-    from train_loop.launch import num_cores
+    from train_loop.tuning import num_cores
 
     launcher = (sys.executable, "-m", "accelerate.commands.launch", "train_loop/main.py")
     done = run(

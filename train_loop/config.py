@@ -113,6 +113,10 @@ class Settings:
         "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
     )
 
+    tuning: bool = setting(
+        "training", True, "allocator, huge pages and lean modules that make a run faster and change no number"
+    )
+
     per_device_eval_batch_size: int = setting(
         "evaluation", 8, "validation blocks at once, on each process", **at_least(1)
     )

@@ -13,6 +13,8 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DynamoBackend, InitProcessGroupKwargs
 
+from train_loop.tuning import num_threads
+
 
 def build_accelerator(settings):
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
@@ -38,9 +40,7 @@ def build_accelerator(settings):
         if accelerator.mixed_precision not in ("no", "bf16"):
             # Accelerate takes the setting without a word, and would train with neither autocast nor scaler
             raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
-        # the launcher sets OMP_NUM_THREADS=1 where its config says nothing: one core would work, the others look on
-        processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        torch.set_num_threads(settings.num_threads or max(1, num_cores() // processes_here))
+        torch.set_num_threads(num_threads(settings))
     return accelerator
 
 
@@ -75,11 +75,12 @@ def stop_with_launcher():
 
 
 def compile_in_place(model, accelerator):
-    """`torch.compile` as the launch config's `dynamo_config` asks for it. Accelerate would wrap the model instead, and
-    the wrapper's prefix would stand before every name in the exported weights."""
+    """`torch.compile` as the launch config's `dynamo_config` asks for it: of everything below the head, which works out
+    its loss chunk by chunk. Accelerate would wrap the model instead, and the wrapper's prefix would stand before every
+    name in the exported weights."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO:
-        model.compile(**plugin.to_kwargs())
+        model.base_model.compile(**plugin.to_kwargs())
         plugin.backend = DynamoBackend.NO
 
 
@@ -92,8 +93,3 @@ def quiet_libraries(accelerator):
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()
     return show_progress
-
-
-def num_cores():
-    """CPU cores that this process may use (a container or a scheduler may allow it fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

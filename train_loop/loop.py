@@ -12,10 +12,9 @@ import torch
 
 from train_loop.data import Windows, load_windows, shuffled
 from train_loop.evaluate import evaluate
+from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.stop import Stopped
-
-SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at any scale
 
 
 def steps_per_epoch(num_blocks, settings, world_size):
@@ -44,12 +43,18 @@ def train(
     num_blocks = len(train_split.blocks)
     per_epoch, last_step = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
 
+    finite = FiniteGuard(optimizer, accelerator, checkpoints)
+
+    def log_training():
+        finite.look()
+        metrics.log_training()
+
     def evaluate_if_due():
         step, every = position.step, settings.eval_steps
         due = step in (0, last_step) or (step % every == 0 if every else position.window == per_epoch)
         if not due or position.evaluated_step == step:
             return
-        metrics.log_training()
+        log_training()
         evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
         if evaluation is not None:  # it was not stopped
             position.evaluated_step, position.evaluation = step, evaluation
@@ -84,24 +89,25 @@ def train(
 
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
             sums = accelerator.reduce(sums, "sum")
-            stop_if_not_finite(position.step + 1, sums["loss"], grad_norm, accelerator, checkpoints)
+            finite.check(position.step + 1, sums["loss"], grad_norm)
             optimizer.step()
             optimizer.zero_grad()
             position.window += 1
-            if torch.isfinite(grad_norm):
+            if accelerator.scaler is None or torch.isfinite(grad_norm):
                 learning_rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 position.step += 1
                 epoch = position.epoch + position.window / per_epoch
                 metrics.count_step(position.step, epoch, sums, num_targets, learning_rate, grad_norm)
                 if position.step % settings.logging_steps == 0:
-                    metrics.log_training()
+                    log_training()
             else:  # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
                 metrics.count_skipped_step()
 
             evaluate_if_due()
             stopping = stop.agreed(accelerator)
             if stopping or checkpoints.is_due(position.step, position.window, per_epoch, last_step):
+                finite.look()
                 checkpoints.save(position, model, optimizer, metrics)
             if stopping or position.step == last_step:
                 break
@@ -110,16 +116,3 @@ def train(
     if stop.number and (position.step < last_step or position.evaluated_step != position.step):
         raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")
     return position.evaluation
-
-
-def stop_if_not_finite(step, nll_sum, grad_norm, accelerator, checkpoints):
-    """Both numbers are the same on every process, so all of them stop together."""
-    # with float16's scaler an infinite gradient is no accident: the scaler skips that step, and halves its scale
-    scaler = accelerator.scaler
-    checked = nll_sum if scaler is not None and scaler.get_scale() > SMALLEST_SCALE else nll_sum + grad_norm
-    if not torch.isfinite(checked):
-        raise FloatingPointError(
-            f"step {step}: the loss ({nll_sum.item()} nats) or the gradient norm ({float(grad_norm)}) is not finite; "
-            f"the step was not taken, and {checkpoints.say_latest()}. Try a lower learning_rate, or more "
-            "num_warmup_steps"
-        )

@@ -16,7 +16,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train_loop import hub
+from train_loop import hub, tuning
 from train_loop.config import read_settings
 from train_loop.stop import Stopped, StopSignal
 
@@ -50,6 +50,8 @@ def main(argv=None):
 
 
 def run(settings, stop):
+    if settings.tuning:
+        tuning.keep_memory()
     if settings.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
     if hub.use_cache_if_unreachable(settings) and int(os.environ.get("RANK", 0)) == 0:
@@ -57,7 +59,7 @@ def run(settings, stop):
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
     from accelerate.utils import set_seed
 
-    from train_loop import checkpoint, data, evaluate, launch, loop, metrics, model, optim, publish
+    from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, model, optim, publish
 
     launch.stop_with_launcher()
     settings = launch.after_restart(settings)
@@ -75,6 +77,10 @@ def run(settings, stop):
 
         # -> model
         net = model.load_model(settings, config, tokenizer)
+        if settings.tuning:
+            tuning.use_lean_modules(net)
+        if not loss.put_loss_in_head(net) and is_main:
+            print("loss        through whole logits: this model's head is more than a linear layer", flush=True)
         launch.compile_in_place(net, accelerator)
         if settings.eval_only:
             if is_main:

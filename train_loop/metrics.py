@@ -42,19 +42,27 @@ class Metrics:
 
     def count_step(self, step, epoch, sums, num_targets, learning_rate, grad_norm):
         """Takes note of an optimizer step: its nats ("loss" in `sums`, with the loss's extras) and its targets, summed
-        over all processes, the learning rate that it was taken with, and the gradient's norm before clipping."""
+        over all processes, the learning rate that it was taken with, and the gradient's norm before clipping.
+
+        Tensors stay on their device until a line is written: to read one, the host must wait for the device."""
         for name, value in sums.items():
-            self.sums[name] = self.sums.get(name, 0) + value.item()
-        self.tokens += num_targets.item()
-        self.latest = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "grad_norm": float(grad_norm)}
+            self.sums[name] = self.sums.get(name, 0) + value.double()
+        self.tokens = self.tokens + num_targets
+        self.latest = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
         if self.show_progress:
             self.bar = self.bar or tqdm(
-                total=self.num_steps, initial=step - 1, desc="training", unit=" steps", leave=False
+                total=self.num_steps, initial=step - 1, desc="training", unit=" steps", leave=False, mininterval=0.5
             )
-            self.bar.update(1)
-            self.bar.set_postfix(
-                loss=f"{self.sums['loss'] / self.tokens:.4f}", lr=f"{learning_rate:.2e}", refresh=False
-            )
+            if self.bar.update(1):  # it was drawn
+                self._fetch()
+                loss = self.sums["loss"] / self.tokens
+                self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+
+    def _fetch(self):
+        self.sums = {name: float(value) for name, value in self.sums.items()}
+        self.tokens = int(self.tokens)
+        if "grad_norm" in self.latest:
+            self.latest["grad_norm"] = float(self.latest["grad_norm"])
 
     def count_skipped_step(self):
         self.num_skipped_steps += 1
@@ -65,6 +73,7 @@ class Metrics:
 
     def state_dict(self):
         """What a checkpoint keeps, so that the numbers go on where they were. Waits until the lines are on the disk."""
+        self._fetch()
         size = 0
         if self.lines and self.is_main:
             with open(self.output_dir / "metrics.jsonl", "rb") as file:
@@ -86,6 +95,7 @@ class Metrics:
 
     def log_training(self):
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
+        self._fetch()
         if not self.tokens:
             return
         seconds = time.perf_counter() - self.started

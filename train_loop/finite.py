@@ -1,0 +1,40 @@
+"""What happens when a loss or a gradient norm is not finite: the step is not taken, and the run stops."""
+
+import torch
+
+SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at any scale
+
+
+class FiniteGuard:
+    """Keeps the weights from a step that is not finite, and raises FloatingPointError on all processes alike.
+
+    On a CPU, and with float16's scaler, the numbers are looked at before each step. On other devices that would make
+    the host wait for the device at each step: there the optimizer is held still on the device, from the first such
+    step on, and the numbers are looked at where the host waits anyway: before a line is logged, an evaluation, a save.
+    """
+
+    def __init__(self, optimizer, accelerator, checkpoints):
+        self.optimizer, self.scaler, self.checkpoints = optimizer, accelerator.scaler, checkpoints
+        self.waits = accelerator.device.type == "cpu" or self.scaler is not None
+        self.first = torch.zeros(3, device=accelerator.device)  # step, loss and norm of the first that is not finite
+
+    def check(self, step, nll_sum, grad_norm):
+        """Called before the optimizer's step. Both numbers are the same on every process."""
+        # with float16's scaler an infinite gradient is no accident: the scaler skips that step, and halves its scale
+        overflow_is_fine = self.scaler is not None and self.scaler.get_scale() > SMALLEST_SCALE
+        checked = nll_sum if overflow_is_fine else nll_sum + grad_norm
+        now = torch.stack([torch.full_like(checked, step), nll_sum, grad_norm])
+        self.first = torch.where(torch.isfinite(checked) | (self.first[0] > 0), self.first, now)
+        if self.waits:
+            self.look()
+        else:
+            self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()  # the fused AdamW takes no step at 1
+
+    def look(self):
+        step, nll_sum, grad_norm = self.first.tolist()
+        if step:
+            raise FloatingPointError(
+                f"step {step:.0f}: the loss ({nll_sum} nats) or the gradient norm ({grad_norm}) is not finite; "
+                f"the step was not taken, and {self.checkpoints.say_latest()}. Try a lower learning_rate, or more "
+                "num_warmup_steps"
+            )
