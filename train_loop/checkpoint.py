@@ -29,7 +29,6 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from train_loop.optim import move_scheduler
 
@@ -363,13 +362,21 @@ def named_tensors(model):
 def gathered(tensor):
     """`tensor` whole and on the CPU, whatever share of it this process holds."""
     tensor = tensor.detach()
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
+    return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu().contiguous()
 
 
 def placed_like(tensor, other):
     """`tensor`, whole, on the device and in the shares of `other`."""
     tensor = tensor.to(other.device)
-    return distribute_tensor(tensor, other.device_mesh, other.placements) if isinstance(other, DTensor) else tensor
+    if is_sharded(other):
+        from torch.distributed.tensor import distribute_tensor
+
+        return distribute_tensor(tensor, other.device_mesh, other.placements)
+    return tensor
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
 
 
 def rng_state():

@@ -100,6 +100,9 @@ class Settings:
     gradient_accumulation_steps: int = setting(
         "training", 1, "micro-batches in an optimizer step, on each process", **at_least(1)
     )
+    auto_micro_batch: bool = setting(
+        "training", False, "where memory runs out, halve the micro-batch and double the accumulation: the same losses"
+    )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
     num_warmup_steps: int = setting("training", 0, "optimizer steps of linear warm-up", **at_least(0))

@@ -36,10 +36,10 @@ def main(argv=None):
                 print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
             return 1
         except RuntimeError as error:
-            if "--traceback" in argv or not re.search(r"peer|timed? ?out", str(error), re.IGNORECASE):
+            if "--traceback" in argv or not (problem := known_problem(str(error))):
                 raise
-            rank = os.environ.get("RANK", 0)  # every process says it: the one that is gone cannot
-            print(f"error: process {rank} lost its peers: {str(error).splitlines()[0]}", file=sys.stderr)
+            # every process says it: one that is gone cannot
+            print(f"error: process {os.environ.get('RANK', 0)} {problem}", file=sys.stderr)
             return 1
         except Stopped as stopped:
             if is_main:
@@ -47,6 +47,15 @@ def main(argv=None):
                 print(f"stopped by {stop.name} {stopped}".rstrip() + way_on, file=sys.stderr)
             return 75 if "step-" in str(stopped) else 128 + stop.number
     return 0
+
+
+def known_problem(message):
+    """What torch's RuntimeError means for the user; None for one that is nobody's but the programmer's."""
+    if re.search(r"allocate memory|out of memory", message):
+        return "has too little memory: give --auto_micro_batch, or lower per_device_train_batch_size or block_size"
+    if re.search(r"peer|timed? ?out", message, re.IGNORECASE):
+        return f"lost its peers: {message.splitlines()[0]}"
+    return None
 
 
 def run(settings, stop):
@@ -59,7 +68,7 @@ def run(settings, stop):
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
     from accelerate.utils import set_seed
 
-    from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, model, optim, publish
+    from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, micro_batch, model, optim, publish
 
     launch.stop_with_launcher()
     settings = launch.after_restart(settings)
@@ -98,6 +107,8 @@ def run(settings, stop):
         scheduler = optim.build_scheduler(optimizer, settings, num_steps)
         identity = checkpoint.identity(settings, net, train_split, num_steps, accelerator)
         net, optimizer = accelerator.prepare(net, optimizer)
+        if settings.auto_micro_batch:
+            settings = micro_batch.fit_micro_batch(net, train_split, settings, accelerator)
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
 
         # -> where an earlier run was

@@ -149,7 +149,10 @@ class Metrics:
         if self.bar:
             self.bar.close()
         if self.is_main:
-            draw_losses(self.lines, self.output_dir / "loss_curve.png")
+            try:
+                draw_losses(self.lines, self.output_dir / "loss_curve.png")
+            except Exception as error:  # a picture is not worth the model that is about to be exported
+                print(f"warning: loss_curve.png was not drawn: {error}", file=sys.stderr)
         return {
             "epoch": round(self.latest["epoch"], 6),
             "step": self.latest["step"],

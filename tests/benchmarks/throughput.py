@@ -1,0 +1,251 @@
+"""Tokens per second and peak memory of this loop and of `transformers.Trainer`, in turn, on the same work.
+
+python tests/benchmarks/throughput.py --batch_sizes 8 32 --repetitions 3 --json speed.json --plot speed.png
+
+The model has distilgpt2's shape (82 M parameters) and random weights; dropout is on; the data is the same random tokens
+in blocks of 128, in the same order of batches' size. Each run is a process of its own, ours and Trainer's in turn. The
+time of an optimizer step is the median of a run's steps but the first two. Dropout draws other numbers in each, so
+losses agree to about a part in a hundred; the script stops where they do not.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BLOCK, VOCAB, LAYERS, WIDTH = 128, 50257, 6, 768
+
+TRAINER = """
+import json, sys, time
+import torch
+from datasets import load_dataset
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
+
+folder, data, batch, num_steps, evaluate = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+blocks = load_dataset("parquet", data_files=data, split="train", cache_dir=folder + "/cache").with_format("torch")
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+model.loss_type = "ForCausalLM"  # counts a block's targets as it does for other models: 127, not 128
+times = []
+
+class Clock(TrainerCallback):
+    def on_step_end(self, *args, **kwargs):
+        times.append(time.perf_counter())
+
+trainer = Trainer(
+    model=model,
+    args=TrainingArguments(
+        folder + "/trainer", per_device_train_batch_size=batch, per_device_eval_batch_size=batch, max_steps=num_steps,
+        learning_rate=2e-5, weight_decay=0.01, seed=42, logging_steps=1, save_strategy="no", report_to="none",
+        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, prediction_loss_only=True,
+    ),
+    train_dataset=blocks, eval_dataset=blocks, data_collator=default_data_collator, callbacks=[Clock()],
+)
+if evaluate:
+    began = time.perf_counter()
+    print(json.dumps({"loss": trainer.evaluate()["eval_loss"], "seconds": [time.perf_counter() - began]}))
+else:
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    print(json.dumps({"loss": float(losses[-1]), "seconds": [b - a for a, b in zip(times, times[1:])][1:]}))
+"""
+
+
+def prepare(folder, num_blocks):
+    """A folder with the model and a word-level tokenizer of as many tokens, and files of the same random tokens."""
+    import numpy as np
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("gpt2", n_layer=LAYERS, vocab_size=VOCAB)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
+    blocks = np.random.default_rng(0).integers(VOCAB, size=(num_blocks, BLOCK))
+    text = "\n".join(" ".join(f"w{token}" for token in block) for block in blocks)
+    (folder / "data.txt").write_text(text + "\n", encoding="utf-8")
+    Dataset.from_dict({"input_ids": blocks, "labels": blocks}).to_parquet(folder / "data.parquet")
+
+
+def run(command, environment=()):
+    """(what the process printed, its peak memory in GiB)."""
+    # the interpreter starts the command by itself, so that the peak is of that process alone
+    wrapped = (
+        "import resource, subprocess, sys; s = subprocess.run(sys.argv[1:]).returncode; "
+        "print('PEAK', resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20); sys.exit(s)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", wrapped, *map(str, command)],
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **dict(environment)},
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        sys.exit(f"{' '.join(map(str, command[:3]))} failed:\n{done.stderr[-3000:]}")
+    *printed, peak = done.stdout.strip().splitlines()
+    return printed, float(peak.split()[1])
+
+
+def ours(folder, batch, num_steps, evaluate, compiled):
+    """{"loss", "seconds": of each step, "peak"} of this loop."""
+    output = folder / "ours"
+    arguments = [
+        *("--model_name_or_path", folder, "--validation_file", folder / "data.txt", "--output_dir", output),
+        *("--overwrite_output_dir", "--block_size", BLOCK, "--per_device_eval_batch_size", batch),
+    ]
+    if evaluate:
+        arguments.append("--eval_only")
+    else:
+        arguments += ["--train_file", folder / "data.txt", "--max_eval_samples", 1, "--max_train_steps", num_steps]
+        arguments += ["--per_device_train_batch_size", batch, "--learning_rate", 2e-5, "--weight_decay", 0.01]
+        arguments += ["--logging_steps", 1, "--checkpointing_steps", "none"]
+    environment = {"HF_HOME": str(folder / "cache")} | ({"ACCELERATE_DYNAMO_BACKEND": "inductor"} if compiled else {})
+    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment)
+    if evaluate:
+        results = json.loads((output / "all_results.json").read_text())
+        return {
+            "loss": results["eval_loss"],
+            "seconds": [results["eval_tokens"] / results["eval_tokens_per_second"]],
+            "peak": peak,
+        }
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
+    # as Trainer's clock does, without the first two steps
+    seconds = [batch * (BLOCK - 1) / line["tokens_per_second"] for line in lines[2:]]
+    return {"loss": lines[-1]["loss"], "seconds": seconds, "peak": peak}
+
+
+def trainers(folder, batch, num_steps, evaluate):
+    """The same of `transformers.Trainer`."""
+    script = folder / "trainer.py"
+    script.write_text(TRAINER)
+    command = [sys.executable, script, folder, folder / "data.parquet", batch, num_steps, int(evaluate)]
+    printed, peak = run(command)
+    return json.loads(printed[-1]) | {"peak": peak}
+
+
+def sgemm_flops(size=2048, tries=20):
+    """Floating-point operations per second of the best of some products of two float32 matrices, on all cores."""
+    import time
+
+    import torch
+
+    a = torch.randn(size, size)
+    best = float("inf")
+    for _ in range(tries):
+        began = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - began)
+    return 2 * size**3 / best
+
+
+def model_flops(batch):
+    """Of one training step: six for each weight that a token is multiplied with, and attention's two products."""
+    tokens = batch * BLOCK
+    weights = LAYERS * 12 * WIDTH**2 * tokens + VOCAB * WIDTH * batch * (BLOCK - 1)
+    return 6 * weights + LAYERS * 12 * tokens * BLOCK * WIDTH
+
+
+def spread(values):
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def plot(results, path):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    rows = [row for row in results if not row["evaluation"]]
+    for name, color in (("train_loop", "tab:blue"), ("Trainer", "tab:orange")):
+        x = [row["batch"] for row in rows]
+        for axis, key in zip(axes, ("tokens_per_second", "peak_gib"), strict=True):
+            values = [row[name][key] for row in rows]
+            axis.plot(x, [v["median"] for v in values], marker="o", color=color, label=name)
+            axis.fill_between(x, [v["min"] for v in values], [v["max"] for v in values], color=color, alpha=0.2)
+    for axis, label in zip(
+        axes, ("training speed (tokens per second)", "peak memory of the process (GiB)"), strict=True
+    ):
+        axis.set_xlabel(f"batch size (blocks of {BLOCK} tokens)")
+        axis.set_ylabel(label)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([row["batch"] for row in rows], [str(row["batch"]) for row in rows])
+        axis.set_ylim(bottom=0)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32], help="blocks in an optimizer step")
+    parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run")
+    parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn")
+    parser.add_argument(
+        "--evaluation", action="store_true", help="measure evaluation too, over the blocks of all steps"
+    )
+    parser.add_argument("--compiled", action="store_true", help="this loop with torch.compile (inductor)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--plot", type=Path, help="file for a picture (PNG)")
+    arguments = parser.parse_args()
+    results = []
+    print(f"{'batch':>6} {'what':>10} {'':>10} {'tokens/s':>23} {'GiB':>17} {'loss':>8}   min / median / max")
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        prepare(folder, max(arguments.batch_sizes) * arguments.steps)
+        for evaluate in [False] + [True] * arguments.evaluation:
+            for batch in arguments.batch_sizes:
+                row = {"batch": batch, "evaluation": evaluate}
+                runs = {"train_loop": [], "Trainer": []}
+                for _ in range(arguments.repetitions):
+                    runs["train_loop"].append(ours(folder, batch, arguments.steps, evaluate, arguments.compiled))
+                    runs["Trainer"].append(trainers(folder, batch, arguments.steps, evaluate))
+                for name, done in runs.items():
+                    num_blocks = max(arguments.batch_sizes) * arguments.steps if evaluate else batch
+                    seconds = [statistics.median(run["seconds"]) for run in done]
+                    row[name] = {
+                        "tokens_per_second": spread([num_blocks * (BLOCK - 1) / s for s in seconds]),
+                        "peak_gib": spread([run["peak"] for run in done]),
+                        "loss": done[0]["loss"],
+                    }
+                    t, m = row[name]["tokens_per_second"], row[name]["peak_gib"]
+                    print(
+                        f"{batch:>6} {'evaluation' if evaluate else 'training':>10} {name:>10} "
+                        f"{t['min']:>7,.1f}{t['median']:>8,.1f}{t['max']:>8,.1f} "
+                        f"{m['min']:>5.2f} {m['median']:>5.2f} {m['max']:>5.2f} {row[name]['loss']:>8.4f}",
+                        flush=True,
+                    )
+                pairs = list(zip(*runs.values(), strict=True))
+                speed = [statistics.median(b["seconds"]) / statistics.median(a["seconds"]) for a, b in pairs]
+                memory = [a["peak"] / b["peak"] for a, b in pairs]
+                row["speed_ratio"], row["memory_ratio"] = spread(speed), spread(memory)
+                line = f"{'':>17} {'ratio':>10} {'':>7}{row['speed_ratio']['median']:>8.2f}{'':>9}"
+                line += f"      {row['memory_ratio']['median']:>5.2f}"
+                if not evaluate:
+                    own_rate = sgemm_flops()
+                    median = statistics.median(statistics.median(run["seconds"]) for run in runs["train_loop"])
+                    row["sgemm_gflops"], row["share_of_sgemm"] = own_rate / 1e9, model_flops(batch) / median / own_rate
+                    line += f"   share of sgemm's {own_rate / 1e9:.0f} GFLOP/s: {row['share_of_sgemm']:.2f}"
+                print(line, flush=True)
+                losses = [row[name]["loss"] for name in runs]
+                if abs(losses[0] / losses[1] - 1) > (1e-4 if evaluate else 0.02):
+                    sys.exit(f"not the same work: losses {losses}")
+                results.append(row)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1) + "\n")
+    if arguments.plot:
+        plot(results, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()

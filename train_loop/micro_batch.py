@@ -1,0 +1,62 @@
+"""The largest micro-batch that memory allows (`--auto_micro_batch`), found before the first step."""
+
+import dataclasses
+import gc
+
+import torch
+
+from train_loop.data import Windows
+from train_loop.loss import next_token_loss
+
+
+def fit_micro_batch(model, split, settings, accelerator):
+    """`settings` with a micro-batch that fits into the memory of every process, and accumulation so that the blocks of
+    an optimizer step stay the same: with dropout off, the losses do too.
+
+    One forward and backward pass is tried with the optimizer's two moments beside it; where it runs out of memory the
+    micro-batch is divided by its smallest prime factor, on all processes together. Weights and random states are left
+    as they were. Processes exchange nothing during a try, so one that fails keeps no other waiting (under FSDP they do:
+    there a failure of one alone ends in a time-out). A CPU's memory only counts where a limit makes allocations fail;
+    the kernel's out-of-memory killer cannot be caught.
+
+    Raises ValueError where not even one block fits.
+    """
+    size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    while True:
+        num_fitting = accelerator.reduce(torch.tensor(_fits(model, split, size, accelerator)).to(accelerator.device))
+        if num_fitting == accelerator.num_processes:
+            break
+        if size == 1:
+            raise ValueError(f"not even one block of {settings.block_size} tokens fits into memory: lower block_size")
+        factor = next(f for f in range(2, size + 1) if size % f == 0)
+        size, accumulation = size // factor, accumulation * factor
+    return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
+
+
+def is_out_of_memory(error):
+    """Whether memory ran out, of a device or of the host: torch has a class of its own for devices alone."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
+def _fits(model, split, micro_batch_size, accelerator):
+    """1 if a micro-batch fits, 0 if not."""
+    blocks = torch.arange(micro_batch_size).numpy() % len(split.blocks)
+    window = Windows(split.blocks, blocks, micro_batch_size, 1, document_end=split.document_end)[0]
+    model.train()
+    moments = []
+    try:
+        with torch.random.fork_rng(), accelerator.no_sync(model):
+            moments += [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
+            batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
+            accelerator.backward(next_token_loss(model, batch)[0])
+        return 1
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return 0
+    finally:
+        model.zero_grad(set_to_none=True)
+        moments.clear()
+        gc.collect()  # an exception's frames hold tensors
+        if accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
