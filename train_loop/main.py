@@ -11,6 +11,7 @@ accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --vali
 import os
 import re
 import sys
+import time
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
@@ -94,7 +95,9 @@ def run(settings, stop):
         if settings.eval_only:
             if is_main:
                 print(metrics.banner(settings, accelerator, net, [eval_split], held_out), flush=True)
-            result = evaluate.evaluate(accelerator.prepare(net), eval_split, settings, accelerator, show_progress)
+            net, began = accelerator.prepare(net), time.perf_counter()
+            result = evaluate.evaluate(net, eval_split, settings, accelerator, show_progress)
+            result["eval_runtime"] = time.perf_counter() - began  # seconds
             if is_main:
                 print(metrics.one_line(result))
                 if settings.output_dir:

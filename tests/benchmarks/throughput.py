@@ -114,7 +114,7 @@ def ours(folder, batch, num_steps, evaluate, compiled):
         results = json.loads((output / "all_results.json").read_text())
         return {
             "loss": results["eval_loss"],
-            "seconds": [results["eval_tokens"] / results["eval_tokens_per_second"]],
+            "seconds": [results["eval_runtime"]],
             "peak": peak,
         }
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -191,9 +191,7 @@ def main():
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32], help="blocks in an optimizer step")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn")
-    parser.add_argument(
-        "--evaluation", action="store_true", help="measure evaluation too, over the blocks of all steps"
-    )
+    parser.add_argument("--evaluation", action="store_true", help="evaluation too, over the blocks of all steps")
     parser.add_argument("--compiled", action="store_true", help="this loop with torch.compile (inductor)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture (PNG)")
