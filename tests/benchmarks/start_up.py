@@ -56,7 +56,7 @@ def prepare(folder):
     tokenizer.train([str(folder / "data.txt")], vocab_size=1000, show_progress=False)
     tokenizer.save_model(str(folder))
     GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt")).save_pretrained(folder)
-    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1000, "bos_token_id": 0, "eos_token_id": 0}
+    sizes = {"n_layer": 2, "n_embd": 64, "n_head": 2, "vocab_size": 1001, "bos_token_id": 0, "eos_token_id": 0}
     AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **sizes)).save_pretrained(folder)
 
 
