@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import TINY_CONFIGS, VOCAB
 from test_loop import largest_difference, make_model, train
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -190,3 +191,17 @@ def test_where_the_host_does_not_wait_a_step_that_is_not_finite_is_held_back_on_
     assert torch.equal(step(3, 1.0), first), "a later step went on from weights that should have stayed"
     with pytest.raises(FloatingPointError, match="step 2: the loss"):
         guard.look()
+
+
+def test_a_compiled_model_is_compiled_in_its_first_epoch_alone(blocks, tmp_path):
+    """Training with a short last batch, and evaluation with another batch size: no recompilation afterwards."""
+    counter = CompileCounter()
+    model = make_model()
+    assert put_loss_in_head(model)
+    model.base_model.compile(backend=counter)
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 3}
+    train(model, blocks, blocks[:5], tmp_path / "first", **options)
+    num_compiled = counter.frame_count
+    assert num_compiled > 0
+    train(model, blocks, blocks[:5], tmp_path / "second", num_train_epochs=2.0, **options)
+    assert counter.frame_count == num_compiled
