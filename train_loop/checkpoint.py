@@ -44,6 +44,7 @@ CHANGEABLE = {
     "adam_epsilon",
     "max_grad_norm",
     "mixed_precision",
+    "tf32",
 }
 
 

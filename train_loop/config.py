@@ -116,6 +116,7 @@ class Settings:
         "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
     )
 
+    tf32: bool = setting("training", False, "float32 products of a GPU in TF32: faster, with 10 bits of mantissa")
     tuning: bool = setting(
         "training", True, "allocator, huge pages and lean modules that make a run faster and change no number"
     )

@@ -36,7 +36,10 @@ def build_accelerator(settings):
         raise ValueError(
             f"the launcher started {launched} processes, but Accelerate formed {accelerator.num_processes}"
         )
+    torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     if accelerator.device.type == "cpu":
+        if settings.tf32:
+            raise ValueError("tf32 needs a GPU: a CPU has no TF32")
         if accelerator.mixed_precision not in ("no", "bf16"):
             # Accelerate takes the setting without a word, and would train with neither autocast nor scaler
             raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")

@@ -132,7 +132,7 @@ def run(settings, stop):
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
 
         # -> train
-        stop.deferred = True
+        stop.defer(settings.ddp_timeout)
         evaluation = loop.train(
             net,
             optimizer,

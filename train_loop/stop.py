@@ -2,6 +2,7 @@
 
 import signal
 import time
+from datetime import timedelta
 
 
 class Stopped(BaseException):
@@ -19,6 +20,7 @@ class StopSignal:
 
     def __enter__(self):
         self.number, self.since, self.deferred = 0, 0.0, False
+        self.group, self.timeout = None, None
         self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
         return self
 
@@ -33,13 +35,22 @@ class StopSignal:
         if again or not self.deferred:
             raise Stopped("")
 
+    def defer(self, timeout):
+        """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""
+        self.deferred, self.timeout = True, timeout
+
     def agreed(self, accelerator):
         """Whether any process was asked to stop: the same answer on all of them."""
         if accelerator.num_processes == 1:
             return bool(self.number)
         import torch
 
-        if accelerator.reduce(torch.tensor(bool(self.number), device=accelerator.device).int(), "sum"):
+        if self.group is None and accelerator.device.type != "cpu":
+            # processes agree on the host: on the device, each step would have to wait for it
+            self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
+        asked = torch.tensor(int(bool(self.number)))
+        torch.distributed.all_reduce(asked, group=self.group)  # on a CPU the default group is one of the host
+        if asked:
             self.number = self.number or signal.SIGTERM
         return bool(self.number)
 
