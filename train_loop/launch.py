@@ -62,9 +62,12 @@ def _meet_after_restart(url, **options):
     yield store, rank, world_size
 
 
-def after_restart(settings):
-    """The settings of processes that the launcher started again: they go on by themselves."""
-    if _num_restarts() and settings.output_dir:
+def after_restart(settings, accelerator):
+    """The settings of processes that a launcher started again: they go on by themselves, whatever they were told.
+    Machines count their restarts each by itself, and one that joins the others' new round without a loss of its own
+    counts none; so one process that was started again speaks for all."""
+    num_restarts = accelerator.reduce(torch.tensor(_num_restarts(), device=accelerator.device), "sum")
+    if num_restarts and settings.output_dir:
         wanted = settings.resume_from_checkpoint or "auto"
         return dataclasses.replace(settings, resume_from_checkpoint=wanted, overwrite_output_dir=False)
     return settings

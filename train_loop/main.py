@@ -72,11 +72,12 @@ def run(settings, stop):
     from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, micro_batch, model, optim, publish
 
     launch.stop_with_launcher()
-    settings = launch.after_restart(settings)
-    publish.check_output_dir(settings)
     accelerator = launch.build_accelerator(settings)
     is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
     try:
+        settings = launch.after_restart(settings, accelerator)
+        publish.check_output_dir(settings)
+
         # settings -> data
         config = model.load_config(settings)
         train_rows, eval_rows, held_out = data.load_rows(settings)
