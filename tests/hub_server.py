@@ -206,7 +206,7 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.route, how, self.token))
         self.close_connection = True
         if how == "hang":
-            self.hub.stopping.wait(60)
+            self.hub.stopping.wait(600)
         elif how != "drop":
             reason = {401: "Invalid credentials in Authorization header", 403: "you may not"}.get(how, "out of order")
             self.answer({"error": reason}, how, {"X-Error-Message": reason, "Connection": "close"}, log=False)

@@ -172,7 +172,9 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     if how == "hang":
         monkeypatch.setattr(our_hub, "PUSH_SECONDS", 4)
     output_dir = tmp_path / trouble.replace(" ", "-")
+    began = time.perf_counter()
     assert main(short(text_file, output_dir)) == 0
+    assert time.perf_counter() - began < 30  # a push that is not given up would last for minutes
     out, err = capsys.readouterr()
     assert out.splitlines()[-2].startswith("done:")
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
@@ -189,6 +191,24 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     pushed = logged_in.files("models", f"me/{output_dir.name}")
     assert pushed.keys() == EXPORTED | {".gitattributes"}
     assert pushed["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("print('all is well')", None),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "stopped by SIGTERM"),
+        ("import sys; print('Error: first', 'second.', 'Hint: third', sep=chr(10)); sys.exit(1)", "first second"),
+        ("raise ConnectionError('no way out')", "no way out"),
+        ("import sys; print('one', 'two', sep=chr(10)); sys.exit(3)", "two"),
+        ("import sys; sys.exit(3)", "exit status 3"),
+        ("while True: pass", "no end after 1 seconds"),
+    ],
+)
+def test_why_the_client_failed_is_said_on_one_line(code, problem):
+    client = our_hub.Client(["-c", code], 1 if "while" in code else 60)
+    client.wait()
+    assert client.problem() == problem
 
 
 def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, text_file, tmp_path, capsys, monkeypatch):

@@ -162,7 +162,10 @@ class Client:
         """Why it failed, on one line; None if it did not."""
         if self.ended_because or not self.process.returncode:
             return self.ended_because
+        if self.process.returncode < 0:
+            return f"stopped by {signal.Signals(-self.process.returncode).name}"
         # the client's own message, or the last line of Python's traceback; a hint for its developers follows
         text = self.output().split("\nHint: ")[0]
-        message = re.split(r"^(?:[\w.]*Error|[\w.]+(?:Exception|Timeout)): ", text, flags=re.MULTILINE)[-1]
+        before, *messages = re.split(r"^(?:[\w.]*Error|[\w.]+(?:Exception|Timeout)): ", text, flags=re.MULTILINE)
+        message = messages[-1] if messages else before.strip().split("\n")[-1]
         return (" ".join(message.split()) or f"exit status {self.process.returncode}")[:300].rstrip(".")
