@@ -67,7 +67,7 @@ def check_push(settings, unreachable):
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    name = settings.hub_model_id or Path(settings.output_dir).name
+    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
     try:
         validate_repo_id(name)
     except HFValidationError as error:
