@@ -162,6 +162,20 @@ class Settings:
     )
     traceback: bool = setting("output", False, "show Python's traceback with an error")
 
+    push_to_hub: bool = setting(
+        "publishing", False, "push the exported model to the hub; the token comes from HF_TOKEN or `hf auth login`"
+    )
+    hub_model_id: str | None = setting(
+        "publishing", None, "repository to push to, owner/name or name; else the name of output_dir, under your own"
+    )
+    hub_private_repo: bool = setting("publishing", False, "make the repository private where it is a new one")
+    hub_strategy: str = setting(
+        "publishing",
+        "end",
+        "when to push: when all is done, or also, in the background, the model of each checkpoint",
+        **one_of("end", "every_save"),
+    )
+
 
 def convert(value, kind):
     """`value` (text of the command line, or a YAML value) as `kind`, one of a field's types; ValueError if it is none.
@@ -328,6 +342,13 @@ def _contradictions(s):
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
     if s.document_attention and not s.add_eos_token:
         found.append("document_attention goes with add_eos_token, which marks where documents end")
+    for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+        if getattr(s, name) != getattr(Settings, name) and not s.push_to_hub:
+            found.append(f"{name} goes with push_to_hub")
+    if s.push_to_hub and s.eval_only:
+        found.append("give push_to_hub or eval_only, not both: evaluating exports nothing")
+    if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
+        found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
     for name in ("train_file", "validation_file"):
         path = getattr(s, name) and Path(getattr(s, name))
         if not path:

@@ -1,6 +1,7 @@
 """Rows of text become equal blocks of tokens:
 
-    1. rows      load_rows       read by `datasets`; a line of a text file is a row, with its newline; a blank one is ""
+    1. rows      load_rows       a line of a text file is a row, with its newline; a blank one is ""; `datasets` reads
+                                 what is not a text file
     2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
                                  on request with the end-of-text token after each row that is not empty
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
@@ -10,36 +11,74 @@ B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
 
 import codecs
+import contextlib
+import errno
 import gzip
 import hashlib
+import io
 import json
 import os
-from dataclasses import dataclass
+import zlib
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
-import datasets
 import numpy as np
+import tokenizers
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from train_loop.config import file_kind
 from train_loop.hub import hub_address
 
-ROWS_PER_BATCH = 1000  # rows tokenised at once; has no influence on the tokens
+# rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
+ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 10_000, 1 << 19
+NUM_BATCHES_AHEAD = 3  # being tokenised or waiting for it: the tokenizer's threads shall never wait for Python's
+HEADER_BYTES = 16  # a file of tokens begins with two int64: the words and the bytes of its text
 IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Rows of text, {"text": ...}, that are read anew each time they are gone through: few are in memory at once.
+
+    `read()` goes through all the texts there are, `digest` stands for their content, `span` says which are meant.
+    """
+
+    read: Callable
+    digest: str
+    span: range
+
+    @classmethod
+    def of(cls, texts):
+        """`Rows` of a list of texts."""
+        digest = hashlib.blake2b(json.dumps(texts).encode(), digest_size=16).hexdigest()
+        return cls(lambda: iter(texts), digest, range(len(texts)))
+
+    def __len__(self):
+        return len(self.span)
+
+    def __iter__(self):
+        for index, text in enumerate(self.read()):
+            if index in self.span:
+                yield {"text": text}
+
+
 def load_rows(settings):
-    """(training rows, validation rows, note): each a `datasets.Dataset` with the one column "text"; training rows are
-    None when only evaluating a validation file. The note says where the validation rows come from.
+    """(training rows, validation rows, note): each `Rows`; training rows are None when only evaluating a validation
+    file. The note says where the validation rows come from.
 
     Raises ValueError where the data cannot be found or read, has no text column, or is empty.
     """
     if settings.dataset_name == "python_docs":
         from pydoc_data.topics import topics  # the language reference's help texts: prose, and in every Python
 
-        splits = {"train": datasets.Dataset.from_dict({"text": [topics[name] for name in sorted(topics)]})}
+        splits = {"train": Rows.of([topics[name] for name in sorted(topics)])}
     elif settings.dataset_name:
         splits = _load_dataset(settings)
     else:
@@ -48,76 +87,103 @@ def load_rows(settings):
     train, validation = splits.get("train"), splits.get("validation", splits.get("test"))
     if train is None and not (settings.eval_only and validation is not None):
         raise ValueError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
+    train, validation = (rows if rows is None else _only_text(rows, settings) for rows in (train, validation))
     note = ""
     if validation is None:
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
         if num_held_out >= len(train):
             raise ValueError(f"{len(train)} training row(s): too few to hold out some; give validation_file")
         note = f"the last {num_held_out:,} of {len(train):,} training rows (validation_split_percentage)"
-        validation = train.select(range(len(train) - num_held_out, len(train)))
-        train = train.select(range(len(train) - num_held_out))
-    train, validation = (rows and _only_text(rows, settings) for rows in (train, validation))
+        validation = replace(train, span=train.span[-num_held_out:])
+        train = replace(train, span=train.span[:-num_held_out])
     return train, validation, note
 
 
 def _load_dataset(settings):
+    import datasets  # imported where it is needed alone: that takes a second
+
     name, config = settings.dataset_name, settings.dataset_config_name
     try:
         return datasets.load_dataset(name, config)
     except Exception as error:  # the loader's errors have no common class
         raise ValueError(
             f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It was looked for "
-            f"as a folder here, in the cache ({datasets.config.HF_DATASETS_CACHE}), and on {hub_address()}. "
+            f"as a folder here, in the cache ({cache_folder()}), and on {hub_address()}. "
             "Without the hub: fill the cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file "
             "and validation_file"
         ) from error
 
 
 def _load_file(path):
-    kind, digest = file_kind(path), hashlib.blake2b(digest_size=16)
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-            if kind != "parquet" and not str(path).endswith(".gz"):
-                try:
-                    decoder.decode(chunk)
-                except UnicodeDecodeError as error:  # said here: `datasets` finds some of it only when rows are used
-                    raise ValueError(
-                        f"{path} cannot be read as {kind}: it is not UTF-8 text ({error.reason})"
-                    ) from error
-    digest = digest.hexdigest()
+    """A file's lines as `Rows`, or the `datasets.Dataset` of what is not a text file."""
+    kind = file_kind(path)
     try:
+        digest, num_lines = _scan(path, is_text=kind != "parquet")
+        if kind == "text":
+            return Rows(lambda: _lines(path, digest), digest, range(num_lines))
+        import datasets  # as above
+
         # `datasets` knows a file by path and time of change; the digest in the folder's name makes it know the content
         rows = datasets.load_dataset(
             kind,
             data_files={"train": str(Path(path).resolve())},
             split="train",
-            cache_dir=str(_cache() / digest),
-            **({"keep_linebreaks": True} if kind == "text" else {}),
+            cache_dir=str(cache_folder() / "train_loop" / digest),
         )
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} cannot be read as {kind}: it is not UTF-8 text ({error.reason})") from error
     except Exception as error:  # as above
         where = _broken_line(path) if kind == "json" else ""
         raise ValueError(f"{path} cannot be read as {kind}: {where or one_line(error)}") from error
     return datasets.Dataset(rows.data, info=rows.info, fingerprint=digest)
 
 
+def _open(path, mode="rb", **options):
+    return (gzip.open if str(path).endswith(".gz") else open)(path, mode, **options)
+
+
+def _scan(path, is_text=True):
+    """(digest, number of lines) of a file's content, unpacked. A line ends as in Python, with \\n, \\r\\n or \\r.
+    Raises UnicodeDecodeError where a text is not UTF-8."""
+    digest, num_lines, last = hashlib.blake2b(digest_size=16), 0, "\n"
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    with _open(path) as file:
+        chunk = None
+        while chunk != b"":  # the empty one at the end too: the decoder may still hold something back
+            chunk = file.read(1 << 20)
+            digest.update(chunk)
+            text = decoder.decode(chunk, final=not chunk) if is_text else ""
+            num_lines, last = num_lines + text.count("\n"), text[-1:] or last
+    return digest.hexdigest(), num_lines + (last != "\n")
+
+
+def _lines(path, digest):
+    """A file's lines, each with its newline as \\n. Raises ValueError at the end if the file is no longer the one that
+    had this digest: what was read then belongs to no content that could be named."""
+    with _open(path, "rt", encoding="utf-8") as file:
+        yield from file
+    if _scan(path)[0] != digest:
+        raise ValueError(f"{path} was changed while it was read: start again")
+
+
 def _broken_line(path):
     """Where the first line that is no JSON stands, in words; "" if each is, or none, as in a file of one value."""
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as file:
+        with _open(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     json.loads(line)
                 except ValueError as error:
                     return f"line {number}: {error}"
-    except (OSError, EOFError, UnicodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeError) as error:
         return one_line(error)
     return ""
 
 
-def _cache():
-    return Path(datasets.config.HF_DATASETS_CACHE) / "train_loop"
+def cache_folder():
+    """The cache folder of `datasets`, its config.HF_DATASETS_CACHE, without importing it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(os.path.expanduser(home), "datasets")))
 
 
 def one_line(error):
@@ -128,8 +194,11 @@ def one_line(error):
 
 
 def _only_text(rows, settings):
-    column = settings.text_column
-    texts = [name for name, kind in rows.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+    """`Rows` of the one column that is meant, from a `datasets.Dataset`, or from `Rows`, which have a column "text"."""
+    column, texts = settings.text_column, ["text"]
+    if not isinstance(rows, Rows):
+        kinds = rows.features.items()
+        texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
     if column is None:
         column = "text" if "text" in texts else texts[0] if len(texts) == 1 else None
     if column not in texts:
@@ -137,8 +206,12 @@ def _only_text(rows, settings):
         raise ValueError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
     if not len(rows):
         raise ValueError("the data has no rows")
+    if isinstance(rows, Rows):
+        return rows
     rows = rows.select_columns([column])
-    return rows if column == "text" else rows.rename_column(column, "text")
+    return Rows(
+        lambda: chain.from_iterable(batch[column] for batch in rows.iter(100)), rows._fingerprint, range(len(rows))
+    )
 
 
 def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
@@ -146,47 +219,95 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     of int32, and the size of the text that they stand for (see `count_words`). `end_of_text`: the id of the token to
     put after each row that is not empty, or None.
 
-    They are kept in the `datasets` cache under a name made of what they depend on: the rows and the tokenizer.
-    Raises ValueError for a row that is null.
+    They are kept beside the cache of `datasets` under a name made of what they depend on: the rows and the tokenizer.
+    Raises ValueError for a row that is null, OSError where the disk is full.
     """
-    recipe = [rows._fingerprint, type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), end_of_text, "v2"]
-    path = _cache() / "tokens" / f"{hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()}.int32"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait and find it done
-        if not path.exists():
-            _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress)
-    if path.stat().st_size == 0:
+    tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
+    recipe = [
+        rows.digest,
+        [rows.span.start, rows.span.stop],
+        [str(type(tokenizer)), tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens],
+        [end_of_text, tokenizers.__version__, "v3"],
+    ]
+    key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
+    path = cache_folder() / "train_loop" / "tokens" / f"{key}.int32"
+    if not path.exists():
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for partial in path.parent.glob("*.partial"):  # whoever died while writing it no longer holds its lock
+                with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
+                    partial.unlink(missing_ok=True)
+            with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait for it
+                if not path.exists():
+                    _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                f"the tokens of the {name} data cannot be written to {path.parent}: {error.strerror}. "
+                "HF_DATASETS_CACHE may name another folder"
+            ) from error
+    if path.stat().st_size == HEADER_BYTES:
         raise ValueError(f"the {name} data has no tokens: every row is empty")
-    counts = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-    return np.memmap(path, dtype=np.int32, mode="r"), counts["words"], counts["bytes"]
+    num_words, num_bytes = np.fromfile(path, dtype=np.int64, count=2).tolist()
+    return np.memmap(path, dtype=np.int32, mode="r", offset=HEADER_BYTES), num_words, num_bytes
 
 
 def _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress):
-    partial, num_words, num_bytes = path.with_suffix(".partial"), 0, 0
+    """Writes the tokens under another name, flushes them to the disk, and renames: a kill leaves no half of them.
+
+    The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
+    what comes back, while this one reads rows and writes arrays.
+    """
+    # a fast tokenizer's call does nothing to the ids of its Rust part, which alone is asked where a class has left the
+    # call as it is: that spares lists of masks and strings; Python code of a class of its own may not bear two threads
+    methods = ("__call__", "_encode_plus", "_convert_encoding")
+    is_plain = all(getattr(type(tokenizer), m) is getattr(PreTrainedTokenizerFast, m) for m in methods)
+
+    def encode(texts):
+        if is_plain:
+            rows = (encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts))
+        else:
+            rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+        if end_of_text is not None:
+            rows = (row if not row or row[-1] == end_of_text else [*row, end_of_text] for row in rows)
+        return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+
+    partial, counts, batches = path.with_suffix(".partial"), np.zeros(2, dtype=np.int64), deque()
+    bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
     try:
-        with (
-            open(partial, "wb") as file,
-            tqdm(
-                total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False
-            ) as bar,
-        ):
-            for start in range(0, len(rows), ROWS_PER_BATCH):
-                texts = rows[start : start + ROWS_PER_BATCH]["text"]
-                if None in texts:
-                    raise ValueError(f"row {start + texts.index(None) + 1} of the {name} data is null")
-                # a line of white space alone is an empty row, as in the hub's WikiText
-                texts = ["" if text.isspace() else text for text in texts]
-                ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-                if end_of_text is not None:
-                    ids = [row if not row or row[-1] == end_of_text else [*row, end_of_text] for row in ids]
-                np.fromiter((token for row in ids for token in row), dtype=np.int32).tofile(file)
-                num_words += sum(map(count_words, texts))
-                num_bytes += sum(len(text.encode()) for text in texts)
+        with open(partial, "wb") as file, bar, ThreadPoolExecutor(2 if is_plain else 1) as threads:
+            file.write(counts.tobytes())
+            for texts in _batches(rows, name):
+                batches.append(threads.submit(encode, texts))
+                if len(batches) > NUM_BATCHES_AHEAD:
+                    file.write(batches.popleft().result())
+                counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
                 bar.update(len(texts))
-        path.with_suffix(".json").write_text(json.dumps({"words": num_words, "bytes": num_bytes}), encoding="utf-8")
+            for batch in batches:
+                file.write(batch.result())
+            file.seek(0)
+            file.write(counts.tobytes())
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _batches(rows, name):
+    """The rows' texts in lists. A line of white space alone is an empty row, as in the hub's WikiText."""
+    texts, num_characters = [], 0
+    for number, row in enumerate(rows, start=1):
+        if row["text"] is None:
+            raise ValueError(f"row {number} of the {name} data is null")
+        texts.append("" if row["text"].isspace() else row["text"])
+        num_characters += len(texts[-1])
+        if len(texts) == ROWS_PER_BATCH or num_characters >= CHARACTERS_PER_BATCH:
+            yield texts
+            texts, num_characters = [], 0
+    if texts:
+        yield texts
 
 
 def count_words(text):

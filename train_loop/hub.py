@@ -1,12 +1,30 @@
-"""The hub that models and data sets are asked for by name. Nothing here imports its client."""
+"""The hub that models and data sets are asked for by name, and that a finished model is pushed to.
+
+Its client runs in processes of its own here, and is not imported: it reads its environment when it is, so what is set
+for it must come before; and its requests have no time limit, but a process can be given up on.
+"""
 
 import os
+import re
+import shlex
+import signal
 import socket
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 CONNECT_SECONDS = 5
+ANSWER_SECONDS = 30  # for a small question
+PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size
+WHOAMI = """
+import huggingface_hub
+who = huggingface_hub.whoami()
+print("owner and role:", who["name"], who.get("auth", {}).get("accessToken", {}).get("role"))
+"""
 
 
 def hub_address():
@@ -14,15 +32,15 @@ def hub_address():
 
 
 def use_cache_if_unreachable(settings):
-    """Sets HF_HUB_OFFLINE=1 where `settings` name something on a hub that cannot be reached; returns whether it did.
+    """Sets HF_HUB_OFFLINE=1 where `settings` want something of a hub that cannot be reached; returns whether it did.
 
     The hub's client would ask again and again for half a minute for each file; offline, it looks into its cache at
     once. It reads the variable when it is imported: call this before.
     """
     names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, settings.dataset_name]
-    names = [name for name in names if name and name != "python_docs" and not Path(name).exists()]
+    wanted = any(is_hub_name(name) for name in names) or settings.push_to_hub
     address = urlsplit(hub_address())
-    if not names or "HF_HUB_OFFLINE" in os.environ or getproxies().get(address.scheme):
+    if not wanted or "HF_HUB_OFFLINE" in os.environ or getproxies().get(address.scheme):
         return False
     try:
         port = address.port or {"http": 80}.get(address.scheme, 443)
@@ -31,3 +49,123 @@ def use_cache_if_unreachable(settings):
     except OSError:
         os.environ["HF_HUB_OFFLINE"] = "1"
         return True
+
+
+def is_hub_name(name):
+    """Whether the name of a model or a data set means one on the hub: it is none of ours, and no folder here."""
+    return bool(name) and name != "python_docs" and not Path(name).exists()
+
+
+def check_push(settings, unreachable):
+    """The repository that the run will be pushed to, as owner/name where the owner can be known, or None if it is not
+    to be pushed. Called on the main process before anything slow.
+
+    Raises ValueError where no push can succeed. A hub that is in trouble is a warning: it may be well again by then.
+    """
+    if not settings.push_to_hub:
+        return None
+    from huggingface_hub import get_token
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
+    try:
+        validate_repo_id(name)
+    except HFValidationError as error:
+        raise ValueError(f"push_to_hub: {name!r} is no name for a repository; give hub_model_id") from error
+    if not unreachable and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
+        raise ValueError("give push_to_hub or set HF_HUB_OFFLINE, not both")
+    if get_token() is None:
+        raise ValueError("push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`")
+    if unreachable:
+        warn(f"{hub_address()} cannot be reached now: the push will be tried all the same when all is done")
+        return name
+    question = Client(["-c", WHOAMI], ANSWER_SECONDS)
+    question.wait()
+    if problem := question.problem():
+        warn(f"{hub_address()} does not say whose token this is ({problem}): the push will be tried all the same")
+        return name
+    owner, role = re.search(r"owner and role: (\S+) (\S+)", question.output()).groups()
+    if role == "read":
+        warn("the token may only read: the push will fail, and can be repeated with one that may write")
+    return name if "/" in name else f"{owner}/{name}"
+
+
+def upload(folder, repository, settings, message=None):
+    """Begins to push the files in `folder` but for its checkpoints, and returns the `Client` that does. The repository
+    is made if there is none."""
+    size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
+    words = ["upload", repository, str(folder), "--exclude", "checkpoints/*"]
+    words += ["--private"] if settings.hub_private_repo else []
+    words += ["--commit-message", message] if message else []
+    return Client(["-m", "huggingface_hub.cli.hf", *words], PUSH_SECONDS + size / PUSH_BYTES_PER_SECOND, ["hf", *words])
+
+
+def push(settings, repository, stop):
+    """Pushes what a finished run left in output_dir. Nothing that goes wrong here is an error: all of it is on the
+    disk, and the warning says how to repeat the push. A stop signal ends it."""
+    client = upload(settings.output_dir, repository, settings)
+    client.wait(stop)
+    if problem := client.problem():
+        warn(f"not pushed: {problem}. The model is in {settings.output_dir}. To push it: {shlex.join(client.words)}")
+    else:
+        print(f"pushed: {hub_address().rstrip('/')}/{repository}", flush=True)
+
+
+def warn(sentence):
+    print(f"warning: {sentence}", file=sys.stderr, flush=True)
+
+
+class Client:
+    """A process of the hub's client: python with `arguments`, given up after `seconds`. `words` are the command as a
+    person would give it."""
+
+    def __init__(self, arguments, seconds, words=()):
+        self.words, self.seconds, self.since = words, seconds, time.monotonic()
+        self.process = self.ended_because = None
+        environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+        environment |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_COLOR": "1"}
+        try:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115
+            self.process = subprocess.Popen(
+                [sys.executable, *arguments],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=self.file,
+                stderr=subprocess.STDOUT,
+            )
+        except OSError as error:
+            self.ended_because = str(error)
+
+    def is_running(self):
+        if self.process is None or self.process.poll() is not None:
+            return False
+        if time.monotonic() - self.since > self.seconds:
+            self.end(f"no end after {self.seconds:.0f} seconds")
+        return not self.ended_because
+
+    def wait(self, stop=None):
+        while self.is_running():
+            if stop is not None and stop.number:
+                self.end(f"stopped by {signal.Signals(stop.number).name}")
+            time.sleep(0.05)
+
+    def end(self, reason):
+        self.ended_because = reason
+        self.process.kill()
+        self.process.wait()
+
+    def output(self):
+        self.file.seek(0)
+        return self.file.read().decode(errors="replace")
+
+    def problem(self):
+        """Why it failed, on one line; None if it did not."""
+        if self.ended_because or not self.process.returncode:
+            return self.ended_because
+        if self.process.returncode < 0:
+            return f"stopped by {signal.Signals(-self.process.returncode).name}"
+        # the client's own message, or the last line of Python's traceback; a hint for its developers follows
+        text = self.output().split("\nHint: ")[0]
+        before, *messages = re.split(r"^(?:[\w.]*Error|[\w.]+(?:Exception|Timeout)): ", text, flags=re.MULTILINE)
+        message = messages[-1] if messages else before.strip().split("\n")[-1]
+        return (" ".join(message.split()) or f"exit status {self.process.returncode}")[:300].rstrip(".")

@@ -7,7 +7,6 @@ import signal
 import sys
 from datetime import timedelta
 
-import datasets
 import torch
 import transformers
 from accelerate import Accelerator
@@ -94,7 +93,7 @@ def quiet_libraries(accelerator):
     """Progress bars of the libraries only on a terminal, and only from the main process. Returns whether they show."""
     show_progress = accelerator.is_main_process and sys.stderr.isatty()
     if not show_progress:
-        datasets.disable_progress_bars()
+        os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, if it is
         transformers.utils.logging.disable_progress_bar()
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()

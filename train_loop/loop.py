@@ -31,10 +31,21 @@ def num_steps(num_blocks, settings, world_size):
 
 
 def train(
-    model, optimizer, scheduler, train_split, eval_split, settings, accelerator, metrics, checkpoints, stop, position
+    model,
+    optimizer,
+    scheduler,
+    train_split,
+    eval_split,
+    settings,
+    accelerator,
+    metrics,
+    checkpoints,
+    stop,
+    position,
+    publisher=None,
 ):
     """Trains `model` in place, from `position` on. `model` and `optimizer` are prepared by Accelerate, `scheduler` is
-    not. Returns the last evaluation.
+    not. A `publisher` is told of each checkpoint. Returns the last evaluation.
 
     Raises, on all processes alike: FloatingPointError, before the weights are touched, when a loss or a gradient norm
     is not finite; Stopped, with a checkpoint written, when `stop` came.
@@ -109,6 +120,8 @@ def train(
             if stopping or checkpoints.is_due(position.step, position.window, per_epoch, last_step):
                 finite.look()
                 checkpoints.save(position, model, optimizer, metrics)
+                if publisher and not stopping and position.step < last_step:
+                    publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
             if stopping or position.step == last_step:
                 break
         if position.window == per_epoch:

@@ -29,7 +29,10 @@ def main(argv=None):
     is_main = int(os.environ.get("RANK", 0)) == 0
     with StopSignal() as stop:
         try:
-            run(read_settings(argv), stop)
+            settings = read_settings(argv)
+            repository = run(settings, stop)
+            if repository:  # on the main process, and when all processes have let go of each other
+                hub.push(settings, repository, stop)
         except (ValueError, OSError, FloatingPointError) as error:
             if "--traceback" in argv:
                 raise
@@ -60,11 +63,14 @@ def known_problem(message):
 
 
 def run(settings, stop):
+    """Trains, exports, and returns the repository on the hub that the model is to be pushed to, None if it is not."""
     if settings.tuning:
         tuning.keep_memory()
     if settings.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
-    if hub.use_cache_if_unreachable(settings) and int(os.environ.get("RANK", 0)) == 0:
+    unreachable = hub.use_cache_if_unreachable(settings)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    if unreachable and is_main:
         print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
     from accelerate.utils import set_seed
@@ -72,8 +78,9 @@ def run(settings, stop):
     from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, micro_batch, model, optim, publish
 
     launch.stop_with_launcher()
+    repository = hub.check_push(settings, unreachable) if is_main else None
     accelerator = launch.build_accelerator(settings)
-    is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
+    show_progress, publisher = launch.quiet_libraries(accelerator), None
     try:
         settings = launch.after_restart(settings, accelerator)
         publish.check_output_dir(settings)
@@ -124,7 +131,7 @@ def run(settings, stop):
             if position.step == num_steps and publish.is_finished(settings.output_dir, num_steps):
                 if is_main:
                     print(f"the run in {settings.output_dir} is finished: {num_steps:,} steps")
-                return
+                return repository
         if is_main:
             publish.create_output_dir(settings, resuming=path is not None)
             whole, splits = accelerator.unwrap_model(net), [train_split, eval_split]
@@ -133,6 +140,7 @@ def run(settings, stop):
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
 
         # -> train
+        publisher = publish.Publisher(settings, tokenizer, accelerator, repository, held_out)
         stop.defer(settings.ddp_timeout)
         evaluation = loop.train(
             net,
@@ -146,16 +154,20 @@ def run(settings, stop):
             checkpoints,
             stop,
             position,
+            publisher,
         )
 
         # -> export
         results = log.finish(evaluation, checkpoints.seconds)
-        publish.export(net, tokenizer, log.lines, results, settings, accelerator)
+        publisher.export_model(net, log.lines, results)
         if is_main:
             metrics.write_json(Path(settings.output_dir) / "all_results.json", results)  # says that the run is finished
             print(f"done: {settings.output_dir}. Generate text with")
             print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
+        return repository
     finally:
+        if publisher is not None:
+            publisher.end()
         accelerator.end_training()  # without it a run of several CPU processes aborts at exit
 
 

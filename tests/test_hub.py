@@ -1,0 +1,387 @@
+"""The hub, over HTTP: a real client against a server on loopback (hub_server.py)."""
+
+import io
+import itertools
+import os
+import re
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+from conftest import TINY_CONFIGS, run
+from hub_server import HubServer
+from safetensors.torch import load_file
+from test_main import TINY, lines_of
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from train_loop import hub as our_hub
+from train_loop.config import Settings, read_settings
+from train_loop.main import main
+from train_loop.model import load_tokenizer
+from train_loop.publish import Publisher
+
+TOKEN, READ_TOKEN = "hf_writewritewrite", "hf_readreadread"
+EXPORTED = {
+    "README.md",
+    "all_results.json",
+    "config.json",
+    "generation_config.json",
+    "loss_curve.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train_config.yaml",
+}
+ONLINE = ("env", "-u", "HF_HUB_OFFLINE")  # a process without the variable that keeps the tests off any hub
+DATA_CARD = """---
+language:
+- en
+license:
+- cc-by-sa-3.0
+- gfdl
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: test, path: wikitext-2-raw-v1/test-*}
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+  - {split: validation, path: wikitext-2-raw-v1/validation-*}
+---
+# A small stand-in
+"""
+
+
+def parquet(rows):
+    buffer = io.BytesIO()
+    datasets.Dataset.from_list(rows).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def hub(text_file, tmp_path_factory):
+    """A hub with small stand-ins for what the reference recipe asks for: a GPT-2 with a byte-level BPE tokenizer, which
+    is found under its old name, and some prose in the files and the columns of WikiText."""
+    folder = tmp_path_factory.mktemp("hub")
+    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [{"text": "" if line.isspace() else f" {line}"} for line in lines]
+    model = folder / "model"
+    load_tokenizer(Settings(tokenizer_vocab_size=400), datasets.Dataset.from_list(rows)).save_pretrained(model)
+    sizes = {**TINY_CONFIGS["gpt2"], "n_positions": 256}
+    config = AutoConfig.for_model("gpt2", vocab_size=400, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A small stand-in\n")
+    splits = {"train": rows[:-80], "validation": rows[-80:-40], "test": rows[-40:]}
+    files = {f"wikitext-2-raw-v1/{name}-00000-of-00001.parquet": parquet(part) for name, part in splits.items()}
+    aliases = {"distilgpt2": "distilbert/distilgpt2"}
+    with HubServer(folder / "hub", {TOKEN: "write", READ_TOKEN: "read"}, aliases) as server:
+        server.add("models", "distilbert/distilgpt2", {path.name: path.read_bytes() for path in model.iterdir()})
+        server.add("datasets", "Salesforce/wikitext", {"README.md": DATA_CARD.encode(), **files})
+        yield server
+
+
+@pytest.fixture
+def healthy(hub):
+    yield hub
+    hub.reset()
+
+
+@pytest.fixture
+def logged_in(healthy, monkeypatch, tmp_path):
+    """This process is one that uses the hub, with a token that may write."""
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    for name, value in healthy.environment(tmp_path / "cache", TOKEN).items():
+        monkeypatch.setenv(name, value)
+    return healthy
+
+
+def short(text_file, output_dir, *more):
+    """The arguments of a run of two optimizer steps that is to be pushed."""
+    arguments = [*TINY, "--max_eval_samples=8", "--max_train_steps=2", f"--train_file={text_file}"]
+    return [*arguments, f"--output_dir={output_dir}", "--push_to_hub", *more]
+
+
+def repeat_command(text):
+    return shlex.split(re.search(r"To push it: (hf upload .*)", text).group(1))
+
+
+def assert_token_is_nowhere(output_dir, *texts):
+    for text in [*texts, *(path.read_bytes().decode(errors="replace") for path in files_in(output_dir))]:
+        assert TOKEN not in text and READ_TOKEN not in text
+
+
+def files_in(folder):
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+GENERATE = """
+import sys
+from transformers import pipeline
+print(pipeline("text-generation", model=sys.argv[1])("The value", max_new_tokens=5)[0]["generated_text"])
+"""
+
+
+def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_by_its_name(healthy, tmp_path):
+    """The recipe's own names. Then another machine, with a cache of its own and no token, asks for what was pushed."""
+    output_dir = tmp_path / "runs" / "distilgpt2-finetuned-wikitext2"
+    launcher = (*ONLINE, sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train_loop/main.py")
+    arguments = ["--config=distilgpt2_wikitext2", "--num_train_epochs=1", f"--output_dir={output_dir}", "--push_to_hub"]
+    environment = healthy.environment(tmp_path / "cache", TOKEN)
+    done = run(*arguments, launcher=launcher, **environment)
+    assert done.returncode == 0, done.stderr
+    assert f"pushed: {healthy.address}/me/distilgpt2-finetuned-wikitext2" in done.stdout.splitlines()
+    assert TOKEN in {token for *_, token in healthy.requests} and "warning:" not in done.stderr
+    assert_token_is_nowhere(output_dir, done.stdout, done.stderr)
+
+    pushed = healthy.files("models", "me/distilgpt2-finetuned-wikitext2")
+    assert pushed.keys() == EXPORTED | {".gitattributes"}
+    assert all(pushed[name] == (output_dir / name).read_bytes() for name in EXPORTED)
+    assert (output_dir / "checkpoints").is_dir()
+    assert healthy.visibility["models", "me/distilgpt2-finetuned-wikitext2"] == "public"
+
+    card = pushed["README.md"].decode()
+    assert 'model="me/distilgpt2-finetuned-wikitext2"' in card
+    assert "\nlicense: apache-2.0\n" in card and "\nlanguage:\n- en\n" in card
+
+    environment = healthy.environment(tmp_path / "another cache")
+    name = "me/distilgpt2-finetuned-wikitext2"
+    generated = run("-c", GENERATE, name, launcher=(*ONLINE, sys.executable), **environment)
+    assert generated.returncode == 0, generated.stderr
+    assert generated.stdout.startswith("The value") and len(generated.stdout.strip()) > len("The value")
+
+
+TROUBLE = {
+    "an error of the server": ("commit/main", 500, "500 Internal Server Error"),
+    "a token that is no good": ("repos/create", 401, "401 Unauthorized"),
+    "a token that may not write here": ("commit/main", 403, "403 Forbidden"),
+    "a dropped connection": ("commit/main", "drop", "disconnected"),
+    "no answer": ("commit/main", "hang", "no end after 4 seconds"),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
+    trouble, logged_in, text_file, tmp_path, capsys, monkeypatch
+):
+    path, how, said = TROUBLE[trouble]
+    logged_in.fail(path, how)
+    if how == "hang":
+        monkeypatch.setattr(our_hub, "PUSH_SECONDS", 4)
+    output_dir = tmp_path / trouble.replace(" ", "-")
+    began = time.perf_counter()
+    assert main(short(text_file, output_dir)) == 0
+    assert time.perf_counter() - began < 30  # a push that is not given up would last for minutes
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-2].startswith("done:")
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
+    assert warning.startswith("warning: not pushed: ") and said in warning and "Traceback" not in err
+    assert (output_dir / "checkpoints" / "step-000002" / "manifest.json").is_file()
+    assert {path.name for path in output_dir.iterdir()} == EXPORTED | {"checkpoints"}
+    AutoModelForCausalLM.from_pretrained(output_dir)
+    assert_token_is_nowhere(output_dir, out, err)
+
+    logged_in.heal()
+    command = repeat_command(warning)
+    done = run(*command[1:], launcher=(*ONLINE, Path(sys.executable).parent / command[0]))
+    assert done.returncode == 0, done.stderr
+    pushed = logged_in.files("models", f"me/{output_dir.name}")
+    assert pushed.keys() == EXPORTED | {".gitattributes"}
+    assert pushed["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "code, problem",
+    [
+        ("print('all is well')", None),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "stopped by SIGTERM"),
+        ("import sys; print('Error: first', 'second.', 'Hint: third', sep=chr(10)); sys.exit(1)", "first second"),
+        ("raise ConnectionError('no way out')", "no way out"),
+        ("import sys; print('one', 'two', sep=chr(10)); sys.exit(3)", "two"),
+        ("import sys; sys.exit(3)", "exit status 3"),
+        ("while True: pass", "no end after 1 seconds"),
+    ],
+)
+def test_why_the_client_failed_is_said_on_one_line(code, problem):
+    client = our_hub.Client(["-c", code], 1 if "while" in code else 60)
+    client.wait()
+    assert client.problem() == problem
+
+
+def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", READ_TOKEN)
+    assert main(short(text_file, tmp_path / "run")) == 0
+    out, err = capsys.readouterr()
+    first, last = [line for line in err.splitlines() if line.startswith("warning")]
+    assert "the token may only read" in first
+    assert "not pushed: 403 Forbidden" in last and repeat_command(last)[2] == "me/run"
+    assert_token_is_nowhere(tmp_path / "run", out, err)
+
+
+def test_a_hub_out_of_reach_is_a_warning_and_the_push_is_tried_all_the_same(
+    logged_in, text_file, tmp_path, capsys, monkeypatch
+):
+    """At the start nobody listens; at the end the hub is there."""
+    there = os.environ["HF_ENDPOINT"]
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    push = our_hub.push
+
+    def push_later(*arguments):
+        monkeypatch.setenv("HF_ENDPOINT", there)
+        push(*arguments)
+
+    monkeypatch.setattr(our_hub, "push", push_later)
+    assert main(short(text_file, tmp_path / "late")) == 0
+    out, err = capsys.readouterr()
+    (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
+    assert "127.0.0.1:9 cannot be reached now" in warning and "pushed:" in out
+    assert 'model="OWNER/late"' in (tmp_path / "late" / "README.md").read_text()
+    assert logged_in.files("models", "me/late").keys() == EXPORTED | {".gitattributes"}
+
+
+def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    assert main(short(text_file, tmp_path / "run")) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines() == [
+        "error: push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
+    ]
+    assert out == "" and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, environment, said",
+    [
+        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is no name for a repository"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "give push_to_hub or set HF_HUB_OFFLINE, not both"),
+    ],
+)
+def test_a_push_that_cannot_succeed_is_refused(
+    arguments, environment, said, logged_in, text_file, tmp_path, capsys, monkeypatch
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(short(text_file, tmp_path / "run", *arguments)) == 1
+    assert said in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (["--hub_model_id=me/x"], "hub_model_id goes with push_to_hub"),
+        (["--hub_private_repo"], "hub_private_repo goes with push_to_hub"),
+        (["--hub_strategy=every_save"], "hub_strategy goes with push_to_hub"),
+        (["--push_to_hub", "--hub_strategy=checkpoint"], "must be text, one of end, every_save"),
+        (["--push_to_hub", "--hub_strategy=every_save", "--checkpointing_steps=none"], "checkpointing_steps is none"),
+        (["--push_to_hub", "--eval_only"], "push_to_hub or eval_only"),
+    ],
+)
+def test_settings_of_publishing_that_fight_are_refused(arguments, said, text_file):
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_settings(["--model_name_or_path=m", f"--train_file={text_file}", "--output_dir=o", *arguments])
+
+
+def test_a_private_repository_arrives_as_one_and_a_second_push_changes_only_what_changed(
+    logged_in, text_file, tmp_path, capsys
+):
+    """The second time by the command that goes on with a finished run."""
+    arguments = short(text_file, tmp_path / "run", "--hub_model_id=me/secret", "--hub_private_repo")
+    assert main(arguments) == 0
+    assert logged_in.visibility["models", "me/secret"] == "private"
+    assert main([*arguments, "--resume_from_checkpoint=auto"]) == 0
+    out = capsys.readouterr().out
+    assert "is finished: 2 steps" in out and out.count("pushed: ") == 2
+    assert len(logged_in.commits["models", "me/secret"]) == 2  # the initial commit, and the first push
+
+
+def test_each_checkpoint_is_pushed_and_training_does_not_notice(logged_in, text_file, tmp_path, capsys, monkeypatch):
+    """The same weights as without, bit for bit. The steps here are faster than a push, so they wait for it."""
+    arguments = [*TINY, "--max_eval_samples=8", "--max_train_steps=6", f"--train_file={text_file}", "--logging_steps=1"]
+    arguments += ["--checkpointing_steps=2"]
+    begin = Publisher.push_checkpoint
+
+    def push_and_wait(self, *arguments):
+        begin(self, *arguments)
+        self.client.wait()
+
+    monkeypatch.setattr(Publisher, "push_checkpoint", push_and_wait)
+    often = [*arguments, f"--output_dir={tmp_path}/often", "--push_to_hub", "--hub_strategy=every_save"]
+    assert main(often) == 0 and "warning:" not in capsys.readouterr().err
+    assert logged_in.commits["models", "me/often"][1:-1] == ["step 2", "step 4"]
+    assert logged_in.files("models", "me/often").keys() == EXPORTED | {".gitattributes"}
+    assert not (tmp_path / "often" / "checkpoints" / "pushed").exists()
+
+    monkeypatch.undo()
+    assert main([*arguments, f"--output_dir={tmp_path}/never"]) == 0
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("often", "never")]
+    assert all(weights[0][name].equal(weights[1][name]) for name in weights[1])
+    lines = [lines_of(tmp_path / name) for name in ("often", "never")]
+    for line in itertools.chain(*lines):
+        line.pop("tokens_per_second", None)
+    assert lines[0] == lines[1]
+
+
+def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_path):
+    """The run is stopped by a signal after its first push, and what is on the hub then is loaded."""
+    arguments = short(text_file, tmp_path / "run", "--hub_strategy=every_save", "--checkpointing_steps=2")
+    arguments += ["--max_train_steps=5000", "--checkpoints_total_limit=5000"]
+
+    def stop_when_pushed():
+        while ("POST", "/api/models/me/run/commit/main") not in {request[:2] for request in logged_in.requests}:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_pushed, daemon=True)
+    thread.start()
+    assert main(arguments) == 75
+    thread.join()
+    files = logged_in.files("models", "me/run")
+    assert files.keys() == EXPORTED - {"all_results.json", "loss_curve.png"} | {".gitattributes"}
+    card = files["README.md"].decode()
+    assert "Validation" in card and "loss_curve.png" not in card
+    model, info = AutoModelForCausalLM.from_pretrained(logged_in.path("models", "me/run"), output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and model.config.use_cache
+    step = int(re.fullmatch(r"step (\d+)", logged_in.commits["models", "me/run"][-1]).group(1))
+    saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
+    assert all(model.get_parameter(name).equal(tensor) for name, tensor in saved.items())
+
+
+def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tmp_path, capsys):
+    """The first push hangs: those of later steps are left out, training goes on, and at the end nothing waits."""
+    logged_in.fail("repos/create", "hang")
+    arguments = short(text_file, tmp_path / "run", "--checkpointing_steps=2", "--hub_strategy=every_save")
+    began = time.perf_counter()
+
+    def heal_at_the_end():
+        while not (tmp_path / "run" / "all_results.json").exists():
+            time.sleep(0.02)
+        logged_in.heal()
+
+    thread = threading.Thread(target=heal_at_the_end, daemon=True)
+    thread.start()
+    assert main([*arguments, "--max_train_steps=6"]) == 0
+    thread.join()
+    out, err = capsys.readouterr()
+    assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
+    assert "pushed: " in out and time.perf_counter() - began < 60
+    assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
+
+
+def test_a_stop_signal_in_the_push_ends_the_push_and_the_run_is_done(logged_in, text_file, tmp_path, capsys):
+    logged_in.fail("commit/main", "hang")
+
+    def stop_in_the_push():
+        while "hang" not in {status for _, _, status, _ in logged_in.requests}:
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_in_the_push, daemon=True)
+    thread.start()
+    assert main(short(text_file, tmp_path / "run")) == 0
+    thread.join()
+    warning = capsys.readouterr().err.splitlines()[-1]
+    assert warning.startswith("warning: not pushed: stopped by SIGTERM.") and repeat_command(warning)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == EXPORTED | {"checkpoints"}
