@@ -64,7 +64,7 @@ class LinearCrossEntropy(torch.autograd.Function):
     hidden [N, D], weight [V, D], bias [V] or None, targets [N] (-100: none). A chunk of rows at a time: its logits
     become its share of the loss and at once of the gradients, which wait for the backward pass. So logits are never
     held for more than a chunk nor worked out twice. torch's own `linear_cross_entropy` does the same, but its sum is
-    bfloat16 under autocast, and it takes a twelfth longer on a CPU for a vocabulary that is no multiple of 16.
+    bfloat16 under autocast, and on a CPU it takes a tenth longer where the vocabulary is odd, as GPT-2's is.
     Products are taken in autocast's precision, as a linear layer's would be; everything else is float32.
     """
 
