@@ -94,6 +94,8 @@ def quiet_libraries(accelerator):
     show_progress = accelerator.is_main_process and sys.stderr.isatty()
     if not show_progress:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, if it is
+        if "datasets" in sys.modules:
+            sys.modules["datasets"].disable_progress_bars()
         transformers.utils.logging.disable_progress_bar()
     if not accelerator.is_main_process:
         transformers.utils.logging.set_verbosity_error()

@@ -57,7 +57,7 @@ def known_problem(message):
     """What torch's RuntimeError means for the user; None for one that is nobody's but the programmer's."""
     if re.search(r"allocate memory|out of memory", message):
         return "has too little memory: give --auto_micro_batch, or lower per_device_train_batch_size or block_size"
-    if re.search(r"peer|timed? ?out", message, re.IGNORECASE):
+    if re.search(r"peer|timed? ?out|connection", message, re.IGNORECASE):
         return f"lost its peers: {message.splitlines()[0]}"
     return None
 
