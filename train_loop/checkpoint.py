@@ -256,7 +256,9 @@ class Checkpoints:
 
     def _compare(self, state, position):
         old, new = state["identity"], self.identity
-        differing = {name: f"{name}: {old.get(name)} -> {new[name]}" for name in new if old.get(name) != new[name]}
+        # a setting that is newer than the checkpoint had its default
+        old = {name: old.get(name, getattr(type(self.settings), name, None)) for name in new}
+        differing = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]}
         fixed = [line for name, line in differing.items() if name not in CHANGEABLE]
         if fixed:
             raise ValueError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
