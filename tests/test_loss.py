@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from train_loop import loss
 from train_loop.data import IGNORED
 from train_loop.finite import FiniteGuard
+from train_loop.lean import use_lean_modules
 from train_loop.loss import LinearCrossEntropy, next_token_loss, put_loss_in_head
-from train_loop.tuning import use_lean_modules
 
 
 @pytest.fixture

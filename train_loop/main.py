@@ -75,7 +75,20 @@ def run(settings, stop):
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
     from accelerate.utils import set_seed
 
-    from train_loop import checkpoint, data, evaluate, launch, loop, loss, metrics, micro_batch, model, optim, publish
+    from train_loop import (
+        checkpoint,
+        data,
+        evaluate,
+        launch,
+        lean,
+        loop,
+        loss,
+        metrics,
+        micro_batch,
+        model,
+        optim,
+        publish,
+    )
 
     launch.stop_with_launcher()
     repository = hub.check_push(settings, unreachable) if is_main else None
@@ -96,7 +109,7 @@ def run(settings, stop):
         # -> model
         net = model.load_model(settings, config, tokenizer)
         if settings.tuning:
-            tuning.use_lean_modules(net)
+            lean.use_lean_modules(net)
         if not loss.put_loss_in_head(net) and is_main:
             print("loss        through whole logits: this model's head is more than a linear layer", flush=True)
         launch.compile_in_place(net, accelerator)

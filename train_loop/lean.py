@@ -1,0 +1,106 @@
+"""Modules that bring a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
+
+Measured to pay (README, Speed). `--tuning false` leaves the model as transformers made it.
+
+B: blocks in a micro-batch, H: attention heads, T: tokens of a block, D: width of a head.
+"""
+
+import functools
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.activations import NewGELUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+NUM_SCORES = 2**18  # attention scores worked on at once, where a block has no more: 1 MiB, which a core's cache holds
+
+
+def use_lean_modules(model):
+    """Replaces, in place, modules of `model` and its attention function by leaner equals."""
+    for module in list(model.modules()):
+        if isinstance(module, GPT2MLP):
+            module.forward = functools.partial(_forward_of_mlp, module)
+        for name, child in module.named_children():
+            if isinstance(child, NewGELUActivation):  # written out in eight operations, each with a tensor to keep
+                setattr(module, name, torch.nn.GELU(approximate="tanh"))
+            elif type(child) is torch.nn.Dropout:
+                setattr(module, name, Dropout(child.p))
+    if model.config._attn_implementation == "sdpa":
+        AttentionMaskInterface.register("lean", sdpa_mask)
+        AttentionInterface.register("lean", _attention)
+        model.set_attn_implementation("lean")
+
+
+class Dropout(torch.nn.Dropout):
+    """Keeps a mask of bytes for the backward pass, as torch does on a GPU, where on a CPU it keeps one of floats."""
+
+    def forward(self, input):
+        return torch.native_dropout(input, self.p, True)[0] if self.training else input
+
+
+def _forward_of_mlp(mlp, hidden):
+    """Keeps what goes into the activation only, and works its result out again in the backward pass: a product of
+    matrices is not repeated, since the result is all that its gradient needs."""
+    hidden = mlp.c_fc(hidden)
+    project = lambda hidden: mlp.c_proj(mlp.act(hidden))  # noqa: E731
+    return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=False))
+
+
+def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+    """As transformers calls it: query, key, value [B, H, T, D] -> ([B, T, H, D], None)."""
+    plain = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+    ours = dropout and query.device.type == "cpu" and plain and query.shape == key.shape
+    if not ours or torch.compiler.is_compiling():  # torch has kernels that keep little: without dropout, or on a GPU
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is None:
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
+    hidden = attention_mask.logical_not().expand(len(query), -1, -1, -1)
+    return DropoutAttention.apply(query, key, value, hidden, dropout, scaling or query.shape[-1] ** -0.5), None
+
+
+class DropoutAttention(torch.autograd.Function):
+    """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
+
+    For the backward pass it keeps which scores were dropped, as bytes, and works the rest out again, some blocks at a
+    time, in memory that the cache holds; torch on a CPU keeps five tensors of floats as large as all scores. After
+    FlashAttention (Dao et al. 2022, arXiv:2205.14135), without its tiles within a block.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, hidden, p, scale):
+        B, H, T, D = query.shape
+        kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the numbers that torch's dropout draws
+        output = torch.empty(B, T, H, D)
+        for some in _groups(B, H * T * T):
+            probs = _probabilities(query[some], key[some], hidden[some], scale).mul_(kept[some])
+            output[some] = (probs @ value[some]).mul_(1 / (1 - p)).transpose(1, 2)
+        ctx.save_for_backward(query, key, value, hidden, kept)
+        ctx.p, ctx.scale = p, scale
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        query, key, value, hidden, kept = ctx.saved_tensors
+        grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
+        for some in _groups(len(query), kept[0].numel()):
+            grad = grad_output[some].transpose(1, 2) / (1 - ctx.p)
+            probs = _probabilities(query[some], key[some], hidden[some], ctx.scale)
+            grad_value[some] = (probs * kept[some]).transpose(2, 3) @ grad
+            grad_probs = (grad @ value[some].transpose(2, 3)).mul_(kept[some])
+            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(ctx.scale)
+            grad_query[some] = grad_scores @ key[some]
+            grad_key[some] = grad_scores.transpose(2, 3) @ query[some]
+        return grad_query, grad_key, grad_value, None, None, None
+
+
+def _groups(num_blocks, scores_per_block):
+    size = max(1, NUM_SCORES // scores_per_block)
+    return [slice(first, first + size) for first in range(0, num_blocks, size)]
+
+
+def _probabilities(query, key, hidden, scale):
+    scores = (query @ key.transpose(2, 3)).mul_(scale).masked_fill_(hidden, -torch.inf)
+    return torch.softmax(scores, -1, out=scores)
