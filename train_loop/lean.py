@@ -45,6 +45,8 @@ def _forward_of_mlp(mlp, hidden):
     """Keeps what goes into the activation only, and works its result out again in the backward pass: a product of
     matrices is not repeated, since the result is all that its gradient needs."""
     hidden = mlp.c_fc(hidden)
+    if not torch.is_grad_enabled() and isinstance(mlp.act, torch.nn.GELU):
+        return mlp.dropout(mlp.c_proj(torch.ops.aten.gelu_(hidden, approximate=mlp.act.approximate)))
     project = lambda hidden: mlp.c_proj(mlp.act(hidden))  # noqa: E731
     return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=False))
 
