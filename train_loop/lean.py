@@ -27,7 +27,7 @@ def use_lean_modules(model):
             if isinstance(child, NewGELUActivation):  # written out in eight operations, each with a tensor to keep
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
             elif type(child) is torch.nn.Dropout:
-                setattr(module, name, Dropout(child.p))
+                setattr(module, name, Dropout(child.p).train(child.training))
     if model.config._attn_implementation == "sdpa":
         AttentionMaskInterface.register("lean", sdpa_mask)
         AttentionInterface.register("lean", _attention)

@@ -3,7 +3,9 @@
 Measured to pay (README, Speed). `--tuning false` leaves everything but the threads as the libraries have it.
 """
 
+import contextlib
 import ctypes
+import gc
 import os
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of the GNU C library numbers them
@@ -21,6 +23,18 @@ def keep_memory():
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+@contextlib.contextmanager
+def uncollected():
+    """Within it no garbage is looked for, and what was made in it is never looked at again: importing torch and
+    transformers makes a million objects that stay, and a search through them each time that there are a tenth more."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def num_threads(settings):
