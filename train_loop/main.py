@@ -72,23 +72,22 @@ def run(settings, stop):
     is_main = int(os.environ.get("RANK", 0)) == 0
     if unreachable and is_main:
         print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
-    # imported here, not above: --help and a mistyped flag answer before torch is loaded
-    from accelerate.utils import set_seed
+    with tuning.uncollected():  # imported here, not above: --help and a mistyped flag answer before torch is loaded
+        from accelerate.utils import set_seed
 
-    from train_loop import (
-        checkpoint,
-        data,
-        evaluate,
-        launch,
-        lean,
-        loop,
-        loss,
-        metrics,
-        micro_batch,
-        model,
-        optim,
-        publish,
-    )
+        from train_loop import (
+            checkpoint,
+            data,
+            evaluate,
+            launch,
+            loop,
+            loss,
+            metrics,
+            micro_batch,
+            model,
+            optim,
+            publish,
+        )
 
     launch.stop_with_launcher()
     repository = hub.check_push(settings, unreachable) if is_main else None
@@ -108,8 +107,6 @@ def run(settings, stop):
 
         # -> model
         net = model.load_model(settings, config, tokenizer)
-        if settings.tuning:
-            lean.use_lean_modules(net)
         if not loss.put_loss_in_head(net) and is_main:
             print("loss        through whole logits: this model's head is more than a linear layer", flush=True)
         launch.compile_in_place(net, accelerator)

@@ -18,6 +18,7 @@ from transformers import (
 
 from train_loop.data import one_line
 from train_loop.hub import hub_address
+from train_loop.lean import use_lean_modules
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -100,6 +101,8 @@ def load_model(settings, config, tokenizer):
         raise ValueError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
         )
+    if settings.tuning:
+        use_lean_modules(model)
     model.config.use_cache = False  # keys and values are for generation; put back in the exported folder
     return model
 
