@@ -2,9 +2,9 @@
 
 python tests/benchmarks/step_profile.py --batch_size 32
 
-distilgpt2's shape, random weights, blocks of 128, float32, dropout on. The plain way is what `Trainer` does: the modules of
-transformers, whole logits, and the libraries' defaults for memory. Each is a process of its own; the third step is profiled.
-The profiler counts the time of an operation without those inside it; "outside" is what no operation accounts for.
+distilgpt2's shape, random weights, blocks of 128, float32, dropout on. The plain way is what `Trainer` does: modules of
+transformers, whole logits, the libraries' defaults for memory. Each is a process of its own; the third step is
+profiled. An operation's time is without those inside it; "outside" is what no operation accounts for.
 """
 
 import argparse
