@@ -116,6 +116,7 @@ def run(settings, stop):
             net, began = accelerator.prepare(net), time.perf_counter()
             result = evaluate.evaluate(net, eval_split, settings, accelerator, show_progress)
             result["eval_runtime"] = time.perf_counter() - began  # seconds
+            result |= metrics.peak_device_memory_gib()
             if is_main:
                 print(metrics.one_line(result))
                 if settings.output_dir:

@@ -163,7 +163,7 @@ class Metrics:
             "tokens_per_second": self.train_tokens / self.train_seconds,
             "checkpoint_runtime": checkpoint_seconds,
             "peak_memory_gib": peak_memory_gib(),
-        }
+        } | peak_device_memory_gib()
 
 
 def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
@@ -201,6 +201,13 @@ def peak_memory_gib():
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def peak_device_memory_gib():
+    """{"peak_device_memory_gib": the most that torch had allocated on this process's GPU}, {} without one."""
+    if not torch.cuda.is_available():
+        return {}
+    return {"peak_device_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
 def one_line(results):

@@ -1,11 +1,16 @@
 """Tokens per second and peak memory of this loop and of `transformers.Trainer`, in turn, on the same work.
 
 python tests/benchmarks/throughput.py --batch_sizes 8 32 --repetitions 3 --json speed.json --plot speed.png
+python tests/benchmarks/throughput.py --model gpt2-medium --block_size 1024 --precision bf16 --steps 60
 
-The model has distilgpt2's shape (82 M parameters) and random weights; dropout is on; the data is the same random tokens
-in blocks of 128, in the same order of batches' size. Each run is a process of its own, ours and Trainer's in turn. The
-time of an optimizer step is the median of a run's steps but the first two. Dropout draws other numbers in each, so
-losses agree to about a part in a hundred; the script stops where they do not.
+The model has the shape of a published one (distilgpt2: 82 M parameters) and random weights; dropout is on; the data is
+the same random tokens in blocks, in the same order of batches' size. Each run is a process of its own, ours and
+Trainer's in turn. The time of an optimizer step is the median of a run's steps but the first two. Dropout draws other
+numbers in each, so losses agree to about a part in a hundred; the script stops where they do not.
+
+Memory is the largest resident set of the process, and on a GPU the most that torch had allocated there. The share is
+the rate of the model's floating-point operations over the best rate of the machine: what a float32 product of matrices
+reaches on the CPU, or what `--peak_tflops` says (989 for an H100 in bf16), which makes it model FLOPs utilisation.
 """
 
 import argparse
@@ -18,7 +23,12 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-BLOCK, VOCAB, LAYERS, WIDTH = 128, 50257, 6, 768
+VOCAB = 50257
+SHAPES = {  # layers, width, heads
+    "distilgpt2": (6, 768, 12),
+    "gpt2": (12, 768, 12),
+    "gpt2-medium": (24, 1024, 16),
+}
 
 TRAINER = """
 import json, sys, time
@@ -26,7 +36,7 @@ import torch
 from datasets import load_dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
-folder, data, batch, num_steps, evaluate = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:])
+folder, data, precision, batch, num_steps, evaluate = *sys.argv[1:4], *map(int, sys.argv[4:])
 blocks = load_dataset("parquet", data_files=data, split="train", cache_dir=folder + "/cache").with_format("torch")
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 model.loss_type = "ForCausalLM"  # counts a block's targets as it does for other models: 127, not 128
@@ -41,21 +51,25 @@ trainer = Trainer(
     args=TrainingArguments(
         folder + "/trainer", per_device_train_batch_size=batch, per_device_eval_batch_size=batch, max_steps=num_steps,
         learning_rate=2e-5, weight_decay=0.01, seed=42, logging_steps=1, save_strategy="no", report_to="none",
-        use_cpu=not torch.accelerator.is_available(), disable_tqdm=True, prediction_loss_only=True,
+        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, prediction_loss_only=True,
+        bf16=precision == "bf16", tf32=True if precision == "tf32" else None,
     ),
     train_dataset=blocks, eval_dataset=blocks, data_collator=default_data_collator, callbacks=[Clock()],
 )
 if evaluate:
     began = time.perf_counter()
-    print(json.dumps({"loss": trainer.evaluate()["eval_loss"], "seconds": [time.perf_counter() - began]}))
+    done = {"loss": trainer.evaluate()["eval_loss"], "seconds": [time.perf_counter() - began]}
 else:
     trainer.train()
     losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    print(json.dumps({"loss": float(losses[-1]), "seconds": [b - a for a, b in zip(times, times[1:])][1:]}))
+    done = {"loss": float(losses[-1]), "seconds": [b - a for a, b in zip(times, times[1:])][1:]}
+if torch.cuda.is_available():
+    done["device_peak"] = torch.cuda.max_memory_allocated() / 2**30
+print(json.dumps(done))
 """
 
 
-def prepare(folder, num_blocks):
+def prepare(folder, num_blocks, block_size, shape):
     """A folder with the model and a word-level tokenizer of as many tokens, and files of the same random tokens."""
     import numpy as np
     import torch
@@ -64,12 +78,13 @@ def prepare(folder, num_blocks):
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model("gpt2", n_layer=LAYERS, vocab_size=VOCAB)
+    layers, width, heads = shape
+    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=VOCAB)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
-    blocks = np.random.default_rng(0).integers(VOCAB, size=(num_blocks, BLOCK))
+    blocks = np.random.default_rng(0).integers(VOCAB, size=(num_blocks, block_size))
     text = "\n".join(" ".join(f"w{token}" for token in block) for block in blocks)
     (folder / "data.txt").write_text(text + "\n", encoding="utf-8")
     Dataset.from_dict({"input_ids": blocks, "labels": blocks}).to_parquet(folder / "data.parquet")
@@ -95,12 +110,12 @@ def run(command, environment=()):
     return printed, float(peak.split()[1])
 
 
-def ours(folder, batch, num_steps, evaluate, compiled):
+def ours(folder, batch, num_steps, evaluate, options):
     """{"loss", "seconds": of each step, "peak"} of this loop."""
-    output = folder / "ours"
+    output, block_size = folder / "ours", options.block_size
     arguments = [
         *("--model_name_or_path", folder, "--validation_file", folder / "data.txt", "--output_dir", output),
-        *("--overwrite_output_dir", "--block_size", BLOCK, "--per_device_eval_batch_size", batch),
+        *("--overwrite_output_dir", "--block_size", block_size, "--per_device_eval_batch_size", batch),
     ]
     if evaluate:
         arguments.append("--eval_only")
@@ -108,29 +123,33 @@ def ours(folder, batch, num_steps, evaluate, compiled):
         arguments += ["--train_file", folder / "data.txt", "--max_eval_samples", 1, "--max_train_steps", num_steps]
         arguments += ["--per_device_train_batch_size", batch, "--learning_rate", 2e-5, "--weight_decay", 0.01]
         arguments += ["--logging_steps", 1, "--checkpointing_steps", "none"]
-    environment = {"HF_HOME": str(folder / "cache")} | ({"ACCELERATE_DYNAMO_BACKEND": "inductor"} if compiled else {})
+    environment = {"HF_HOME": str(folder / "cache")}
+    if options.compiled:
+        environment["ACCELERATE_DYNAMO_BACKEND"] = "inductor"
+    if options.precision == "bf16":
+        environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
+    elif options.precision == "tf32":
+        arguments.append("--tf32")
     _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment)
+    results = json.loads((output / "all_results.json").read_text())
+    peak = results.get("peak_device_memory_gib", peak)
     if evaluate:
-        results = json.loads((output / "all_results.json").read_text())
-        return {
-            "loss": results["eval_loss"],
-            "seconds": [results["eval_runtime"]],
-            "peak": peak,
-        }
+        return {"loss": results["eval_loss"], "seconds": [results["eval_runtime"]], "peak": peak}
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if "loss" in line]
     # as Trainer's clock does, without the first two steps
-    seconds = [batch * (BLOCK - 1) / line["tokens_per_second"] for line in lines[2:]]
+    seconds = [batch * (block_size - 1) / line["tokens_per_second"] for line in lines[2:]]
     return {"loss": lines[-1]["loss"], "seconds": seconds, "peak": peak}
 
 
-def trainers(folder, batch, num_steps, evaluate):
+def trainers(folder, batch, num_steps, evaluate, options):
     """The same of `transformers.Trainer`."""
     script = folder / "trainer.py"
     script.write_text(TRAINER)
-    command = [sys.executable, script, folder, folder / "data.parquet", batch, num_steps, int(evaluate)]
-    printed, peak = run(command)
-    return json.loads(printed[-1]) | {"peak": peak}
+    command = [sys.executable, script, folder, folder / "data.parquet", options.precision, batch, num_steps]
+    printed, peak = run([*command, int(evaluate)])
+    done = json.loads(printed[-1])
+    return done | {"peak": done.pop("device_peak", peak)}
 
 
 def sgemm_flops(size=2048, tries=20):
@@ -148,18 +167,19 @@ def sgemm_flops(size=2048, tries=20):
     return 2 * size**3 / best
 
 
-def model_flops(batch):
+def model_flops(batch, block_size, shape):
     """Of one training step: six for each weight that a token is multiplied with, and attention's two products."""
-    tokens = batch * BLOCK
-    weights = LAYERS * 12 * WIDTH**2 * tokens + VOCAB * WIDTH * batch * (BLOCK - 1)
-    return 6 * weights + LAYERS * 12 * tokens * BLOCK * WIDTH
+    layers, width, _ = shape
+    tokens = batch * block_size
+    weights = layers * 12 * width**2 * tokens + VOCAB * width * batch * (block_size - 1)
+    return 6 * weights + layers * 12 * tokens * block_size * width
 
 
 def spread(values):
     return {"min": min(values), "median": statistics.median(values), "max": max(values)}
 
 
-def plot(results, path):
+def plot(results, path, block_size):
     import matplotlib
 
     matplotlib.use("Agg")
@@ -173,10 +193,8 @@ def plot(results, path):
             values = [row[name][key] for row in rows]
             axis.plot(x, [v["median"] for v in values], marker="o", color=color, label=name)
             axis.fill_between(x, [v["min"] for v in values], [v["max"] for v in values], color=color, alpha=0.2)
-    for axis, label in zip(
-        axes, ("training speed (tokens per second)", "peak memory of the process (GiB)"), strict=True
-    ):
-        axis.set_xlabel(f"batch size (blocks of {BLOCK} tokens)")
+    for axis, label in zip(axes, ("training speed (tokens per second)", "peak memory (GiB)"), strict=True):
+        axis.set_xlabel(f"batch size (blocks of {block_size} tokens)")
         axis.set_ylabel(label)
         axis.set_xscale("log", base=2)
         axis.set_xticks([row["batch"] for row in rows], [str(row["batch"]) for row in rows])
@@ -192,27 +210,32 @@ def main():
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn")
     parser.add_argument("--evaluation", action="store_true", help="evaluation too, over the blocks of all steps")
+    parser.add_argument("--model", choices=SHAPES, default="distilgpt2", help="whose shape the model has")
+    parser.add_argument("--block_size", type=int, default=128, help="tokens of a block")
+    parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of both")
+    parser.add_argument("--peak_tflops", type=float, help="of the device at this precision, for its utilisation")
     parser.add_argument("--compiled", action="store_true", help="this loop with torch.compile (inductor)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture (PNG)")
     arguments = parser.parse_args()
+    shape, block_size = SHAPES[arguments.model], arguments.block_size
     results = []
     print(f"{'batch':>6} {'what':>10} {'':>10} {'tokens/s':>23} {'GiB':>17} {'loss':>8}   min / median / max")
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        prepare(folder, max(arguments.batch_sizes) * arguments.steps)
+        prepare(folder, max(arguments.batch_sizes) * arguments.steps, block_size, shape)
         for evaluate in [False] + [True] * arguments.evaluation:
             for batch in arguments.batch_sizes:
                 row = {"batch": batch, "evaluation": evaluate}
                 runs = {"train_loop": [], "Trainer": []}
                 for _ in range(arguments.repetitions):
-                    runs["train_loop"].append(ours(folder, batch, arguments.steps, evaluate, arguments.compiled))
-                    runs["Trainer"].append(trainers(folder, batch, arguments.steps, evaluate))
+                    for name, function in (("train_loop", ours), ("Trainer", trainers)):
+                        runs[name].append(function(folder, batch, arguments.steps, evaluate, arguments))
                 for name, done in runs.items():
                     num_blocks = max(arguments.batch_sizes) * arguments.steps if evaluate else batch
                     seconds = [statistics.median(run["seconds"]) for run in done]
                     row[name] = {
-                        "tokens_per_second": spread([num_blocks * (BLOCK - 1) / s for s in seconds]),
+                        "tokens_per_second": spread([num_blocks * (block_size - 1) / s for s in seconds]),
                         "peak_gib": spread([run["peak"] for run in done]),
                         "loss": done[0]["loss"],
                     }
@@ -230,10 +253,11 @@ def main():
                 line = f"{'':>17} {'ratio':>10} {'':>7}{row['speed_ratio']['median']:>8.2f}{'':>9}"
                 line += f"      {row['memory_ratio']['median']:>5.2f}"
                 if not evaluate:
-                    own_rate = sgemm_flops()
+                    own_rate = arguments.peak_tflops * 1e12 if arguments.peak_tflops else sgemm_flops()
                     median = statistics.median(statistics.median(run["seconds"]) for run in runs["train_loop"])
-                    row["sgemm_gflops"], row["share_of_sgemm"] = own_rate / 1e9, model_flops(batch) / median / own_rate
-                    line += f"   share of sgemm's {own_rate / 1e9:.0f} GFLOP/s: {row['share_of_sgemm']:.2f}"
+                    row["best_gflops"] = own_rate / 1e9
+                    row["share"] = model_flops(batch, block_size, shape) / median / own_rate
+                    line += f"   share of {own_rate / 1e9:.0f} GFLOP/s: {row['share']:.2f}"
                 print(line, flush=True)
                 losses = [row[name]["loss"] for name in runs]
                 if abs(losses[0] / losses[1] - 1) > (1e-4 if evaluate else 0.02):
@@ -242,7 +266,7 @@ def main():
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1) + "\n")
     if arguments.plot:
-        plot(results, arguments.plot)
+        plot(results, arguments.plot, block_size)
 
 
 if __name__ == "__main__":
