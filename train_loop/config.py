@@ -59,6 +59,9 @@ class Settings:
         "model", None, "with config_name or model_type: changes to the config, e.g. n_layer=4,n_embd=256"
     )
     model_revision: str | None = setting("model", None, "branch, tag or commit of the model on the hub")
+    gguf_file: str | None = setting(
+        "model", None, "name of a GGUF file in model_name_or_path: weights, config and tokenizer come from it"
+    )
     tokenizer_name: str | None = setting("model", None, "tokenizer's hub name or folder; else the model's own")
     tokenizer_vocab_size: int | None = setting(
         "model", None, "train a byte-level BPE tokenizer of this many tokens on the training rows", **at_least(257)
@@ -315,6 +318,12 @@ def _contradictions(s):
     if len(models) != 1:
         given = " and ".join(models) or "none"
         found.append(f"give exactly one of model_name_or_path, config_name, model_type: {given} given")
+    if (s.model_name_or_path or "").endswith(".gguf"):
+        found.append("model_name_or_path is a GGUF file: give its folder, and its name as gguf_file")
+    elif s.gguf_file and not s.model_name_or_path:
+        found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
+    elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
+        found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
     if s.config_overrides and s.model_name_or_path:
         found.append("config_overrides goes with config_name or model_type: a pretrained model's shape is fixed")
     if s.tokenizer_name and s.tokenizer_vocab_size:

@@ -70,6 +70,8 @@ def run(settings, stop):
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
     unreachable = hub.use_cache_if_unreachable(settings)
     is_main = int(os.environ.get("RANK", 0)) == 0
+    if not (is_main and sys.stderr.isatty()):
+        os.environ["TQDM_DISABLE"] = "1"  # read when it is imported; some bars of libraries have no other switch
     if unreachable and is_main:
         print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
     # imported here, not above: --help and a mistyped flag answer before torch is loaded
