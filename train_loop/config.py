@@ -8,6 +8,7 @@ This module imports nothing heavy, so that `--help` and a mistyped flag answer a
 import argparse
 import dataclasses
 import difflib
+import glob
 import types
 import typing
 from dataclasses import dataclass, field
@@ -73,7 +74,10 @@ class Settings:
     )
     dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
     train_file: str | None = setting(
-        "data", None, "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz"
+        "data",
+        None,
+        "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
+        "each of which is a row",
     )
     validation_file: str | None = setting("data", None, "validation rows, likewise")
     validation_split_percentage: int = setting(
@@ -359,17 +363,20 @@ def _contradictions(s):
     if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
         found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
     for name in ("train_file", "validation_file"):
-        path = getattr(s, name) and Path(getattr(s, name))
+        path = getattr(s, name)
         if not path:
             continue
-        if not path.is_file():
+        if (files := text_files(path)) is not None:
+            if not files:
+                found.append(f"{name} {path}: there is no text file in it")
+        elif not Path(path).is_file():
             found.append(f"{name} {path}: no such file")
         elif file_kind(path) is None:
             found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
-        elif path.stat().st_size == 0:
+        elif Path(path).stat().st_size == 0:
             found.append(f"{name} {path} is empty")
         elif s.add_eos_token and file_kind(path) == "text":
-            found.append(f"add_eos_token: a row of {path} is a line, not a document; use jsonl or parquet")
+            found.append(f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet")
     return found
 
 
@@ -377,6 +384,16 @@ def file_kind(path):
     """The `datasets` loader for a file, by its ending, a last .gz not counted; None if there is none."""
     path = Path(path)
     return FILE_KINDS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower())
+
+
+def text_files(path):
+    """The text files that a folder, or a pattern such as texts/**/*.txt, means, sorted by path, hidden ones left out;
+    None where `path` is neither."""
+    if Path(path).is_file() or not (Path(path).is_dir() or "*" in str(path)):
+        return None
+    pattern = f"{glob.escape(str(path))}/**" if Path(path).is_dir() else str(path)
+    found = map(Path, glob.glob(pattern, recursive=True))
+    return sorted(file for file in found if file.is_file() and file_kind(file) == "text")
 
 
 def _type_name(kind):

@@ -106,8 +106,18 @@ def load_model(settings, config, tokenizer):
         raise ValueError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
         )
-    model.config.use_cache = False  # keys and values are for generation; put back in the exported folder
+    model.config.use_cache = False  # keys and values are for generation; put back by `save_model`
     return model
+
+
+def save_model(model, state_dict, folder):
+    """Writes the config and the weights of `state_dict`, which are `model`'s, into `folder` as `from_pretrained` and
+    generation want them."""
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.config.use_cache = False
 
 
 @torch.no_grad()
