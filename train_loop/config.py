@@ -9,6 +9,8 @@ import argparse
 import dataclasses
 import difflib
 import glob
+import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -210,10 +212,12 @@ def read_settings(argv):
     """The settings that the command line `argv` (a list of words) asks for.
 
     Raises ValueError with one line for each problem: unknown keys, wrong types, values out of range, settings that
-    contradict each other, files that are not there. `--help` prints the settings and leaves with SystemExit.
+    contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
+    those that came out, as a recipe, and both leave with SystemExit.
     """
     problems = []
     recipe, flags = _split_command_line(argv, problems)
+    print_config = flags.pop("print_config", False)
     if recipe is None and not {
         "model_name_or_path",
         "config_name",
@@ -247,14 +251,23 @@ def read_settings(argv):
     problems = problems or _contradictions(settings)
     if problems:
         raise ValueError("\n".join(problems))
+    if print_config:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(as_recipe(settings), end="")
+        sys.exit()
     return settings
+
+
+def as_recipe(settings):
+    """Every setting as YAML, which `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
 
 
 def _split_command_line(argv, problems):
     """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
     parser = argparse.ArgumentParser(
         prog="train_loop/main.py",
-        usage="accelerate launch %(prog)s [--config RECIPE] [--setting VALUE ...]",
+        usage="accelerate launch %(prog)s [--config RECIPE] [--NAME VALUE ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Fine-tune a causal language model. A flag wins over the recipe, the recipe over the default. "
@@ -262,6 +275,7 @@ def _split_command_line(argv, problems):
     )
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--config", metavar="RECIPE", nargs="?", help=f"a YAML file, or one of: {names}")
+    parser.add_argument("--print_config", action="store_true", help="print the settings as a recipe, and stop")
     groups = {}
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"]

@@ -109,7 +109,7 @@ def run(settings, stop):
             result = evaluate.evaluate(net, eval_split, settings, accelerator, show_progress)
             result["eval_runtime"] = time.perf_counter() - began  # seconds
             if is_main:
-                print(metrics.one_line(result))
+                print(metrics.table(result))
                 if settings.output_dir:
                     publish.create_output_dir(settings)
                     metrics.write_json(Path(settings.output_dir) / "all_results.json", result)

@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -192,7 +193,8 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
         f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
     )
-    return "\n".join(lines)
+    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, **wrap) for line in lines)
 
 
 def peak_memory_gib():
@@ -203,10 +205,11 @@ def peak_memory_gib():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def one_line(results):
-    """{"eval_loss": 1.5} as `eval_loss 1.5000`."""
-    return "  ".join(
-        f"{name} {value:,.4f}" if isinstance(value, float) else f"{name} {value:,}" for name, value in results.items()
+def table(results):
+    """{"eval_loss": 1.5} as a line `eval_loss            1.5000`."""
+    return "\n".join(
+        f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}"
+        for name, value in results.items()
     )
 
 

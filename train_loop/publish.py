@@ -12,12 +12,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from safetensors.torch import load_file
 
 from train_loop import hub
-from train_loop.config import file_kind
+from train_loop.config import as_recipe, file_kind
 from train_loop.data import one_line
 from train_loop.model import save_model
 
@@ -61,9 +60,8 @@ def create_output_dir(settings, resuming=False):
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     path.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(settings)
     partial = path / ".train_config.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    partial.write_text(as_recipe(settings), encoding="utf-8")
     os.replace(partial, path / "train_config.yaml")
 
 
