@@ -176,7 +176,7 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     for split in splits:
         lines.append(
             f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> "
-            f"{len(split.blocks):,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped at the end"
+            f"{len(split.blocks):,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped"
         )
     if held_out:
         lines.append(f"held out    {held_out}")
