@@ -171,7 +171,7 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     """The arithmetic of the run, a line each. `splits` are `data.Split`s; without steps, it is of an evaluation."""
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
-    source = s.model_name_or_path or f"{s.config_name or s.model_type}, from scratch"
+    source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
     for split in splits:
         lines.append(
@@ -181,7 +181,7 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     if held_out:
         lines.append(f"held out    {held_out}")
     if s.trust_remote_code:
-        lines.append(f"trusted     Python code that comes with {source} is run (trust_remote_code)")
+        lines.append(f"trusted     Python code that comes with {s.model_name_or_path or s.config_name} is run (trust_remote_code)")
     if num_steps:
         blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
         lines += [
