@@ -181,7 +181,8 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     if held_out:
         lines.append(f"held out    {held_out}")
     if s.trust_remote_code:
-        lines.append(f"trusted     Python code that comes with {s.model_name_or_path or s.config_name} is run (trust_remote_code)")
+        origin = s.model_name_or_path or s.config_name
+        lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
     if num_steps:
         blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
         lines += [
