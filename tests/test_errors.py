@@ -227,4 +227,4 @@ def test_an_output_dir_where_nothing_can_be_made(output_dir, folder, text_file, 
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={output_dir}"]
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("error: ") and output_dir in line
+    assert line.startswith(f"error: output_dir {output_dir} ") and "Errno" not in line

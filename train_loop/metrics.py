@@ -174,9 +174,11 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
     for split in splits:
+        num_blocks = split.num_tokens // s.block_size
+        first = f"the first {len(split.blocks):,} of " if len(split.blocks) < num_blocks else ""
         lines.append(
             f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> "
-            f"{len(split.blocks):,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped"
+            f"{first}{num_blocks:,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped"
         )
     if held_out:
         lines.append(f"held out    {held_out}")

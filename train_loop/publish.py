@@ -59,7 +59,10 @@ def create_output_dir(settings, resuming=False):
     if settings.overwrite_output_dir and path.is_dir():
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output_dir {path} cannot be made: {error.strerror}") from error
     partial = path / ".train_config.partial"
     partial.write_text(as_recipe(settings), encoding="utf-8")
     os.replace(partial, path / "train_config.yaml")
