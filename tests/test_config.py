@@ -1,7 +1,6 @@
 """Settings: where they come from, and what is said when they are wrong."""
 
 import dataclasses
-import sys
 import time
 
 import hypothesis
@@ -10,7 +9,7 @@ import pytest
 import yaml
 from conftest import run
 
-from train_loop.config import RECIPES, Settings, file_kind, read_settings
+from train_loop.config import RECIPES, Settings, file_kind, read_settings, text_files
 
 MODEL = ["--model_name_or_path", "some/model"]
 DATA = ["--dataset_name", "some/data", "--output_dir", "out"]
@@ -44,8 +43,11 @@ def test_without_a_model_or_data_the_recipe_is_quickstart():
 
 
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in RECIPES.glob("*.yaml")))
-def test_every_recipe_is_valid(recipe):
-    assert read_settings(["--config", recipe]).output_dir.startswith("runs/")
+def test_every_recipe_is_valid(recipe, tmp_path):
+    # the one for a text of one's own leaves it to the command line which
+    (tmp_path / "a.txt").write_text("text")
+    files = ["--train_file", str(tmp_path)] if recipe == "own_text" else []
+    assert read_settings(["--config", recipe, *files]).output_dir.startswith("runs/")
 
 
 def test_resolved_settings_written_as_yaml_are_read_back_the_same(tmp_path):
@@ -53,6 +55,28 @@ def test_resolved_settings_written_as_yaml_are_read_back_the_same(tmp_path):
     path = tmp_path / "train_config.yaml"
     path.write_text(yaml.safe_dump(dataclasses.asdict(settings)))
     assert read_settings(["--config", str(path)]) == settings
+
+
+def test_print_config_prints_settings_that_are_read_back_the_same_and_runs_nothing(tmp_path):
+    arguments = ["--config=quickstart", "--learning_rate=1e-4", f"--output_dir={tmp_path}/out"]
+    done = run("-m", "train_loop.main", *arguments, "--print-config")
+    assert done.returncode == 0 and done.stderr == "" and not (tmp_path / "out").exists()
+    (tmp_path / "mine.yaml").write_text(done.stdout)
+    assert read_settings(["--config", str(tmp_path / "mine.yaml")]) == read_settings(arguments)
+    assert problems_of([*arguments, "--print_config", "--seed=x"]) == [
+        "the command line: --seed is 'x', but must be a whole number, at least 0"
+    ]
+
+
+def test_a_folder_or_a_pattern_means_its_text_files(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.txt.gz", "d.csv", ".hidden.txt", "sub/.e.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    names = lambda path: [str(file.relative_to(tmp_path)) for file in text_files(path)]  # noqa: E731
+    assert names(tmp_path) == ["a.md", "b.txt", "sub/c.txt.gz"]
+    assert names(tmp_path / "*.txt") == ["b.txt"] and names(tmp_path / "**" / "*.txt*") == ["b.txt", "sub/c.txt.gz"]
+    assert text_files(tmp_path / "b.txt") is None and text_files(tmp_path / "no.txt") is None
+    assert text_files(tmp_path / "*.pdf") == []
 
 
 def test_a_switch_is_on_alone_or_with_a_value():
@@ -127,6 +151,10 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         (["--config_name", "c", "--eval_only", *DATA], "eval_only needs model_name_or_path"),
         ([*MODEL, "--eval_only"], "eval_only needs data"),
         ([*MODEL, "--train_file", "no/such.txt", "--output_dir", "o"], "no/such.txt: no such file"),
+        ([*MODEL, "--train_file", "no/*.txt", "--output_dir", "o"], "no/*.txt: there is no text file in it"),
+        (["--gguf_file", "m.gguf", "--config_name", "c", *DATA], "gguf_file goes with model_name_or_path"),
+        (["--model_name_or_path", "some/m.gguf", *DATA], "give its folder, and its name as gguf_file"),
+        (["--model_name_or_path", ".", "--gguf_file", "m.gguf", *DATA], "gguf_file m.gguf: no such file in ."),
         ([*MODEL, "--train_file", __file__, "--output_dir", "o"], "kind is not known"),
         (["--config_name", "c", "--tokenizer_name", "t", "--tokenizer_vocab_size", "300", *DATA], "not both"),
         ([*MODEL, "--dataset_config_name", "c", "--train_file", "x.txt", "--output_dir", "o"], "dataset_config_name"),
@@ -161,10 +189,11 @@ def test_the_kind_of_a_file_is_told_by_its_ending(name, kind):
 
 def test_help_is_in_groups_names_units_and_defaults_and_answers_at_once():
     started = time.perf_counter()
-    done = run("train_loop/main.py", "--help", launcher=(sys.executable,))
+    done = run("train_loop/main.py", "--help", COLUMNS="80")
     assert done.returncode == 0 and time.perf_counter() - started < 5  # no torch is loaded: a fraction of that
     for group in ("model:", "data:", "training:", "evaluation:", "output:"):
         assert f"\n{group}\n" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "(default: 128)" in " ".join(done.stdout.split())
     for f in dataclasses.fields(Settings):
         assert f"--{f.name} " in done.stdout

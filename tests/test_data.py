@@ -86,6 +86,26 @@ def test_every_kind_of_file_gives_the_same_rows(kind, compressed, tmp_path):
     assert rows_of(path) == LINES
 
 
+def test_each_file_of_a_folder_is_a_row_and_the_last_ones_are_held_out(tokenizer, tmp_path):
+    texts = {"b.txt": "second\n\nfile", "a.md": "the first\n", "c/d.txt": "third " * 30, "e.txt": "held out"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    train, held_out, note = load_rows(Settings(train_file=str(tmp_path), validation_split_percentage=25))
+    assert [row["text"] for row in train] == [texts[name] for name in ("a.md", "b.txt", "c/d.txt")]
+    assert [row["text"] for row in held_out] == ["held out"] and note.startswith("the last 1 of 4 training rows")
+    tokens = tokenize_rows(train, tokenizer, "training", end_of_text=0)[0].tolist()
+    assert tokens == [t for row in train for t in [*tokenizer(row["text"])["input_ids"], 0]]
+
+    (tmp_path / "a.md").write_text("another\n")
+    with pytest.raises(ValueError, match=r"a\.md was changed while it was read"):
+        list(train)
+    assert load_rows(Settings(train_file=str(tmp_path)))[0].digest != train.digest
+    (tmp_path / "c" / "d.txt").write_bytes(b"caf\xe9")
+    with pytest.raises(ValueError, match=r"d\.txt cannot be read as text"):
+        load_rows(Settings(train_file=str(tmp_path)))
+
+
 def test_parquet_gives_the_same_rows_from_the_column_that_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_dict({"body": LINES, "title": ["t"] * 5}).to_parquet(path)

@@ -90,7 +90,7 @@ def test_the_exported_folder_evaluates_to_the_last_loss_exactly(trained, text_fi
     # the held-out rows again: the same file, and the same share of it
     arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--eval_only"]
     assert main([f"--model_name_or_path={trained}", *arguments, f"--output_dir={tmp_path}/evaluated"]) == 0
-    shown = dict(re.findall(r"(\w+) ([\d.,]+)", capsys.readouterr().out.splitlines()[-1]))
+    shown = dict(re.findall(r"^(\w+) +([\d.,]+)$", capsys.readouterr().out, re.MULTILINE))
     last = lines_of(trained)[-1]
     assert shown["eval_loss"] == f"{last['eval_loss']:.4f}"
     evaluated = json.loads((tmp_path / "evaluated" / "all_results.json").read_text())

@@ -8,6 +8,9 @@ This module imports nothing heavy, so that `--help` and a mistyped flag answer a
 import argparse
 import dataclasses
 import difflib
+import glob
+import os
+import sys
 import types
 import typing
 from dataclasses import dataclass, field
@@ -59,6 +62,9 @@ class Settings:
         "model", None, "with config_name or model_type: changes to the config, e.g. n_layer=4,n_embd=256"
     )
     model_revision: str | None = setting("model", None, "branch, tag or commit of the model on the hub")
+    gguf_file: str | None = setting(
+        "model", None, "name of a GGUF file in model_name_or_path: weights, config and tokenizer come from it"
+    )
     tokenizer_name: str | None = setting("model", None, "tokenizer's hub name or folder; else the model's own")
     tokenizer_vocab_size: int | None = setting(
         "model", None, "train a byte-level BPE tokenizer of this many tokens on the training rows", **at_least(257)
@@ -70,7 +76,10 @@ class Settings:
     )
     dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
     train_file: str | None = setting(
-        "data", None, "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz"
+        "data",
+        None,
+        "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
+        "each of which is a row",
     )
     validation_file: str | None = setting("data", None, "validation rows, likewise")
     validation_split_percentage: int = setting(
@@ -203,10 +212,12 @@ def read_settings(argv):
     """The settings that the command line `argv` (a list of words) asks for.
 
     Raises ValueError with one line for each problem: unknown keys, wrong types, values out of range, settings that
-    contradict each other, files that are not there. `--help` prints the settings and leaves with SystemExit.
+    contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
+    those that came out, as a recipe, and both leave with SystemExit.
     """
     problems = []
     recipe, flags = _split_command_line(argv, problems)
+    print_config = flags.pop("print_config", False)
     if recipe is None and not {
         "model_name_or_path",
         "config_name",
@@ -240,14 +251,23 @@ def read_settings(argv):
     problems = problems or _contradictions(settings)
     if problems:
         raise ValueError("\n".join(problems))
+    if print_config:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(as_recipe(settings), end="")
+        sys.exit()
     return settings
+
+
+def as_recipe(settings):
+    """Every setting as YAML, which `--config` reads back."""
+    return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
 
 
 def _split_command_line(argv, problems):
     """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
     parser = argparse.ArgumentParser(
         prog="train_loop/main.py",
-        usage="accelerate launch %(prog)s [--config RECIPE] [--setting VALUE ...]",
+        usage="accelerate launch %(prog)s [--config RECIPE] [--NAME VALUE ...]",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         description="Fine-tune a causal language model. A flag wins over the recipe, the recipe over the default. "
@@ -255,6 +275,7 @@ def _split_command_line(argv, problems):
     )
     names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     parser.add_argument("--config", metavar="RECIPE", nargs="?", help=f"a YAML file, or one of: {names}")
+    parser.add_argument("--print_config", action="store_true", help="print the settings as a recipe, and stop")
     groups = {}
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"]
@@ -315,6 +336,12 @@ def _contradictions(s):
     if len(models) != 1:
         given = " and ".join(models) or "none"
         found.append(f"give exactly one of model_name_or_path, config_name, model_type: {given} given")
+    if (s.model_name_or_path or "").endswith(".gguf"):
+        found.append("model_name_or_path is a GGUF file: give its folder, and its name as gguf_file")
+    elif s.gguf_file and not s.model_name_or_path:
+        found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
+    elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
+        found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
     if s.config_overrides and s.model_name_or_path:
         found.append("config_overrides goes with config_name or model_type: a pretrained model's shape is fixed")
     if s.tokenizer_name and s.tokenizer_vocab_size:
@@ -350,17 +377,20 @@ def _contradictions(s):
     if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
         found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
     for name in ("train_file", "validation_file"):
-        path = getattr(s, name) and Path(getattr(s, name))
+        path = getattr(s, name)
         if not path:
             continue
-        if not path.is_file():
+        if (files := text_files(path)) is not None:
+            if not files:
+                found.append(f"{name} {path}: there is no text file in it")
+        elif not Path(path).is_file():
             found.append(f"{name} {path}: no such file")
         elif file_kind(path) is None:
             found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
-        elif path.stat().st_size == 0:
+        elif Path(path).stat().st_size == 0:
             found.append(f"{name} {path} is empty")
         elif s.add_eos_token and file_kind(path) == "text":
-            found.append(f"add_eos_token: a row of {path} is a line, not a document; use jsonl or parquet")
+            found.append(f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet")
     return found
 
 
@@ -368,6 +398,16 @@ def file_kind(path):
     """The `datasets` loader for a file, by its ending, a last .gz not counted; None if there is none."""
     path = Path(path)
     return FILE_KINDS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower())
+
+
+def text_files(path):
+    """The text files that a folder, or a pattern such as texts/**/*.txt, means, sorted by path, hidden ones left out;
+    None where `path` is neither."""
+    if Path(path).is_file() or not (Path(path).is_dir() or "*" in str(path)):
+        return None
+    pattern = f"{glob.escape(str(path))}/**" if Path(path).is_dir() else str(path)
+    found = map(Path, glob.glob(pattern, recursive=True))
+    return sorted(file for file in found if file.is_file() and file_kind(file) == "text")
 
 
 def _type_name(kind):

@@ -1,7 +1,7 @@
 """Rows of text become equal blocks of tokens:
 
-    1. rows      load_rows       a line of a text file is a row, with its newline; a blank one is ""; `datasets` reads
-                                 what is not a text file
+    1. rows      load_rows       a line of a text file is a row, with its newline; a blank one is ""; or each file of a
+                                 folder is one; `datasets` reads what is not a text file
     2. tokens    tokenize_rows   each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
                                  on request with the end-of-text token after each row that is not empty
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
@@ -33,7 +33,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.config import file_kind
+from train_loop.config import file_kind, text_files
 from train_loop.hub import hub_address
 
 # rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
@@ -115,7 +115,10 @@ def _load_dataset(settings):
 
 
 def _load_file(path):
-    """A file's lines as `Rows`, or the `datasets.Dataset` of what is not a text file."""
+    """A text file's lines as `Rows`, or the whole files of a folder or pattern, a row each; the `datasets.Dataset` of
+    what is not text."""
+    if (files := text_files(path)) is not None:
+        return _whole_files(files)
     kind = file_kind(path)
     try:
         digest, num_lines = _scan(path, is_text=kind != "parquet")
@@ -136,6 +139,19 @@ def _load_file(path):
         where = _broken_line(path) if kind == "json" else ""
         raise ValueError(f"{path} cannot be read as {kind}: {where or one_line(error)}") from error
     return datasets.Dataset(rows.data, info=rows.info, fingerprint=digest)
+
+
+def _whole_files(files):
+    """Text files as `Rows`, each of which is a row."""
+    digests = []
+    for path in files:
+        try:
+            digests.append(_scan(path)[0])
+        except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} cannot be read as text: {one_line(error)}") from error
+    digest = hashlib.blake2b(json.dumps(digests).encode(), digest_size=16).hexdigest()
+    texts = lambda: map("".join, map(_lines, files, digests))  # noqa: E731
+    return Rows(texts, digest, range(len(files)))
 
 
 def _open(path, mode="rb", **options):

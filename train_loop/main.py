@@ -70,6 +70,8 @@ def run(settings, stop):
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
     unreachable = hub.use_cache_if_unreachable(settings)
     is_main = int(os.environ.get("RANK", 0)) == 0
+    if not (is_main and sys.stderr.isatty()):
+        os.environ["TQDM_DISABLE"] = "1"  # read when it is imported; some bars of libraries have no other switch
     if unreachable and is_main:
         print(f"{hub.hub_address()} cannot be reached: looking in the cache alone", file=sys.stderr)
     with tuning.uncollected():  # imported here, not above: --help and a mistyped flag answer before torch is loaded
@@ -118,7 +120,7 @@ def run(settings, stop):
             result["eval_runtime"] = time.perf_counter() - began  # seconds
             result |= metrics.peak_device_memory_gib()
             if is_main:
-                print(metrics.one_line(result))
+                print(metrics.table(result))
                 if settings.output_dir:
                     publish.create_output_dir(settings)
                     metrics.write_json(Path(settings.output_dir) / "all_results.json", result)

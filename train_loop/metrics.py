@@ -9,6 +9,7 @@ import json
 import os
 import resource
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -170,17 +171,20 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     """The arithmetic of the run, a line each. `splits` are `data.Split`s; without steps, it is of an evaluation."""
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
-    source = s.model_name_or_path or f"{s.config_name or s.model_type}, from scratch"
+    source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
     for split in splits:
+        num_blocks = split.num_tokens // s.block_size
+        first = f"the first {len(split.blocks):,} of " if len(split.blocks) < num_blocks else ""
         lines.append(
             f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> "
-            f"{len(split.blocks):,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped at the end"
+            f"{first}{num_blocks:,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped"
         )
     if held_out:
         lines.append(f"held out    {held_out}")
     if s.trust_remote_code:
-        lines.append(f"trusted     Python code that comes with {source} is run (trust_remote_code)")
+        origin = s.model_name_or_path or s.config_name
+        lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
     if num_steps:
         blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
         lines += [
@@ -192,7 +196,8 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
         f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
     )
-    return "\n".join(lines)
+    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, **wrap) for line in lines)
 
 
 def peak_memory_gib():
@@ -210,10 +215,11 @@ def peak_device_memory_gib():
     return {"peak_device_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def one_line(results):
-    """{"eval_loss": 1.5} as `eval_loss 1.5000`."""
-    return "  ".join(
-        f"{name} {value:,.4f}" if isinstance(value, float) else f"{name} {value:,}" for name, value in results.items()
+def table(results):
+    """{"eval_loss": 1.5} as a line `eval_loss            1.5000`."""
+    return "\n".join(
+        f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}"
+        for name, value in results.items()
     )
 
 

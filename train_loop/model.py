@@ -1,9 +1,10 @@
-"""Tokenizer and model: from the hub, from a folder, or from a config alone. This is the place for LoRA or a teacher.
+"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for LoRA or a teacher.
 
 Weights are float32 whatever a checkpoint holds: half-precision weights would round most of an update away. Lower
 precision in the forward and backward passes is the launch config's affair (autocast).
 """
 
+import importlib.util
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    GgufConfig,
     GPT2TokenizerFast,
     PreTrainedTokenizerFast,
 )
@@ -26,6 +28,8 @@ END_OF_TEXT = "<|endoftext|>"
 def load_config(settings):
     """The model's `PretrainedConfig`. Raises ValueError where there is none, or where a block is longer than the
     positions that the model has."""
+    if settings.gguf_file and importlib.util.find_spec("gguf") is None:
+        raise ValueError('gguf_file needs the package gguf: python -m pip install "gguf>=0.19"')
     if settings.model_type:
         try:
             config = AutoConfig.for_model(settings.model_type)
@@ -33,7 +37,7 @@ def load_config(settings):
             raise ValueError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
-        config = _load(AutoConfig, name, settings, "model config", revision=settings.model_revision)
+        config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
     if settings.config_overrides:
         _override(config, settings.config_overrides)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -56,8 +60,8 @@ def load_tokenizer(settings, train_rows):
     ):
         # GPT-2's original two files name no class, and AutoTokenizer cannot know them
         return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
-    revision = None if settings.tokenizer_name else settings.model_revision
-    tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", revision=revision)
+    origin = {} if settings.tokenizer_name else _origin(settings)
+    tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", **origin)
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
     if not tokenizer("text")["input_ids"]:  # transformers makes an empty one out of a config without its files
@@ -78,10 +82,12 @@ def load_model(settings, config, tokenizer):
             settings.model_name_or_path,
             settings,
             "model",
-            revision=settings.model_revision,
             config=config,
             dtype=torch.float32,
             output_loading_info=True,
+            # a GGUF file's blocks of few bits become numbers, once and for all: blocks cannot be trained
+            quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
+            **_origin(settings),
         )
         if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
             raise ValueError(
@@ -103,8 +109,18 @@ def load_model(settings, config, tokenizer):
         )
     if settings.tuning:
         use_lean_modules(model)
-    model.config.use_cache = False  # keys and values are for generation; put back in the exported folder
+    model.config.use_cache = False  # keys and values are for generation; put back by `save_model`
     return model
+
+
+def save_model(model, state_dict, folder):
+    """Writes the config and the weights of `state_dict`, which are `model`'s, into `folder` as `from_pretrained` and
+    generation want them."""
+    model.config.use_cache = True
+    try:
+        model.save_pretrained(folder, state_dict=state_dict)
+    finally:
+        model.config.use_cache = False
 
 
 @torch.no_grad()
@@ -124,6 +140,11 @@ def keeps_documents_apart(model):
     finally:
         model.train(was_training)
     return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.std().item())
+
+
+def _origin(settings):
+    """Where in `model_name_or_path` the model is, as the loaders' options."""
+    return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
 def _load(loader, name, settings, what, **options):

@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import yaml
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from safetensors.torch import load_file
 
 from train_loop import hub
-from train_loop.config import file_kind
+from train_loop.config import as_recipe, file_kind
 from train_loop.data import one_line
+from train_loop.model import save_model
 
 METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
@@ -59,10 +59,12 @@ def create_output_dir(settings, resuming=False):
     if settings.overwrite_output_dir and path.is_dir():
         for entry in path.iterdir():
             shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
-    path.mkdir(parents=True, exist_ok=True)
-    values = dataclasses.asdict(settings)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"output_dir {path} cannot be made: {error.strerror}") from error
     partial = path / ".train_config.partial"
-    partial.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    partial.write_text(as_recipe(settings), encoding="utf-8")
     os.replace(partial, path / "train_config.yaml")
 
 
@@ -81,17 +83,17 @@ def export(folder, model, state_dict, tokenizer, card):
     The files are written to a folder of their own first and then renamed, so that a full disk leaves none half-written.
     """
     partial = folder / ".export.partial"
-    use_cache, model.config.use_cache = model.config.use_cache, True
     try:
-        model.save_pretrained(partial, state_dict=state_dict)
+        save_model(model, state_dict, partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        for path in partial.iterdir():
-            os.replace(path, folder / path.name)
+        for path in [path for path in partial.rglob("*") if path.is_file()]:
+            place = folder / path.relative_to(partial)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, place)
     except Exception as error:  # safetensors has an error class of its own for a full disk
         raise OSError(f"the model cannot be exported to {folder}: {one_line(error)}") from error
     finally:
-        model.config.use_cache = use_cache
         shutil.rmtree(partial, ignore_errors=True)
 
 
@@ -192,7 +194,7 @@ def model_card(publisher, model, lines, results=None):
             EvalResult(
                 task_type="text-generation",
                 task_name="Text Generation",
-                dataset_type=s.dataset_name or file_kind(eval_file),
+                dataset_type=s.dataset_name or file_kind(eval_file) or "text",
                 dataset_name=s.dataset_name or Path(eval_file).name,
                 dataset_config=s.dataset_config_name,
                 metric_type=name,
@@ -206,7 +208,10 @@ def model_card(publisher, model, lines, results=None):
     )
 
     num_parameters = sum(p.numel() for p in model.parameters())
-    origin = f"fine-tuned from `{s.model_name_or_path}`" if s.model_name_or_path else "trained from random weights"
+    gguf = f" ({s.gguf_file})" if s.gguf_file else ""
+    origin = (
+        f"fine-tuned from `{s.model_name_or_path}`{gguf}" if s.model_name_or_path else "trained from random weights"
+    )
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
     digits = {"perplexity": 2, "word_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())

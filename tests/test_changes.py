@@ -1,0 +1,208 @@
+"""The five changes that README shows, each taken from there, applied to a copy of the package, and run."""
+
+import importlib
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_checkpoint import TWO, assert_same_run
+from test_main import TINY, lines_of
+from transformers import AutoModelForCausalLM
+
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### Five changes\n")[1].split("\n## ")[0]
+DIFFS = dict(re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL))
+SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3"]
+
+
+def test_each_change_has_at_most_twenty_lines_in_one_file():
+    assert len(DIFFS) == 5 == SECTION.count("```diff")
+    for diff in DIFFS.values():
+        assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) == 1
+        assert 0 < len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 20
+
+
+@pytest.fixture
+def change(tmp_path, monkeypatch):
+    """A function that applies a change to a copy of the package in tmp_path, which takes the package's place until the
+    test is over, and returns the copy's `main`."""
+    plain = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "train_loop"}
+
+    def forget():
+        for name in [name for name in sys.modules if name.split(".")[0] == "train_loop"]:
+            del sys.modules[name]
+
+    def apply(title):
+        shutil.copytree(ROOT / "train_loop", tmp_path / "train_loop")
+        subprocess.run(["git", "apply", "-"], input=DIFFS[title], cwd=tmp_path, text=True, check=True)
+        forget()
+        module = importlib.import_module("train_loop.main")
+        assert Path(module.__file__).parent.parent == tmp_path
+        return module.main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield apply
+    forget()
+    sys.modules.update(plain)
+
+
+@pytest.fixture(scope="module")
+def base(text_file, tmp_path_factory):
+    """The folder of a small trained model."""
+    from train_loop.main import main
+
+    output_dir = tmp_path_factory.mktemp("base") / "run"
+    assert main([*TINY, f"--train_file={text_file}", "--num_train_epochs=8", f"--output_dir={output_dir}"]) == 0
+    return output_dir
+
+
+def resume_from_step_3(main, arguments, output_dir):
+    """Goes on with a copy of a finished run as a kill after step 3 would have left it; returns the copy."""
+    resumed = output_dir.with_name("resumed")
+    shutil.copytree(output_dir, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-000006")
+    (resumed / "all_results.json").unlink()
+    assert main([*arguments, f"--output_dir={resumed}", "--resume_from_checkpoint=auto"]) == 0
+    return resumed
+
+
+def test_label_smoothing_is_torchs_in_training_and_none_in_evaluation(change, base, text_file, tmp_path):
+    """With and without logits, values and gradients. Tolerance: sums in another order, in float32."""
+    main = change("Label smoothing")
+    from train_loop.loss import next_token_loss, put_loss_in_head
+
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    assert put_loss_in_head(model)
+    for smoothing, grad in ((0.1, True), (0.0, False)):
+        with torch.set_grad_enabled(grad):
+            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+            wanted = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", label_smoothing=smoothing)
+            for model.loss_in_head in (True, False):
+                loss = next_token_loss(model, {"input_ids": ids, "labels": labels})[0]
+                torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+                if grad:
+                    gradients = [
+                        torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (loss, wanted)
+                    ]
+                    for got, expected in zip(*gradients, strict=True):
+                        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert main([*TINY, *SHORT, f"--train_file={text_file}", f"--output_dir={tmp_path}/run"]) == 0
+    losses = [line["eval_loss"] for line in lines_of(tmp_path / "run") if "eval_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_distillation_moves_the_student_towards_a_frozen_teacher(change, base, text_file, tmp_path):
+    main = change("Distillation")
+    from train_loop import loss
+
+    shutil.copytree(base, tmp_path / "runs" / "teacher")
+    student = ["--model_type=gpt2", "--config_overrides=n_layer=1,n_head=2,n_embd=16,n_positions=64"]
+    student += [f"--tokenizer_name={base}", f"--train_file={text_file}", "--block_size=32", "--learning_rate=3e-2"]
+    arguments = [*student, *SHORT, "--max_train_samples=48", "--max_eval_samples=4"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    lines = [line for line in lines_of(tmp_path / "run") if "kl" in line]
+    assert len(lines) == 6 and lines[-1]["kl"] < 0.8 * lines[0]["kl"]
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.5 * line["nll"] + 0.5 * line["kl"], rel=1e-6)
+
+    teacher = loss.teacher(torch.device("cpu"))
+    before = load_file(base / "model.safetensors")
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items() if name in before)
+    assert not any(p.requires_grad or p.grad is not None for p in teacher.parameters())
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.masked_fill(ids % 5 == 0, -100)
+    got, num_targets, extras = loss.next_token_loss(model, {"input_ids": ids, "labels": labels})
+    p, q = (m(input_ids=ids).logits[:, :-1].double().softmax(-1) for m in (model, teacher))
+    is_target = labels[:, 1:] != -100
+    nll = -p.gather(2, ids[:, 1:, None])[..., 0].log()[is_target].sum()
+    kl = (q * (q.log() - p.log())).sum(-1)[is_target].sum()
+    assert num_targets == is_target.sum()
+    assert extras["kl"].item() == pytest.approx(kl.item(), rel=1e-5)  # sums of float32
+    assert got.item() == pytest.approx((0.5 * nll + 0.5 * kl).item(), rel=1e-5)
+
+    loss.teacher.cache_clear()  # a new process would load it anew, and must draw no random number for it
+    assert_same_run(resume_from_step_3(main, arguments, tmp_path / "run"), tmp_path / "run")
+
+
+def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(change, base, text_file, tmp_path):
+    peft = pytest.importorskip("peft")
+    main = change("LoRA")
+    arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--block_size=32", "--learning_rate=1e-2"]
+    arguments += [*SHORT, "--max_train_samples=48", "--max_eval_samples=4"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-000006"
+    assert all(".lora_" in name for name in load_file(checkpoint / "optimizer.safetensors"))
+    before, first, last = (
+        load_file(path / "model.safetensors") for path in (base, checkpoint.with_name("step-000003"), checkpoint)
+    )
+    moved = {name for name in last if not torch.equal(first[name], last[name])}
+    assert moved == {name for name in last if ".lora_" in name}
+    for name, tensor in last.items():
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        assert ".lora_" in name or torch.equal(tensor, before[plain])
+
+    resumed = resume_from_step_3(main, arguments, tmp_path / "run")
+    assert_same_run(resumed, tmp_path / "run")
+    adapters = [load_file(d / "adapter" / "adapter_model.safetensors") for d in (resumed, tmp_path / "run")]
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+    ids = torch.arange(20)[None] % 300
+    plain = AutoModelForCausalLM.from_pretrained(base).eval()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    with torch.no_grad():
+        untrained, wanted = (model(input_ids=ids).logits for model in (plain, merged))
+        adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()(input_ids=ids).logits
+    torch.testing.assert_close(adapted, wanted, rtol=0, atol=1e-4)  # W x + B A x against (W + B A) x, in float32
+    assert (adapted - untrained).abs().max() > 0.1 and merged.config.use_cache
+
+
+def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file, tmp_path):
+    main = change("A metric of one's own")
+    arguments = [f"--model_name_or_path={base}", f"--validation_file={text_file}", "--block_size=32", "--eval_only"]
+    arguments += ["--max_eval_samples=30"]
+    launched = run(
+        tmp_path / "train_loop" / "main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=(*TWO, "--quiet")
+    )
+    assert launched.returncode == 0 and "world size 2" in launched.stdout, launched.stderr
+    found = [json.loads((tmp_path / "two" / "all_results.json").read_text())]
+    for size in (1, 7):
+        assert main([*arguments, f"--per_device_eval_batch_size={size}", f"--output_dir={tmp_path}/{size}"]) == 0
+        found.append(json.loads((tmp_path / str(size) / "all_results.json").read_text()))
+
+    from train_loop import data, model
+    from train_loop.config import read_settings
+
+    settings = read_settings([*arguments, "--output_dir=out"])
+    rows = data.load_rows(settings)[1]
+    blocks = data.load_split(rows, model.load_tokenizer(settings, None), "validation", settings).blocks
+    ids = torch.from_numpy(blocks.astype("int64"))
+    with torch.no_grad():
+        likeliest = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits[:, :-1].argmax(-1)
+    num_right = (likeliest == ids[:, 1:]).sum().item()
+    assert num_right > 50 and num_right != (likeliest == ids[:, :-1]).sum() and len(likeliest.unique()) > 10
+    assert [result["eval_accuracy"] for result in found] == [num_right / (30 * 31)] * 3
+
+
+def test_rows_of_a_database_train_as_the_same_rows_of_a_file(change, text_file, tmp_path):
+    main = change("Rows from elsewhere")
+    texts = text_file.read_text().split("\n\n")
+    with sqlite3.connect(tmp_path / "posts.sqlite") as database:
+        database.execute("CREATE TABLE posts (id INTEGER PRIMARY KEY, body TEXT)")
+        database.executemany("INSERT INTO posts (body) VALUES (?)", [(text,) for text in texts])
+    (tmp_path / "posts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    assert main([*TINY, *SHORT, "--dataset_name=posts.sqlite", f"--output_dir={tmp_path}/database"]) == 0
+    assert main([*TINY, *SHORT, "--train_file=posts.jsonl", f"--output_dir={tmp_path}/file"]) == 0
+    assert_same_run(tmp_path / "database", tmp_path / "file")
