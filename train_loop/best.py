@@ -47,7 +47,7 @@ def load_best(checkpoints, position, model):
     last = position.step, position.evaluation
     if not checkpoints.settings.load_best_model_at_end or position.best_step == position.step:
         return last
-    is_main, problem = checkpoints.accelerator.is_main_process, "no evaluation had a finite loss"
+    is_main, problem = checkpoints.accelerator.is_main_process, "there is no best model"
     path = checkpoints.folder / name_of(position.best_step or 0)
     if position.best:
         reason = broadcast_object_list([damage(path) if is_main else None])[0]
