@@ -64,14 +64,14 @@ def test_killed_and_resumed_it_is_the_run_left_alone_best_and_patience_too(watch
     assert_same_run(folder / "killed", folder / "alone")
     assert_exports_its_best(folder / "killed")
     positions = [
-        json.loads((folder / name / "checkpoints" / "step-000016" / "state.json").read_text())["position"]
+        json.loads((folder / name / "checkpoints" / "step-000024" / "state.json").read_text())["position"]
         for name in ("alone", "killed")
     ]
     assert positions[0] == positions[1] and positions[0]["num_worse"] == 6
 
 
 def test_looking_at_a_run_does_not_change_it(watched):
-    """Samples, trackers, the saves of best models: the weights of step 15 are those of a run without, bit for bit."""
+    """Samples, trackers, saves of best models: up to the early end the lines are those of a run without, bit for bit."""
     alone, plain = watched["folder"] / "alone", watched["folder"] / "plain"
     strip = [
         [{k: v for k, v in line.items() if k not in ("tokens_per_second", "samples")} for line in lines_of(d)]
@@ -89,16 +89,16 @@ def test_resuming_a_run_that_stopped_early_says_so_and_goes_on_with_more_patienc
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     assert main(resume) == 0
     output = capsys.readouterr().out
-    assert f"the run in {folder} is finished: 16 steps" in output and "stopped early after step 16 of 40" in output
+    assert f"the run in {folder} is finished: 24 steps" in output and "stopped early after step 24 of 40" in output
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
     assert main([*resume, "--early_stopping_patience=7"]) == 1
     assert "early_stopping_patience: 6 -> 7. --resume_with_changes" in capsys.readouterr().err
     # a best model that is gone is said to be, and not made up
-    (folder / "checkpoints" / "step-000004" / "model.safetensors").write_bytes(b"")
+    (folder / "checkpoints" / "step-000012" / "model.safetensors").write_bytes(b"")
     assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
-    assert "step-000004, is gone (model.safetensors has 0 bytes" in capsys.readouterr().err
-    assert json.loads((folder / "all_results.json").read_text())["exported_step"] == 18
+    assert "step-000012, is gone (model.safetensors has 0 bytes" in capsys.readouterr().err
+    assert json.loads((folder / "all_results.json").read_text())["exported_step"] == 26
 
 
 def test_two_processes_decide_alike_and_write_one_sample_each_time(watched, tmp_path):

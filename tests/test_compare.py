@@ -20,7 +20,7 @@ def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, 
     rows = {line[:30].split("  ")[0]: line.split("  ")[1:] for line in output.splitlines() if line}
     cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in rows.items()}
     assert cells["load_best_model_at_end"] == ["true", "false"] and cells["early_stopping_patience"] == ["6", "-"]
-    assert cells["steps"] == ["16", "40"]
+    assert cells["steps"] == ["24", "40"]
     assert not {"learning_rate", "output_dir", "seed"} & cells.keys()
     for index, folder in enumerate(folders):
         best = min((line for line in lines_of(folder) if line.get("eval_loss")), key=lambda line: line["eval_loss"])

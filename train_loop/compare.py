@@ -83,6 +83,8 @@ def table(runs):
 def _text(value):
     if value is None:
         return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

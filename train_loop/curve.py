@@ -81,9 +81,10 @@ def draw_run(lines, path):
 
 
 def draw_runs(runs, path):
-    """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right."""
+    """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right,
+    without the untrained model's, beside which the others would look alike."""
     plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, sharey=True, figsize=(9, 4.2), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(9, 4.2), layout="constrained")
     for index, (name, lines) in enumerate(runs.items()):
         style = {"color": plt.get_cmap("tab10")(index % 10), "ls": ("-", "--", ":")[index // 10 % 3]}
         steps, losses = points(lines, "loss")
@@ -91,12 +92,11 @@ def draw_runs(runs, path):
             left.plot(steps, losses, lw=0.8, alpha=0.2, **style)
             losses = smooth(losses)
         left.plot(steps, losses, lw=1.6, **style)
-        steps, losses = points(lines, "eval_loss")
+        steps, losses = points([line for line in lines if line["step"]], "eval_loss")
         best = f" (lowest: {losses.min():.3f})" if len(losses) else ""
         right.plot(steps, losses, lw=1.6, marker="o", ms=4, label=f"{name}{best}", **style)
-    left.set_title("training", fontsize="medium")
-    right.set_title("validation", fontsize="medium")
-    left.set_ylabel("loss (nats per token)")
+    left.set_ylabel("training loss (nats per token)")
+    right.set_ylabel("validation loss (nats per token)")
     for axes in (left, right):
         axes.set_xlabel("optimizer step")
     right.legend(frameon=False, fontsize="small")
