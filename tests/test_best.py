@@ -71,7 +71,7 @@ def test_killed_and_resumed_it_is_the_run_left_alone_best_and_patience_too(watch
 
 
 def test_looking_at_a_run_does_not_change_it(watched):
-    """Samples, trackers, saves of best models: up to the early end the lines equal those of a run without, bit for bit."""
+    """Samples, trackers, saves of best models: up to the early end, the lines of a run without, bit for bit."""
     alone, plain = watched["folder"] / "alone", watched["folder"] / "plain"
     strip = [
         [{k: v for k, v in line.items() if k not in ("tokens_per_second", "samples")} for line in lines_of(d)]
