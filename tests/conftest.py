@@ -126,7 +126,7 @@ def watched(text_file, tmp_path_factory):
         f"--train_file={text_file}",
     ]
     arguments = [*common, "--load_best_model_at_end", "--early_stopping_patience=6", "--checkpoints_total_limit=1"]
-    arguments += ["--sample_prompt", "The value", "A class " * 40, "--report_to", "tensorboard", "mlflow"]
+    arguments += ["--sample_prompt=The value", "--report_to", "tensorboard", "mlflow"]
     alone, killed, plain = (f"--output_dir={folder}/{name}" for name in ("alone", "killed", "plain"))
     resumed = [*arguments, killed, "--resume_from_checkpoint=auto"]
     attempts = [

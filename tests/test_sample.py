@@ -6,7 +6,7 @@ from conftest import TINY_CONFIGS
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop.config import Settings
+from train_loop.config import Settings, read_settings
 from train_loop.model import END_OF_TEXT, _train_tokenizer
 from train_loop.sample import NUM_NEW_TOKENS, Samples
 
@@ -60,6 +60,19 @@ def test_an_end_of_text_that_the_tokenizer_adds_is_not_gone_on_from(tokenizer):
     assert Samples(Settings(sample_prompt=["the value"]), added).prompts["the value"] == plain
     given = f"the value{END_OF_TEXT}"
     assert Samples(Settings(sample_prompt=[given]), tokenizer).prompts[given] == [*plain, tokenizer.eos_token_id]
+
+
+def test_several_prompts_come_as_several_texts_or_flags_or_a_list_in_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nsample_prompt: [a, b]\n"
+    )
+    recipe = ["--config", str(tmp_path / "recipe.yaml")]
+    assert read_settings(recipe).sample_prompt == ["a", "b"]
+    assert read_settings([*recipe, "--sample_prompt", "c", "d e", "--sample_prompt=f"]).sample_prompt == [
+        "c",
+        "d e",
+        "f",
+    ]
 
 
 def test_the_text_ends_where_the_model_ends_it(model, tokenizer):
