@@ -1,6 +1,7 @@
 """What the tests share: tiny models of four families, a small text, and a way to run the real command."""
 
 import atexit
+import json
 import os
 import shutil
 import subprocess
@@ -69,6 +70,82 @@ def blocks():
     for t in range(1, BLOCK):
         rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
     return rows
+
+
+WATCHED = """
+import json, os, shutil, signal, sys
+from pathlib import Path
+import mlflow
+from torch.utils import tensorboard
+from train_loop import best, checkpoint, compare, data, evaluate, launch, loop, metrics, model, optim, publish
+from train_loop.main import main
+plain = metrics.Metrics.count_step
+for attempt in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        store = Path(os.environ.setdefault("MLFLOW_TRACKING_URI", "file:" + attempt["store"])[5:])
+        def count_step(self, step, *arguments):
+            if step == attempt.get("dies_at"):
+                os.kill(os.getpid(), signal.SIGKILL)
+            if step == attempt.get("loses_its_store_at"):
+                shutil.rmtree(store)
+                store.write_text("gone")
+            plain(self, step, *arguments)
+        metrics.Metrics.count_step = count_step
+        print("::", flush=True)
+        status = main(attempt["arguments"])
+        sys.stdout.flush()
+        os._exit(status)
+    print("exit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="session")
+def watched(text_file, tmp_path_factory):
+    """Runs that learn eight blocks by heart, so that the validation loss soon rises: 40 steps with an evaluation every
+    second one, and a checkpoint every fifth. {"folder", "arguments", "outputs": of each attempt in turn}.
+
+    folder/alone: everything on, left alone; the best is that of step 12. folder/killed: the same, killed in step 18 and
+    once more in step 17, each time after the checkpoint of step 15. folder/plain: without what must not show, and with
+    a tracker that loses its store.
+    """
+    folder = tmp_path_factory.mktemp("watched")
+    common = [
+        "--model_type=gpt2",
+        "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
+        "--tokenizer_vocab_size=300",
+        "--block_size=32",
+        "--max_train_samples=8",
+        "--max_eval_samples=30",
+        "--num_train_epochs=40",
+        "--learning_rate=1e-2",
+        "--logging_steps=1",
+        "--eval_steps=2",
+        "--checkpointing_steps=5",
+        "--num_threads=1",
+        f"--train_file={text_file}",
+    ]
+    arguments = [*common, "--load_best_model_at_end", "--early_stopping_patience=6", "--checkpoints_total_limit=1"]
+    arguments += ["--sample_prompt=The value", "--report_to", "tensorboard", "mlflow"]
+    alone, killed, plain = (f"--output_dir={folder}/{name}" for name in ("alone", "killed", "plain"))
+    resumed = [*arguments, killed, "--resume_from_checkpoint=auto"]
+    attempts = [
+        {"arguments": [*arguments, alone], "store": f"{folder}/alone.mlflow"},
+        {"arguments": [*arguments, killed], "store": f"{folder}/killed.mlflow", "dies_at": 18},
+        {"arguments": resumed, "store": f"{folder}/killed.mlflow", "dies_at": 17},
+        {"arguments": resumed, "store": f"{folder}/killed.mlflow"},
+        {
+            "arguments": [*common, plain, "--checkpoints_total_limit=9", "--report_to=mlflow"],
+            "store": f"{folder}/plain.mlflow",
+            "loses_its_store_at": 6,
+        },
+    ]
+    environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    done = run("-c", WATCHED, json.dumps(attempts), timeout=600, **environment)
+    outputs = done.stdout.split("::\n")[1:]
+    statuses = [int(output.split()[-1]) for output in outputs]
+    assert statuses == [0, -9, -9, 0, 0], done.stdout + done.stderr
+    return {"folder": folder, "arguments": arguments, "outputs": outputs, "errors": done.stderr}
 
 
 def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):

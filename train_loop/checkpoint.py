@@ -14,6 +14,7 @@ step.
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -46,6 +47,9 @@ CHANGEABLE = {
     "mixed_precision",
     "tf32",
 }
+# what decides about the model that is exported, where it need not be the last of all steps
+SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
+CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
 
 
 @dataclass
@@ -57,16 +61,23 @@ class Position:
     step: int = 0
     evaluated_step: int | None = None  # the step of the last evaluation, and what came out
     evaluation: dict | None = None
+    best_step: int | None = None  # of the lowest validation loss, and that evaluation; kept by `best.py`
+    best: dict | None = None
+    num_worse: int = 0  # evaluations in a row that did not beat the best
 
 
-def identity(settings, model, split, num_steps, accelerator):
+def identity(settings, model, split, eval_split, num_steps, accelerator):
     """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
     not: the blocks themselves and the model's config do."""
     blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
+    if settings.load_best_model_at_end or settings.early_stopping_patience:
+        values["validation blocks"] = digest_of_blocks(eval_split)
+    else:  # evaluations decide about nothing
+        del values["eval_steps"], values["eval_stride"]
     return values | {
-        "training blocks": hashlib.blake2b(np.ascontiguousarray(split.blocks), digest_size=16).hexdigest(),
+        "training blocks": digest_of_blocks(split),
         "documents end with token": split.document_end,
         "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
@@ -84,11 +95,13 @@ class Checkpoints:
         self.latest = None  # the last one that this process saved or resumed from
         self.seconds = 0.0  # spent on saving
 
-    def is_due(self, step, window, steps_per_epoch, last_step):
-        every = self.settings.checkpointing_steps
+    def is_due(self, position, steps_per_epoch, last_step):
+        every, step = self.settings.checkpointing_steps, position.step
         if every == "none":
             return False
-        return step == last_step or (window == steps_per_epoch if every == "epoch" else step % int(every) == 0)
+        if step == last_step or (self.settings.load_best_model_at_end and step == position.best_step):
+            return True
+        return position.window == steps_per_epoch if every == "epoch" else step % int(every) == 0
 
     def save(self, position, model, optimizer, metrics):
         """Raises OSError on every process where it cannot be written; the checkpoints before it stay."""
@@ -108,9 +121,8 @@ class Checkpoints:
                 "settings": dataclasses.asdict(self.settings),
                 "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
             }
-            eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
             try:
-                self._write(position.step, eval_loss, tensors, optimizer_tensors, state)
+                self._write(position, tensors, optimizer_tensors, state)
             except OSError as error:
                 problem = f"the checkpoint of step {position.step} cannot be written ({error}); {self.say_latest()}"
         problem = broadcast_object_list([problem])[0]
@@ -141,8 +153,8 @@ class Checkpoints:
                     scalars[name] = value
         return tensors, optimizer_tensors, scalars
 
-    def _write(self, step, eval_loss, tensors, optimizer_tensors, state):
-        final = self.folder / name_of(step)
+    def _write(self, position, tensors, optimizer_tensors, state):
+        final = self.folder / name_of(position.step)
         partial = self.folder / f"{final.name}.partial"
         self.folder.mkdir(exist_ok=True)
         for leftover in self.folder.glob("*.partial"):
@@ -156,7 +168,9 @@ class Checkpoints:
             for path in sorted(partial.iterdir()):
                 flush(path)
                 files[path.name] = {"size": path.stat().st_size, "blake2b": digest_of(path)}
-            manifest = {"step": step, "eval_loss": eval_loss, "files": files}
+            eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
+            best_step = position.best_step if self.settings.load_best_model_at_end else None
+            manifest = {"step": position.step, "eval_loss": eval_loss, "best_step": best_step, "files": files}
             manifest["blake2b"] = digest_of_manifest(manifest)
             (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             flush(partial / "manifest.json")
@@ -170,11 +184,18 @@ class Checkpoints:
         self._rotate()
 
     def _rotate(self):
-        kept = steps_in(self.folder)
-        best = [(loss, step) for step in kept if (loss := eval_loss_of(self.folder / name_of(step))) is not None]
-        limit = self.settings.checkpoints_total_limit
-        surplus = kept[:-limit] if limit else []
-        for path in [self.folder / name_of(step) for step in surplus if not best or step != min(best)[1]]:
+        """Keeps the newest, the best that each of them goes back to, and the best of all."""
+        steps, limit = steps_in(self.folder), self.settings.checkpoints_total_limit
+        manifests = {step: manifest_of(self.folder / name_of(step)) for step in steps}
+        losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
+        best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+        newest = steps[-limit:] if limit else steps
+        kept = {
+            *newest,
+            *(manifests[step].get("best_step") for step in newest),
+            *(step for _, step in sorted(best)[:1]),
+        }
+        for path in [self.folder / name_of(step) for step in steps if step not in kept]:
             discard(path)
         for path in self.folder.glob("*.discarded"):
             shutil.rmtree(path, ignore_errors=True)
@@ -221,13 +242,15 @@ class Checkpoints:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         position = Position(**state["position"])
         self._compare(state, position)
+        if self.settings.load_best_model_at_end and position.best:
+            best = self.folder / name_of(position.best_step)
+            reason = broadcast_object_list([damage(best) if self.accelerator.is_main_process else None])[0]
+            if reason:
+                position.best_step = position.best = None
+                if self.accelerator.is_main_process:
+                    tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
         model = self.accelerator.unwrap_model(model)
-        tensors = named_tensors(model)
-        with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
-            if set(file.keys()) != set(tensors):
-                raise ValueError(f"{path} holds other weights than this model has")
-            for name, tensor in tensors.items():
-                tensor.copy_(placed_like(file.get_tensor(name), tensor))
+        load_weights(path, model)
         names = {name: p for name, p in model.named_parameters()}
         with safe_open(path / "optimizer.safetensors", "pt") as file:
             values = {name: file.get_tensor(name).clone() for name in file.keys()} | state["optimizer"]  # noqa: SIM118
@@ -319,11 +342,17 @@ def damage(path):
     return None
 
 
-def eval_loss_of(path):
+def manifest_of(path):
+    """The manifest of a checkpoint, not verified; {} if it cannot be read."""
     try:
-        return json.loads((path / "manifest.json").read_text(encoding="utf-8"))["eval_loss"]
-    except (OSError, ValueError, KeyError):
-        return None
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        return manifest if isinstance(manifest, dict) else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def digest_of_blocks(split):
+    return hashlib.blake2b(np.ascontiguousarray(split.blocks), digest_size=16).hexdigest()
 
 
 def digest_of(path):
@@ -353,6 +382,17 @@ def flush(path):
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def load_weights(path, model):
+    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises ValueError where they do not
+    fit."""
+    tensors = named_tensors(model)
+    with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
+        if set(file.keys()) != set(tensors):
+            raise ValueError(f"{path} holds other weights than this model has")
+        for name, tensor in tensors.items():
+            tensor.copy_(placed_like(file.get_tensor(name), tensor))
 
 
 def named_tensors(model):

@@ -12,7 +12,6 @@ import glob
 import os
 import sys
 import types
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +28,8 @@ FILE_KINDS = {
     ".parquet": "parquet",
 }
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+# Accelerate has a class for each of these, and each is the name of the library to import
+TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
 def setting(group, default, help, check=None, wanted=""):
@@ -120,6 +121,15 @@ class Settings:
     adam_beta2: float = setting("training", 0.999, "AdamW's second beta", **FRACTION)
     adam_epsilon: float = setting("training", 1e-8, "AdamW's epsilon", **above(0))
     max_grad_norm: float = setting("training", 1.0, "gradients are clipped to this norm; 0: not clipped", **at_least(0))
+    load_best_model_at_end: bool = setting(
+        "training", False, "export the model of the evaluation with the lowest loss; it is kept as a checkpoint"
+    )
+    early_stopping_patience: int | None = setting(
+        "training", None, "stop after this many evaluations in a row that did not lower the loss", **at_least(1)
+    )
+    early_stopping_threshold: float = setting(
+        "training", 0.0, "nats per token by which an evaluation must beat the best to count as lower", **at_least(0)
+    )
     seed: int = setting("training", 42, "seed of weights, dropout and the order of blocks", **at_least(0))
     num_threads: int | None = setting(
         "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
@@ -145,11 +155,21 @@ class Settings:
     named_perplexities: bool = setting(
         "evaluation", False, "also word_perplexity and bits_per_byte, comparable between tokenizers"
     )
+    sample_prompt: list[str] | None = setting(  # noqa: RUF009
+        "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
+    )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
 
     output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
+    report_to: list[str] | None = setting(  # noqa: RUF009
+        "output",
+        None,
+        "trackers that get the lines of metrics.jsonl too",
+        check=lambda names: names in (["all"], ["none"]) or set(names) <= set(TRACKERS),
+        wanted=f"all, none (the default), or some of {', '.join(TRACKERS)}",
+    )
     checkpointing_steps: str = setting(
         "checkpoints",
         "epoch",
@@ -191,10 +211,11 @@ def convert(value, kind):
 
     YAML reads 2e-5 as text, so a number may come as text from there too; a bool is never a number.
     """
-    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType]
-    if value is None and kinds != [kind]:
+    if value is None and kind != _kind(kind):
         return None
-    (kind,) = kinds
+    kind = _kind(kind)
+    if kind == list[str] and value != []:
+        return [convert(entry, str) for entry in (value if isinstance(value, list) else [value])]
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
@@ -282,9 +303,11 @@ def _split_command_line(argv, problems):
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         default = "" if f.default is None else f" (default: {str(f.default).lower() if f.type is bool else f.default})"
         wanted = f"; {f.metadata['wanted']}" if f.metadata["wanted"] else ""
+        several = _kind(f.type) == list[str]
         groups[group].add_argument(
             f"--{f.name}",
-            nargs="?",
+            nargs="*" if several else "?",
+            action="extend" if several else "store",
             const="true" if f.type is bool else None,
             metavar="true|false" if f.type is bool else _type_name(f.type).split()[-1].upper(),
             help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
@@ -306,7 +329,7 @@ def _split_command_line(argv, problems):
     if "config" in flags and flags["config"] is None:
         problems.append("the command line: --config needs the name of a recipe or a YAML file")
     for name, value in flags.items():
-        if value is None and name != "config":
+        if value in (None, []) and name != "config":
             flags[name] = ""  # a flag without its value: no type takes this
     return flags.pop("config", None), flags
 
@@ -369,6 +392,13 @@ def _contradictions(s):
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
     if s.document_attention and not s.add_eos_token:
         found.append("document_attention goes with add_eos_token, which marks where documents end")
+    if s.early_stopping_threshold and not s.early_stopping_patience:
+        found.append("early_stopping_threshold goes with early_stopping_patience")
+    if s.load_best_model_at_end and s.checkpointing_steps == "none":
+        found.append("load_best_model_at_end keeps the best model as a checkpoint, but checkpointing_steps is none")
+    for name in ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to"):
+        if s.eval_only and getattr(s, name) not in (None, False, ["none"]):
+            found.append(f"{name} goes with training, not with eval_only")
     for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
         if getattr(s, name) != getattr(Settings, name) and not s.push_to_hub:
             found.append(f"{name} goes with push_to_hub")
@@ -410,6 +440,11 @@ def text_files(path):
     return sorted(file for file in found if file.is_file() and file_kind(file) == "text")
 
 
+def _kind(kind):
+    """The type of a setting, without the None that stands for off."""
+    return next(k for k in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,)) if k is not types.NoneType)
+
+
 def _type_name(kind):
-    kinds = [k for k in (typing.get_args(kind) or (kind,)) if k is not types.NoneType]
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kinds[0]]
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text"}
+    return names[_kind(kind)]

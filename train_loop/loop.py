@@ -10,6 +10,7 @@ import math
 
 import torch
 
+from train_loop import best
 from train_loop.data import Windows, load_windows, shuffled
 from train_loop.evaluate import evaluate
 from train_loop.finite import FiniteGuard
@@ -43,16 +44,19 @@ def train(
     stop,
     position,
     publisher=None,
+    samples=None,
 ):
     """Trains `model` in place, from `position` on. `model` and `optimizer` are prepared by Accelerate, `scheduler` is
-    not. A `publisher` is told of each checkpoint. Returns the last evaluation.
+    not. A `publisher` is told of each checkpoint; `samples` are written with each evaluation.
+    Returns the last evaluation.
 
     Raises, on all processes alike: FloatingPointError, before the weights are touched, when a loss or a gradient norm
     is not finite; Stopped, with a checkpoint written, when `stop` came.
     """
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = len(train_split.blocks)
-    per_epoch, last_step = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
+    per_epoch, all_steps = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
+    last_step = best.last_step(position, all_steps, settings)
 
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
 
@@ -61,6 +65,7 @@ def train(
         metrics.log_training()
 
     def evaluate_if_due():
+        nonlocal last_step
         step, every = position.step, settings.eval_steps
         due = step in (0, last_step) or (step % every == 0 if every else position.window == per_epoch)
         if not due or position.evaluated_step == step:
@@ -68,8 +73,9 @@ def train(
         log_training()
         evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
         if evaluation is not None:  # it was not stopped
-            position.evaluated_step, position.evaluation = step, evaluation
-            metrics.log_evaluation(step, position.epoch + position.window / per_epoch, evaluation)
+            last_step = best.take_evaluation(position, evaluation, all_steps, settings)
+            epoch, written = position.epoch + position.window / per_epoch, samples and samples.write(model, device)
+            metrics.log_evaluation(step, epoch, evaluation, written)
 
     evaluate_if_due()  # of the untrained model; or the one that a stop cut short
     model.train()
@@ -117,7 +123,7 @@ def train(
 
             evaluate_if_due()
             stopping = stop.agreed(accelerator)
-            if stopping or checkpoints.is_due(position.step, position.window, per_epoch, last_step):
+            if stopping or checkpoints.is_due(position, per_epoch, last_step):
                 finite.look()
                 checkpoints.save(position, model, optimizer, metrics)
                 if publisher and not stopping and position.step < last_step:

@@ -17,7 +17,7 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train_loop import hub, tuning
+from train_loop import hub, trackers, tuning
 from train_loop.config import read_settings
 from train_loop.stop import Stopped, StopSignal
 
@@ -64,6 +64,7 @@ def known_problem(message):
 
 def run(settings, stop):
     """Trains, exports, and returns the repository on the hub that the model is to be pushed to, None if it is not."""
+    trackers.wanted_trackers(settings)  # raises where a library is missing
     if settings.tuning:
         tuning.keep_memory()
     if settings.preprocessing_num_workers:
@@ -78,6 +79,7 @@ def run(settings, stop):
         from accelerate.utils import set_seed
 
         from train_loop import (
+            best,
             checkpoint,
             data,
             evaluate,
@@ -89,12 +91,13 @@ def run(settings, stop):
             model,
             optim,
             publish,
+            sample,
         )
 
     launch.stop_with_launcher()
     repository = hub.check_push(settings, unreachable) if is_main else None
     accelerator = launch.build_accelerator(settings)
-    show_progress, publisher = launch.quiet_libraries(accelerator), None
+    show_progress, publisher, log = launch.quiet_libraries(accelerator), None, None
     try:
         settings = launch.after_restart(settings, accelerator)
         publish.check_output_dir(settings)
@@ -106,6 +109,7 @@ def run(settings, stop):
         eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
         if not settings.eval_only:
             train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
+        samples = sample.Samples(settings, tokenizer) if settings.sample_prompt else None
 
         # -> model
         net = model.load_model(settings, config, tokenizer)
@@ -129,7 +133,7 @@ def run(settings, stop):
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
         optimizer = optim.build_optimizer(net, settings)
         scheduler = optim.build_scheduler(optimizer, settings, num_steps)
-        identity = checkpoint.identity(settings, net, train_split, num_steps, accelerator)
+        identity = checkpoint.identity(settings, net, train_split, eval_split, num_steps, accelerator)
         net, optimizer = accelerator.prepare(net, optimizer)
         if settings.auto_micro_batch:
             settings = micro_batch.fit_micro_batch(net, train_split, settings, accelerator)
@@ -137,13 +141,16 @@ def run(settings, stop):
 
         # -> where an earlier run was
         checkpoints, position = checkpoint.Checkpoints(settings, accelerator, identity), checkpoint.Position()
-        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress)
+        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress, trackers.Trackers(settings))
         path = checkpoints.find()
         if path:
             position = checkpoints.restore(path, net, optimizer, scheduler, log)
-            if position.step == num_steps and publish.is_finished(settings.output_dir, num_steps):
+            is_done = position.step == best.last_step(position, num_steps, settings)
+            if is_done and publish.is_finished(settings.output_dir, position.step):
                 if is_main:
-                    print(f"the run in {settings.output_dir} is finished: {num_steps:,} steps")
+                    print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
+                    if position.step < num_steps:
+                        print(best.say_why_it_ended(position, num_steps))
                 return repository
         if is_main:
             publish.create_output_dir(settings, resuming=path is not None)
@@ -151,11 +158,12 @@ def run(settings, stop):
             print(metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps), flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
+            log.trackers.start(log.lines, position.step if path else None)
 
         # -> train
         publisher = publish.Publisher(settings, tokenizer, accelerator, repository, held_out)
         stop.defer(settings.ddp_timeout)
-        evaluation = loop.train(
+        loop.train(
             net,
             optimizer,
             scheduler,
@@ -168,9 +176,15 @@ def run(settings, stop):
             stop,
             position,
             publisher,
+            samples,
         )
 
         # -> export
+        if is_main and position.step < num_steps:
+            print(best.say_why_it_ended(position, num_steps), flush=True)
+        step, evaluation = best.load_best(checkpoints, position, net)
+        if settings.load_best_model_at_end:
+            evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
         results = log.finish(evaluation, checkpoints.seconds)
         publisher.export_model(net, log.lines, results)
         if is_main:
@@ -179,6 +193,8 @@ def run(settings, stop):
             print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
         return repository
     finally:
+        if log is not None:
+            log.trackers.finish()
         if publisher is not None:
             publisher.end()
         accelerator.end_training()  # without it a run of several CPU processes aborts at exit

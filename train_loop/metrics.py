@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from train_loop.evaluate import perplexity
+from train_loop.curve import draw_run
 
 STATE = ("sums", "tokens", "train_nats", "train_tokens", "train_seconds", "num_skipped_steps", "train_loss", "latest")
 COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
@@ -25,9 +25,9 @@ COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 class Metrics:
     """Sums since the last line, sums of the whole run, and where they are written."""
 
-    def __init__(self, output_dir, num_steps, is_main, show_progress=False):
+    def __init__(self, output_dir, num_steps, is_main, show_progress=False, trackers=None):
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
-        self.show_progress = show_progress
+        self.show_progress, self.trackers = show_progress, trackers
         self.lines = []  # every line of metrics.jsonl
         self.train_nats = self.train_tokens = self.train_seconds = 0
         self.num_skipped_steps = 0
@@ -81,13 +81,16 @@ class Metrics:
                 os.fsync(file.fileno())
                 size = file.seek(0, os.SEEK_END)
         counts = {name: getattr(self, name) for name in STATE}
-        return {"size": size, "seconds": time.perf_counter() - self.started, **counts}
+        trackers = self.trackers.ids if self.trackers else {}
+        return {"size": size, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
 
     def load_state_dict(self, state):
         """Goes on from `state`, and cuts metrics.jsonl back to it: one step has one line."""
         for name in STATE:
             setattr(self, name, state[name])
         self.started = time.perf_counter() - state["seconds"]
+        if self.trackers:
+            self.trackers.ids = state.get("trackers", {})
         path = self.output_dir / "metrics.jsonl"
         if self.is_main and path.is_file():
             if path.stat().st_size > state["size"]:
@@ -119,12 +122,15 @@ class Metrics:
             self._row(line["step"], line["epoch"], f"{self.train_loss:.4f}", speed=line["tokens_per_second"])
         self._restart()
 
-    def log_evaluation(self, step, epoch, evaluation):
-        """A line of metrics.jsonl, and a row of the table beside the training loss up to here."""
-        self._write({"step": step, "epoch": round(epoch, 6), **evaluation})
+    def log_evaluation(self, step, epoch, evaluation, samples=None):
+        """A line of metrics.jsonl, and a row of the table beside the training loss up to here. `samples`: {prompt: how
+        the model goes on from it}."""
+        self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})
         if self.is_main:
             train_loss = "" if self.train_loss is None or not self.show_progress else f"{self.train_loss:.4f}"
             self._row(step, epoch, train_loss, f"{evaluation['eval_loss']:.4f}", f"{evaluation['perplexity']:.2f}")
+            for prompt, text in (samples or {}).items():
+                tqdm.write(f"{'':>10} {json.dumps(prompt, ensure_ascii=False)} {json.dumps(text, ensure_ascii=False)}")
         self._restart()
 
     def _row(self, step, epoch, train_loss="", eval_loss="", ppl="", speed=None):
@@ -144,6 +150,8 @@ class Metrics:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # a full disk may show only when the file is closed, and then names no file
                 raise OSError(f"{path} cannot be written: {error.strerror}") from error
+            if self.trackers:
+                self.trackers.log(line)
 
     def finish(self, evaluation, checkpoint_seconds=0.0):
         """The results of the whole run, and the picture of its losses in output_dir."""
@@ -151,7 +159,7 @@ class Metrics:
             self.bar.close()
         if self.is_main:
             try:
-                draw_losses(self.lines, self.output_dir / "loss_curve.png")
+                draw_run(self.lines, self.output_dir / "loss_curve.png")
             except Exception as error:  # a picture is not worth the model that is about to be exported
                 print(f"warning: loss_curve.png was not drawn: {error}", file=sys.stderr)
         return {
@@ -228,33 +236,3 @@ def write_json(path, content):
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)
-
-
-def draw_losses(lines, path):
-    """Training and validation loss against the optimizer step, as a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    training = [(line["step"], line["loss"]) for line in lines if "loss" in line]
-    evaluation = [(line["step"], line["eval_loss"]) for line in lines if "eval_loss" in line]
-    axes.plot(
-        *zip(*training, strict=True), color="tab:blue", linewidth=1.2, label="training (mean since the last point)"
-    )
-    axes.plot(*zip(*evaluation, strict=True), color="tab:orange", marker="o", label="validation")
-    step, loss = evaluation[-1]
-    axes.annotate(
-        f"{loss:.3f} (perplexity {perplexity(loss):.1f})",
-        (step, loss),
-        (-6, 10),
-        textcoords="offset points",
-        ha="right",
-    )
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per token)")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

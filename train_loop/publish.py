@@ -178,7 +178,10 @@ def model_card(publisher, model, lines, results=None):
     `lines`: of metrics.jsonl; `results`: of the finished run, None before it is.
     """
     s, accelerator, repository = publisher.settings, publisher.accelerator, publisher.repository
-    last = [line for line in lines if "eval_loss" in line][-1]
+    evaluations = [line for line in lines if "eval_loss" in line]
+    last = evaluations[-1]
+    if exported_step := (results or {}).get("exported_step"):
+        last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
     title = Path(repository or Path(s.output_dir).resolve()).name
     data = s.dataset_name or Path(s.train_file).name
     eval_file = s.validation_file or s.train_file
@@ -219,6 +222,11 @@ def model_card(publisher, model, lines, results=None):
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
+    choice = ""
+    if exported_step:
+        num = sum(line["step"] > 0 for line in evaluations)
+        after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
+        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
     table, train_loss = [], ""
     for line in lines:
         train_loss = f"{line['loss']:.4f}" if "loss" in line else train_loss
@@ -229,7 +237,11 @@ def model_card(publisher, model, lines, results=None):
     if repository:
         place = repository if "/" in repository else f"OWNER/{repository}"
 
-    has_no_effect = {"num_train_epochs": s.max_train_steps, "validation_split_percentage": not held_out}
+    has_no_effect = {
+        "num_train_epochs": s.max_train_steps,
+        "validation_split_percentage": not held_out,
+        "early_stopping_threshold": not s.early_stopping_patience,
+    }
     made = {
         f.name: Path(value).name if f.name.endswith("_file") else value
         for f in dataclasses.fields(s)
@@ -259,7 +271,7 @@ A causal language model ({model.config.model_type}, {num_parameters:,} parameter
 
 Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
-compare them only with numbers that were measured in the same way.
+compare them only with numbers that were measured in the same way.{choice}
 
 | step | epoch | training loss | validation loss | perplexity |
 |---:|---:|---:|---:|---:|

@@ -1,0 +1,83 @@
+"""What a model writes while it trains."""
+
+import pytest
+import torch
+from conftest import TINY_CONFIGS
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from train_loop.config import Settings, read_settings
+from train_loop.model import END_OF_TEXT, _train_tokenizer
+from train_loop.sample import NUM_NEW_TOKENS, Samples
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return _train_tokenizer([{"text": "the value of the name is the value of a class\n" * 20}], 280)
+
+
+@pytest.fixture(params=["gpt2", "llama"])
+def model(request, tokenizer):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(request.param, **TINY_CONFIGS[request.param], vocab_size=len(tokenizer))
+    return AutoModelForCausalLM.from_config(config)
+
+
+def write(model, tokenizer, prompt, block_size=64):
+    settings = Settings(sample_prompt=[prompt], block_size=block_size)
+    return Samples(settings, tokenizer).write(model, "cpu")[prompt]
+
+
+def test_a_sample_is_the_greedy_continuation_and_training_is_left_as_it_was(model, tokenizer):
+    prompt = "the value of"
+    inputs = tokenizer(prompt, return_tensors="pt")
+    model.train()
+    before = torch.get_rng_state()
+    written = write(model, tokenizer, prompt)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    model.eval()
+    options = {"do_sample": False, "max_new_tokens": NUM_NEW_TOKENS, "eos_token_id": tokenizer.eos_token_id}
+    ids = model.generate(**inputs, **options, pad_token_id=0)[0, inputs["input_ids"].shape[1] :]
+    assert written == tokenizer.decode(ids, skip_special_tokens=True) and len(written) > 0
+
+
+def test_a_prompt_longer_than_the_context_goes_on_from_its_end(model, tokenizer):
+    """The model has 64 positions, the prompt over 100 tokens."""
+    prompt = "the value of a class is " * 25
+    ids = tokenizer(prompt)["input_ids"]
+    assert len(ids) > 100
+    end = tokenizer.decode(ids[-16:])
+    assert tokenizer(end)["input_ids"] == ids[-16:]
+    assert write(model, tokenizer, prompt, block_size=16) == write(model, tokenizer, end, block_size=16) != ""
+
+
+def test_an_end_of_text_that_the_tokenizer_adds_is_not_gone_on_from(tokenizer):
+    plain = Samples(Settings(sample_prompt=["the value"]), tokenizer).prompts["the value"]
+    added = _train_tokenizer([{"text": "the value of the name is the value of a class\n" * 20}], 280)
+    template = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, added.eos_token_id)])
+    added.backend_tokenizer.post_processor = template
+    assert added("the value")["input_ids"] == [*plain, added.eos_token_id]
+    assert Samples(Settings(sample_prompt=["the value"]), added).prompts["the value"] == plain
+    given = f"the value{END_OF_TEXT}"
+    assert Samples(Settings(sample_prompt=[given]), tokenizer).prompts[given] == [*plain, tokenizer.eos_token_id]
+
+
+def test_several_prompts_come_as_several_texts_or_flags_or_a_list_in_a_recipe(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "model_name_or_path: m\ndataset_name: d\noutput_dir: o\nsample_prompt: [a, b]\n"
+    )
+    recipe = ["--config", str(tmp_path / "recipe.yaml")]
+    assert read_settings(recipe).sample_prompt == ["a", "b"]
+    assert read_settings([*recipe, "--sample_prompt", "c", "d e", "--sample_prompt=f"]).sample_prompt == [
+        "c",
+        "d e",
+        "f",
+    ]
+
+
+def test_the_text_ends_where_the_model_ends_it(model, tokenizer):
+    """An output layer that makes the end of text the likeliest token, always."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(len(tokenizer), 32))
+    assert tokenizer.eos_token_id == 0
+    assert write(model, tokenizer, "the value") == ""

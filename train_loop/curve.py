@@ -1,0 +1,129 @@
+"""Pictures of metrics.jsonl: one run (loss_curve.png), or several side by side.
+
+Lines are those of metrics.jsonl; losses are nats per token. matplotlib is imported when something is drawn: it takes a
+good part of a second.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+MIN_POINTS_TO_SMOOTH = 20
+WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
+
+
+def read_lines(path):
+    """The lines of a metrics.jsonl; a last one that is still being written is left out. Raises ValueError where there
+    is no such file, or it is damaged."""
+    try:
+        texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+    lines = []
+    for number, text in enumerate(texts, 1):
+        if number == len(texts) and not text.endswith("\n"):
+            break
+        try:
+            line = json.loads(text)
+            line["step"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged: line {number} is no line of metrics") from error
+        lines.append(line)
+    if not lines:
+        raise ValueError(f"{path} is empty: nothing was logged yet")
+    return lines
+
+
+def points(lines, name):
+    """(steps, values) of `name`, as arrays, where it is there and finite."""
+    found = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+    return np.array(found, dtype=float).reshape(-1, 2).T
+
+
+def smooth(values):
+    """A mean of each value and its neighbours, with Gaussian weights; unlike a running mean it does not lag."""
+    sigma = max(1.0, WIDTH * len(values))
+    reach = min(int(3 * sigma), (len(values) - 1) // 2)
+    kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) / sigma) ** 2)
+    return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
+
+
+def draw_run(lines, path):
+    """Training loss, its smoothing, validation loss and learning rate against the optimizer step, as a PNG."""
+    plt = _pyplot()
+    figure, (axes, below) = plt.subplots(
+        2, 1, sharex=True, figsize=(7, 4.8), height_ratios=(4, 1), layout="constrained"
+    )
+    steps, losses = points(lines, "loss")
+    smoothed = len(losses) >= MIN_POINTS_TO_SMOOTH
+    axes.plot(steps, losses, color="tab:blue", lw=1, alpha=0.35 if smoothed else 1, label="training")
+    if smoothed:
+        axes.plot(steps, smooth(losses), color="tab:blue", lw=1.8, label="training, smoothed")
+    steps, losses = points(lines, "eval_loss")
+    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label="validation")
+    if len(losses):
+        best = losses.argmin()
+        label = (
+            f"lowest validation loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
+        )
+        axes.plot(steps[best], losses[best], "o", ms=9, mfc="none", mec="black", mew=1.2, ls="none", label=label)
+    axes.set_ylabel("loss (nats per token)")
+    axes.legend(frameon=False)
+    steps, rates = points(lines, "learning_rate")
+    below.plot(steps, rates, color="tab:gray", lw=1.5)
+    below.set_ylabel("learning rate")
+    below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
+    below.set_ylim(bottom=0)
+    below.set_xlabel("optimizer step")
+    _save(figure, path)
+
+
+def draw_runs(runs, path):
+    """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right,
+    without the untrained model's, beside which the others would look alike."""
+    plt = _pyplot()
+    figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(9, 4.2), layout="constrained")
+    for index, (name, lines) in enumerate(runs.items()):
+        style = {"color": plt.get_cmap("tab10")(index % 10), "ls": ("-", "--", ":")[index // 10 % 3]}
+        steps, losses = points(lines, "loss")
+        if len(losses) >= MIN_POINTS_TO_SMOOTH:
+            left.plot(steps, losses, lw=0.8, alpha=0.2, **style)
+            losses = smooth(losses)
+        left.plot(steps, losses, lw=1.6, **style)
+        steps, losses = points([line for line in lines if line["step"]], "eval_loss")
+        best = f" (lowest: {losses.min():.3f})" if len(losses) else ""
+        right.plot(steps, losses, lw=1.6, marker="o", ms=4, label=f"{name}{best}", **style)
+    left.set_ylabel("training loss (nats per token)")
+    right.set_ylabel("validation loss (nats per token)")
+    for axes in (left, right):
+        axes.set_xlabel("optimizer step")
+    right.legend(frameon=False, fontsize="small")
+    _save(figure, path)
+
+
+def _ppl(loss):
+    return f"{math.exp(min(loss, 700)):,.1f}" if loss < 14 else f"{math.exp(min(loss, 700)):.1e}"
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path):
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    for axes in figure.axes:
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    figure.align_ylabels()
+    figure.savefig(path, dpi=150)
+    _pyplot().close(figure)
