@@ -100,6 +100,8 @@ def load_model(settings, config, tokenizer):
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
         )
+    if settings.tuning:
+        use_lean_modules(model)
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
         raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
@@ -107,8 +109,6 @@ def load_model(settings, config, tokenizer):
         raise ValueError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
         )
-    if settings.tuning:
-        use_lean_modules(model)
     model.config.use_cache = False  # keys and values are for generation; put back by `save_model`
     return model
 
