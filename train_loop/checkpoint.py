@@ -45,6 +45,7 @@ CHANGEABLE = {
     "max_grad_norm",
     "mixed_precision",
     "tf32",
+    "training files' times of change",
 }
 
 
@@ -57,6 +58,15 @@ class Position:
     step: int = 0
     evaluated_step: int | None = None  # the step of the last evaluation, and what came out
     evaluation: dict | None = None
+    per_epoch: int | None = None  # windows of an epoch; None until a stream has come to its end
+    stream: dict | None = None  # where the next window of a stream begins, see `streaming.Stream`
+
+    def ends_epoch(self):
+        return self.window == self.per_epoch
+
+    def in_epochs(self):
+        """Epochs done, a float; whole ones alone while nobody knows how long an epoch is."""
+        return self.epoch + (self.window / self.per_epoch if self.per_epoch else 0.0)
 
 
 def identity(settings, model, split, num_steps, accelerator):
@@ -65,14 +75,17 @@ def identity(settings, model, split, num_steps, accelerator):
     blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
-    return values | {
-        "training blocks": hashlib.blake2b(np.ascontiguousarray(split.blocks), digest_size=16).hexdigest(),
-        "documents end with token": split.document_end,
-        "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
-        "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
-        "num_steps": num_steps,
-        "mixed_precision": accelerator.mixed_precision,
-    }
+    return (
+        values
+        | split.identity()
+        | {
+            "documents end with token": split.document_end,
+            "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
+            "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
+            "num_steps": num_steps,
+            "mixed_precision": accelerator.mixed_precision,
+        }
+    )
 
 
 class Checkpoints:
@@ -84,11 +97,12 @@ class Checkpoints:
         self.latest = None  # the last one that this process saved or resumed from
         self.seconds = 0.0  # spent on saving
 
-    def is_due(self, step, window, steps_per_epoch, last_step):
+    def is_due(self, position, last_step):
         every = self.settings.checkpointing_steps
         if every == "none":
             return False
-        return step == last_step or (window == steps_per_epoch if every == "epoch" else step % int(every) == 0)
+        step = position.step
+        return step == last_step or (position.ends_epoch() if every == "epoch" else step % int(every) == 0)
 
     def save(self, position, model, optimizer, metrics):
         """Raises OSError on every process where it cannot be written; the checkpoints before it stay."""

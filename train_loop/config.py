@@ -8,6 +8,7 @@ This module imports nothing heavy, so that `--help` and a mistyped flag answer a
 import argparse
 import dataclasses
 import difflib
+import glob
 import types
 import typing
 from dataclasses import dataclass, field
@@ -84,6 +85,18 @@ class Settings:
     add_eos_token: bool = setting("data", False, "put the end-of-text token after each row: rows are documents")
     document_attention: bool = setting(
         "data", False, "with add_eos_token: attention and positions begin anew with each document in a block"
+    )
+    streaming: bool = setting(
+        "data",
+        False,
+        "tokenise and pack the training rows while training, for data larger than memory or disk: needs "
+        "max_train_steps and validation data; train_file may be a pattern like 'corpus/*.jsonl'",
+    )
+    shuffle_buffer_size: int = setting(
+        "data",
+        10_000,
+        "with streaming: blocks are shuffled within groups of so many, twice of which are in memory; 0: not shuffled",
+        **at_least(0),
     )
     block_size: int = setting("data", 128, "tokens in a block, the model's context in training", **at_least(2))
     max_train_samples: int | None = setting("data", None, "use only this many training blocks", **at_least(1))
@@ -340,6 +353,17 @@ def _contradictions(s):
         found.append(f"give resume_from_checkpoint or {other}, not both")
     if s.eval_stride and s.eval_stride > s.block_size:
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
+    if s.streaming and not s.eval_only:
+        if not s.max_train_steps:
+            found.append("streaming needs max_train_steps: how many steps an epoch has is not known before its end")
+        if s.tokenizer_vocab_size:
+            found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
+        if s.train_file and not s.validation_file:
+            found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
+        if s.dataset_name == "python_docs":
+            found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
+    if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
+        found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
     if s.document_attention and not s.add_eos_token:
         found.append("document_attention goes with add_eos_token, which marks where documents end")
     for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
@@ -350,18 +374,27 @@ def _contradictions(s):
     if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
         found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
     for name in ("train_file", "validation_file"):
-        path = getattr(s, name) and Path(getattr(s, name))
-        if not path:
-            continue
-        if not path.is_file():
-            found.append(f"{name} {path}: no such file")
-        elif file_kind(path) is None:
-            found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
-        elif path.stat().st_size == 0:
-            found.append(f"{name} {path} is empty")
-        elif s.add_eos_token and file_kind(path) == "text":
-            found.append(f"add_eos_token: a row of {path} is a line, not a document; use jsonl or parquet")
+        paths = [Path(getattr(s, name))] if getattr(s, name) else []
+        if name == "train_file" and paths and s.streaming:
+            paths = train_files(s)
+            if len({file_kind(path) for path in paths}) > 1:
+                found.append(f"{name} {s.train_file}: files of more than one kind")
+        for path in paths:
+            if not path.is_file():
+                found.append(f"{name} {path}: no such file")
+            elif file_kind(path) is None:
+                found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
+            elif path.stat().st_size == 0:
+                found.append(f"{name} {path} is empty")
+            elif s.add_eos_token and file_kind(path) == "text":
+                found.append(f"add_eos_token: a row of {path} is a line, not a document; use jsonl or parquet")
     return found
+
+
+def train_files(settings):
+    """The files to stream: train_file, or if there is none of that name those that fit it as a pattern, by name."""
+    path = Path(settings.train_file)
+    return [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(str(path)))] or [path]
 
 
 def file_kind(path):

@@ -224,7 +224,11 @@ def model_card(publisher, model, lines, results=None):
     if repository:
         place = repository if "/" in repository else f"OWNER/{repository}"
 
-    has_no_effect = {"num_train_epochs": s.max_train_steps, "validation_split_percentage": not held_out}
+    has_no_effect = {
+        "num_train_epochs": s.max_train_steps,
+        "validation_split_percentage": not held_out,
+        "shuffle_buffer_size": not s.streaming,
+    }
     made = {
         f.name: Path(value).name if f.name.endswith("_file") else value
         for f in dataclasses.fields(s)
