@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import run
+from conftest import ROOT, run
+from hub_server import HubServer
 from test_checkpoint import NO_DROPOUT, TWO, assert_same_run
+from test_hub import ONLINE
 from test_main import lines_of
 
 from train_loop import data, sources, streaming
@@ -295,7 +298,8 @@ def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(argum
     content = bytearray(path.read_bytes())
     content[-100] = 0xFF
     path.write_bytes(content)
-    done = run("train_loop/main.py", *arguments, f"--train_file={path}", f"--output_dir={tmp_path}/run", launcher=TWO)
+    more = [f"--train_file={path}", f"--output_dir={tmp_path}/run", "--ddp_timeout=60"]
+    done = run("train_loop/main.py", *arguments, *more, launcher=TWO)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "it is not UTF-8 text" in errors[0], done.stderr
 
@@ -324,15 +328,36 @@ def test_another_stream_is_refused(change, said, arguments, reference, texts, tm
         assert_same_run(tmp_path / "run", reference)
 
 
-def test_a_folder_is_streamed_like_a_data_set_of_the_hub(arguments, texts, tokenizer, tmp_path):
+TWICE = """
+import sys
+from pathlib import Path
+from test_streaming import copy_until, main
+*words, folder = sys.argv[1:]
+statuses = [main([*words, f"--output_dir={folder}/run"])]
+copy_until(10, Path(folder) / "run", Path(folder) / "resumed")
+statuses += [main([*words, f"--output_dir={folder}/resumed", "--resume_from_checkpoint=auto"])]
+sys.exit(max(statuses))
+"""
+
+
+def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, texts, tmp_path):
+    """The hub is one on loopback; half of the text's files are read when the run is interrupted."""
     folder = tmp_path / "set"
     folder.mkdir()
-    write("parquet", folder, texts[:101]).rename(folder / "train.parquet")
-    write("parquet", folder, texts[200:]).rename(folder / "validation.parquet")
-    words = [word for word in arguments if "_file=" not in word]
-    words += [f"--dataset_name={folder}", "--max_train_steps=20", f"--output_dir={tmp_path}/run"]
-    assert main(words) == 0
-    copy_until(10, tmp_path / "run", tmp_path / "resumed")
-    words[-1] = f"--output_dir={tmp_path}/resumed"
-    assert main([*words, "--resume_from_checkpoint=auto"]) == 0
-    assert_same_run(tmp_path / "resumed", tmp_path / "run")
+    parts = {"train-0": texts[:50], "train-1": texts[50:101], "validation": texts[200:]}
+    for name, part in parts.items():
+        write("parquet", folder, part).rename(folder / f"{name}.parquet")
+    words = [*(word for word in arguments if "_file=" not in word), "--max_train_steps=20"]
+    with HubServer(tmp_path / "hub", {}) as hub:
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        hub.add("datasets", "me/prose", files)
+        environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
+        words_there = [*words, "--dataset_name=me/prose", tmp_path]
+        done = run(
+            "-c", TWICE, *words, "--dataset_name=me/prose", tmp_path, launcher=(*ONLINE, sys.executable), **environment
+        )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "streamed from 2 files on the hub" in done.stdout
+    assert main([*words, f"--dataset_name={folder}", f"--output_dir={tmp_path}/local"]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "local")
+    assert_same_run(tmp_path / "resumed", tmp_path / "local")
