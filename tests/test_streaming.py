@@ -353,9 +353,7 @@ def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, te
         hub.add("datasets", "me/prose", files)
         environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": f"{ROOT}:{ROOT}/tests"}
         words_there = [*words, "--dataset_name=me/prose", tmp_path]
-        done = run(
-            "-c", TWICE, *words, "--dataset_name=me/prose", tmp_path, launcher=(*ONLINE, sys.executable), **environment
-        )
+        done = run("-c", TWICE, *words_there, launcher=(*ONLINE, sys.executable), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "streamed from 2 files on the hub" in done.stdout
     assert main([*words, f"--dataset_name={folder}", f"--output_dir={tmp_path}/local"]) == 0
