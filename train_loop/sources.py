@@ -40,19 +40,22 @@ def _load_dataset(settings):
     builder = data.load_dataset(settings, "load_dataset_builder")
     splits = builder.as_streaming_dataset()
     name = next((name for name in ("validation", "test") if name in splits), None)
-    if name is None or "train" not in splits:
+    if name is None or ("train" not in splits and not settings.eval_only):
         raise ValueError(
             f"streaming needs splits 'train' and 'validation' or 'test'; {settings.dataset_name} has "
             f"{', '.join(splits)}"
         )
-    files = {split: _files_of(builder, split) for split in ("train", name)}
-    table = Table(lambda: builder.as_streaming_dataset(name), files[name], settings)
-    num_rows = sum(len(rows) for _, rows in table.chunks(None))
-    digest = data.digest_of([name, table.column, *files[name].identity().values()])
+
+    def table_of(split):
+        return Table(lambda: builder.as_streaming_dataset(split), _files_of(builder, split), settings)
+
+    validation = table_of(name)
+    digest = data.digest_of([name, validation.column, *validation.files.identity().values()])
+    num_rows = sum(len(rows) for _, rows in validation.chunks(None))
     eval_rows = data.Rows(
-        lambda: itertools.chain.from_iterable(rows for _, rows in table.chunks(None)), digest, range(num_rows)
+        lambda: itertools.chain.from_iterable(rows for _, rows in validation.chunks(None)), digest, range(num_rows)
     )
-    return Table(lambda: builder.as_streaming_dataset("train"), files["train"], settings), eval_rows
+    return None if settings.eval_only else table_of("train"), eval_rows
 
 
 def _files_of(builder, split):
