@@ -46,6 +46,7 @@ CHANGEABLE = {
     "max_grad_norm",
     "mixed_precision",
     "tf32",
+    "training files' times of change",
 }
 # what decides about the model that is exported, where it need not be the last of all steps
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
@@ -64,6 +65,15 @@ class Position:
     best_step: int | None = None  # of the lowest validation loss, and that evaluation; kept by `best.py`
     best: dict | None = None
     num_worse: int = 0  # evaluations in a row that did not beat the best
+    per_epoch: int | None = None  # windows of an epoch; None until a stream has come to its end
+    stream: dict | None = None  # where the next window of a stream begins, see `streaming.Stream`
+
+    def ends_epoch(self):
+        return self.window == self.per_epoch
+
+    def in_epochs(self):
+        """Epochs done, a float; whole ones alone while nobody knows how long an epoch is."""
+        return self.epoch + (self.window / self.per_epoch if self.per_epoch else 0.0)
 
 
 def identity(settings, model, split, eval_split, num_steps, accelerator):
@@ -73,11 +83,12 @@ def identity(settings, model, split, eval_split, num_steps, accelerator):
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
     if settings.load_best_model_at_end or settings.early_stopping_patience:
-        values["validation blocks"] = digest_of_blocks(eval_split)
+        values["validation blocks"] = eval_split.digest()
     else:  # evaluations decide about nothing
         del values["eval_steps"], values["eval_stride"]
-    return values | {
-        "training blocks": digest_of_blocks(split),
+    return {
+        **values,
+        **split.identity(),
         "documents end with token": split.document_end,
         "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
@@ -95,13 +106,13 @@ class Checkpoints:
         self.latest = None  # the last one that this process saved or resumed from
         self.seconds = 0.0  # spent on saving
 
-    def is_due(self, position, steps_per_epoch, last_step):
+    def is_due(self, position, last_step):
         every, step = self.settings.checkpointing_steps, position.step
         if every == "none":
             return False
         if step == last_step or (self.settings.load_best_model_at_end and step == position.best_step):
             return True
-        return position.window == steps_per_epoch if every == "epoch" else step % int(every) == 0
+        return position.ends_epoch() if every == "epoch" else step % int(every) == 0
 
     def save(self, position, model, optimizer, metrics):
         """Raises OSError on every process where it cannot be written; the checkpoints before it stay."""
@@ -349,10 +360,6 @@ def manifest_of(path):
         return manifest if isinstance(manifest, dict) else {}
     except (OSError, ValueError):
         return {}
-
-
-def digest_of_blocks(split):
-    return hashlib.blake2b(np.ascontiguousarray(split.blocks), digest_size=16).hexdigest()
 
 
 def digest_of(path):

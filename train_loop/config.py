@@ -95,6 +95,18 @@ class Settings:
     document_attention: bool = setting(
         "data", False, "with add_eos_token: attention and positions begin anew with each document in a block"
     )
+    streaming: bool = setting(
+        "data",
+        False,
+        "tokenise and pack the training rows while training, for data larger than memory or disk: needs "
+        "max_train_steps and validation data; train_file may be a pattern like 'corpus/*.jsonl'",
+    )
+    shuffle_buffer_size: int = setting(
+        "data",
+        10_000,
+        "with streaming: blocks are shuffled within groups of so many, twice of which are in memory; 0: not shuffled",
+        **at_least(0),
+    )
     block_size: int = setting("data", 128, "tokens in a block, the model's context in training", **at_least(2))
     max_train_samples: int | None = setting("data", None, "use only this many training blocks", **at_least(1))
     max_eval_samples: int | None = setting("data", None, "use only this many validation blocks", **at_least(1))
@@ -390,6 +402,17 @@ def _contradictions(s):
         found.append(f"give resume_from_checkpoint or {other}, not both")
     if s.eval_stride and s.eval_stride > s.block_size:
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
+    if s.streaming and not s.eval_only:
+        if not s.max_train_steps:
+            found.append("streaming needs max_train_steps: how many steps an epoch has is not known before its end")
+        if s.tokenizer_vocab_size:
+            found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
+        if s.train_file and not s.validation_file:
+            found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
+        if s.dataset_name == "python_docs":
+            found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
+    if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
+        found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
     if s.document_attention and not s.add_eos_token:
         found.append("document_attention goes with add_eos_token, which marks where documents end")
     if s.early_stopping_threshold and not s.early_stopping_patience:
@@ -407,21 +430,35 @@ def _contradictions(s):
     if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
         found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
     for name in ("train_file", "validation_file"):
-        path = getattr(s, name)
-        if not path:
+        if not getattr(s, name):
             continue
-        if (files := text_files(path)) is not None:
-            if not files:
-                found.append(f"{name} {path}: there is no text file in it")
-        elif not Path(path).is_file():
-            found.append(f"{name} {path}: no such file")
-        elif file_kind(path) is None:
-            found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
-        elif Path(path).stat().st_size == 0:
-            found.append(f"{name} {path} is empty")
-        elif s.add_eos_token and file_kind(path) == "text":
-            found.append(f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet")
+        paths = train_files(s) if name == "train_file" and s.streaming else [Path(getattr(s, name))]
+        if len({file_kind(path) for path in paths}) > 1:
+            found.append(f"{name} {getattr(s, name)}: files of more than one kind")
+        is_whole = text_files(getattr(s, name))  # each file a row
+        if is_whole is not None and not (is_whole or (s.streaming and len(paths) > 1)):
+            found.append(f"{name} {getattr(s, name)}: there is no text file in it")
+            continue
+        for path in [] if is_whole else paths:
+            if not path.is_file():
+                found.append(f"{name} {path}: no such file")
+            elif file_kind(path) is None:
+                found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
+            elif path.stat().st_size == 0:
+                found.append(f"{name} {path} is empty")
+            elif s.add_eos_token and file_kind(path) == "text":
+                found.append(
+                    f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet"
+                )
     return found
+
+
+def train_files(settings):
+    """The files to stream: train_file, or the text files that it means as a folder or pattern, or what else fits it."""
+    path = Path(settings.train_file)
+    if path.is_file():
+        return [path]
+    return text_files(path) or [Path(p) for p in sorted(glob.glob(str(path)))] or [path]
 
 
 def file_kind(path):

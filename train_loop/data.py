@@ -80,14 +80,14 @@ def load_rows(settings):
 
         splits = {"train": Rows.of([topics[name] for name in sorted(topics)])}
     elif settings.dataset_name:
-        splits = _load_dataset(settings)
+        splits = load_dataset(settings, "load_dataset")
     else:
         files = {"train": settings.train_file, "validation": settings.validation_file}
-        splits = {split: _load_file(path) for split, path in files.items() if path}
+        splits = {split: load_file(path) for split, path in files.items() if path}
     train, validation = splits.get("train"), splits.get("validation", splits.get("test"))
     if train is None and not (settings.eval_only and validation is not None):
         raise ValueError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
-    train, validation = (rows if rows is None else _only_text(rows, settings) for rows in (train, validation))
+    train, validation = (rows if rows is None else only_text(rows, settings) for rows in (train, validation))
     note = ""
     if validation is None:
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
@@ -99,12 +99,13 @@ def load_rows(settings):
     return train, validation, note
 
 
-def _load_dataset(settings):
+def load_dataset(settings, function):
+    """What this function of `datasets` makes of the settings' data set. Raises ValueError where there is none."""
     import datasets  # imported where it is needed alone: that takes a second
 
     name, config = settings.dataset_name, settings.dataset_config_name
     try:
-        return datasets.load_dataset(name, config)
+        return getattr(datasets, function)(name, config)
     except Exception as error:  # the loader's errors have no common class
         raise ValueError(
             f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It was looked for "
@@ -114,7 +115,7 @@ def _load_dataset(settings):
         ) from error
 
 
-def _load_file(path):
+def load_file(path):
     """A text file's lines as `Rows`, or the whole files of a folder or pattern, a row each; the `datasets.Dataset` of
     what is not text."""
     if (files := text_files(path)) is not None:
@@ -154,7 +155,7 @@ def _whole_files(files):
     return Rows(texts, digest, range(len(files)))
 
 
-def _open(path, mode="rb", **options):
+def open_file(path, mode="rb", **options):
     return (gzip.open if str(path).endswith(".gz") else open)(path, mode, **options)
 
 
@@ -163,7 +164,7 @@ def _scan(path, is_text=True):
     Raises UnicodeDecodeError where a text is not UTF-8."""
     digest, num_lines, last = hashlib.blake2b(digest_size=16), 0, "\n"
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
-    with _open(path) as file:
+    with open_file(path) as file:
         chunk = None
         while chunk != b"":  # the empty one at the end too: the decoder may still hold something back
             chunk = file.read(1 << 20)
@@ -176,7 +177,7 @@ def _scan(path, is_text=True):
 def _lines(path, digest):
     """A file's lines, each with its newline as \\n. Raises ValueError at the end if the file is no longer the one that
     had this digest: what was read then belongs to no content that could be named."""
-    with _open(path, "rt", encoding="utf-8") as file:
+    with open_file(path, "rt", encoding="utf-8") as file:
         yield from file
     if _scan(path)[0] != digest:
         raise ValueError(f"{path} was changed while it was read: start again")
@@ -185,7 +186,7 @@ def _lines(path, digest):
 def _broken_line(path):
     """Where the first line that is no JSON stands, in words; "" if each is, or none, as in a file of one value."""
     try:
-        with _open(path, "rt", encoding="utf-8") as file:
+        with open_file(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, start=1):
                 try:
                     json.loads(line)
@@ -209,7 +210,7 @@ def one_line(error):
     return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
 
 
-def _only_text(rows, settings):
+def only_text(rows, settings):
     """`Rows` of the one column that is meant, from a `datasets.Dataset`, or from `Rows`, which have a column "text"."""
     column, texts = settings.text_column, ["text"]
     if not isinstance(rows, Rows):
@@ -238,14 +239,8 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     They are kept beside the cache of `datasets` under a name made of what they depend on: the rows and the tokenizer.
     Raises ValueError for a row that is null, OSError where the disk is full.
     """
-    tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
-    recipe = [
-        rows.digest,
-        [rows.span.start, rows.span.stop],
-        [str(type(tokenizer)), tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens],
-        [end_of_text, tokenizers.__version__, "v3"],
-    ]
-    key = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
+    recipe = [rows.digest, [rows.span.start, rows.span.stop], *tokenizer_recipe(tokenizer, end_of_text)]
+    key = digest_of(recipe)
     path = cache_folder() / "train_loop" / "tokens" / f"{key}.int32"
     if not path.exists():
         try:
@@ -269,33 +264,50 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     return np.memmap(path, dtype=np.int32, mode="r", offset=HEADER_BYTES), num_words, num_bytes
 
 
+def tokenizer_recipe(tokenizer, end_of_text):
+    """What the tokens of a row depend on, as JSON takes it."""
+    tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
+    return [
+        [str(type(tokenizer)), tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens],
+        [end_of_text, tokenizers.__version__, "v3"],
+    ]
+
+
+def digest_of(recipe):
+    return hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
+
+
+def is_plain(tokenizer):
+    """Whether its class leaves a fast tokenizer's call as it is: that does nothing to the ids of its Rust part, which
+    then can be asked alone, without lists of masks and strings; and by two threads, which Python code may not bear."""
+    methods = ("__call__", "_encode_plus", "_convert_encoding")
+    return all(getattr(type(tokenizer), m) is getattr(PreTrainedTokenizerFast, m) for m in methods)
+
+
+def encode(texts, tokenizer, end_of_text):
+    """The tokens of all texts, one after the other, as an array of int32; see `tokenize_rows`."""
+    if is_plain(tokenizer):
+        rows = (encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts))
+    else:
+        rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
+    if end_of_text is not None:
+        rows = (row if not row or row[-1] == end_of_text else [*row, end_of_text] for row in rows)
+    return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
+
+
 def _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress):
     """Writes the tokens under another name, flushes them to the disk, and renames: a kill leaves no half of them.
 
     The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
     what comes back, while this one reads rows and writes arrays.
     """
-    # a fast tokenizer's call does nothing to the ids of its Rust part, which alone is asked where a class has left the
-    # call as it is: that spares lists of masks and strings; Python code of a class of its own may not bear two threads
-    methods = ("__call__", "_encode_plus", "_convert_encoding")
-    is_plain = all(getattr(type(tokenizer), m) is getattr(PreTrainedTokenizerFast, m) for m in methods)
-
-    def encode(texts):
-        if is_plain:
-            rows = (encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts))
-        else:
-            rows = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"]
-        if end_of_text is not None:
-            rows = (row if not row or row[-1] == end_of_text else [*row, end_of_text] for row in rows)
-        return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
-
     partial, counts, batches = path.with_suffix(".partial"), np.zeros(2, dtype=np.int64), deque()
     bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
     try:
-        with open(partial, "wb") as file, bar, ThreadPoolExecutor(2 if is_plain else 1) as threads:
+        with open(partial, "wb") as file, bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
             file.write(counts.tobytes())
             for texts in _batches(rows, name):
-                batches.append(threads.submit(encode, texts))
+                batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
                 if len(batches) > NUM_BATCHES_AHEAD:
                     file.write(batches.popleft().result())
                 counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
@@ -344,13 +356,44 @@ class Split:
     num_dropped: int = 0  # tokens left over at the end
     document_end: int | None = None  # the token after which attention and positions begin anew
 
+    @property
+    def num_blocks(self):
+        return len(self.blocks)
+
+    def windows(self, settings, accelerator, position):
+        """This process's windows of the epoch in which `position` is, from there to the epoch's end."""
+        windows = Windows(
+            self.blocks,
+            shuffled(self.num_blocks, settings.seed, position.epoch),
+            settings.per_device_train_batch_size,
+            settings.gradient_accumulation_steps,
+            accelerator.num_processes,
+            accelerator.process_index,
+            document_end=self.document_end,
+        )
+        return load_windows(windows, first=position.window, pin_memory=accelerator.device.type == "cuda")
+
+    def digest(self):
+        return hashlib.blake2b(np.ascontiguousarray(self.blocks), digest_size=16).hexdigest()
+
+    def identity(self):
+        """What stands for the training data in a checkpoint's identity."""
+        return {"training blocks": self.digest()}
+
+    def summary(self):
+        block_size = self.blocks.shape[1]
+        num_blocks = self.num_tokens // block_size
+        first = f"the first {self.num_blocks:,} of " if self.num_blocks < num_blocks else ""
+        return (
+            f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {first}{num_blocks:,} blocks of {block_size}; "
+            f"{self.num_dropped:,} tokens dropped"
+        )
+
 
 def load_split(rows, tokenizer, name, settings, show_progress=False):
     """`rows` as a `Split`; `name` is "training" or "validation". Raises ValueError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
-    if settings.add_eos_token and tokenizer.eos_token_id is None:
-        raise ValueError("add_eos_token: the tokenizer has no end-of-text token")
-    end_of_text = tokenizer.eos_token_id if settings.add_eos_token else None
+    end_of_text = end_of_documents(tokenizer, settings)
     tokens, num_words, num_bytes = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
@@ -358,6 +401,13 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
     document_end = end_of_text if settings.document_attention else None
     return Split(name, blocks[:max_blocks], len(rows), len(tokens), num_words, num_bytes, num_dropped, document_end)
+
+
+def end_of_documents(tokenizer, settings):
+    """The id of the token that documents are to end with, or None. Raises ValueError where the tokenizer lacks it."""
+    if settings.add_eos_token and tokenizer.eos_token_id is None:
+        raise ValueError("add_eos_token: the tokenizer has no end-of-text token")
+    return tokenizer.eos_token_id if settings.add_eos_token else None
 
 
 def group_texts(rows, block_size):

@@ -11,7 +11,6 @@ import math
 import torch
 
 from train_loop import best
-from train_loop.data import Windows, load_windows, shuffled
 from train_loop.evaluate import evaluate
 from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
@@ -19,9 +18,10 @@ from train_loop.stop import Stopped
 
 
 def steps_per_epoch(num_blocks, settings, world_size):
-    """Optimizer steps in one pass over the training blocks; the last may be a short one."""
+    """Optimizer steps in one pass over the training blocks; the last may be a short one. None for a stream's blocks
+    (None), which are not counted."""
     blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
-    return math.ceil(num_blocks / blocks_per_step)
+    return num_blocks and math.ceil(num_blocks / blocks_per_step)
 
 
 def num_steps(num_blocks, settings, world_size):
@@ -54,9 +54,9 @@ def train(
     is not finite; Stopped, with a checkpoint written, when `stop` came.
     """
     W, device = accelerator.num_processes, accelerator.device
-    num_blocks = len(train_split.blocks)
-    per_epoch, all_steps = steps_per_epoch(num_blocks, settings, W), num_steps(num_blocks, settings, W)
+    all_steps = num_steps(train_split.num_blocks, settings, W)
     last_step = best.last_step(position, all_steps, settings)
+    position.per_epoch = steps_per_epoch(train_split.num_blocks, settings, W) or position.per_epoch
 
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
 
@@ -67,30 +67,20 @@ def train(
     def evaluate_if_due():
         nonlocal last_step
         step, every = position.step, settings.eval_steps
-        due = step in (0, last_step) or (step % every == 0 if every else position.window == per_epoch)
+        due = step in (0, last_step) or (step % every == 0 if every else position.ends_epoch())
         if not due or position.evaluated_step == step:
             return
         log_training()
         evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
         if evaluation is not None:  # it was not stopped
             last_step = best.take_evaluation(position, evaluation, all_steps, settings)
-            epoch, written = position.epoch + position.window / per_epoch, samples and samples.write(model, device)
-            metrics.log_evaluation(step, epoch, evaluation, written)
+            written = samples and samples.write(model, device)
+            metrics.log_evaluation(step, position.in_epochs(), evaluation, written)
 
     evaluate_if_due()  # of the untrained model; or the one that a stop cut short
     model.train()
     while position.step < last_step and not stop.agreed(accelerator):
-        order = shuffled(num_blocks, settings.seed, position.epoch)
-        windows = Windows(
-            train_split.blocks,
-            order,
-            settings.per_device_train_batch_size,
-            settings.gradient_accumulation_steps,
-            W,
-            accelerator.process_index,
-            document_end=train_split.document_end,
-        )
-        for window in load_windows(windows, first=position.window, pin_memory=device.type == "cuda"):
+        for window in train_split.windows(settings, accelerator, position):  # the rest of the epoch's
             window = {name: value.to(device, non_blocking=True) for name, value in window.items()}  # each [M, B, T]
             num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")
 
@@ -114,8 +104,7 @@ def train(
                 learning_rate = scheduler.get_last_lr()[0]
                 scheduler.step()
                 position.step += 1
-                epoch = position.epoch + position.window / per_epoch
-                metrics.count_step(position.step, epoch, sums, num_targets, learning_rate, grad_norm)
+                metrics.count_step(position.step, position.in_epochs(), sums, num_targets, learning_rate, grad_norm)
                 if position.step % settings.logging_steps == 0:
                     log_training()
             else:  # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
@@ -123,14 +112,14 @@ def train(
 
             evaluate_if_due()
             stopping = stop.agreed(accelerator)
-            if stopping or checkpoints.is_due(position, per_epoch, last_step):
+            if stopping or checkpoints.is_due(position, last_step):
                 finite.look()
                 checkpoints.save(position, model, optimizer, metrics)
                 if publisher and not stopping and position.step < last_step:
                     publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
             if stopping or position.step == last_step:
                 break
-        if position.window == per_epoch:
+        if position.ends_epoch():
             position.epoch, position.window = position.epoch + 1, 0
     if stop.number and (position.step < last_step or position.evaluated_step != position.step):
         raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")

@@ -92,6 +92,8 @@ def run(settings, stop):
             optim,
             publish,
             sample,
+            sources,
+            streaming,
         )
 
     launch.stop_with_launcher()
@@ -104,10 +106,12 @@ def run(settings, stop):
 
         # settings -> data
         config = model.load_config(settings)
-        train_rows, eval_rows, held_out = data.load_rows(settings)
+        train_rows, eval_rows, held_out = (sources if settings.streaming else data).load_rows(settings)
         tokenizer = model.load_tokenizer(settings, train_rows)
         eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
-        if not settings.eval_only:
+        if settings.streaming and not settings.eval_only:
+            train_split = streaming.Stream(train_rows, tokenizer, settings)
+        elif not settings.eval_only:
             train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
         samples = sample.Samples(settings, tokenizer) if settings.sample_prompt else None
 
@@ -129,7 +133,7 @@ def run(settings, stop):
                     publish.create_output_dir(settings)
                     metrics.write_json(Path(settings.output_dir) / "all_results.json", result)
             return
-        run_length = len(train_split.blocks), settings, accelerator.num_processes
+        run_length = train_split.num_blocks, settings, accelerator.num_processes
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
         optimizer = optim.build_optimizer(net, settings)
         scheduler = optim.build_scheduler(optimizer, settings, num_steps)

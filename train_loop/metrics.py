@@ -176,18 +176,14 @@ class Metrics:
 
 
 def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
-    """The arithmetic of the run, a line each. `splits` are `data.Split`s; without steps, it is of an evaluation."""
+    """The arithmetic of the run, a line each. `splits` are each a `data.Split` or a `streaming.Stream`; without
+    steps, it is of an evaluation."""
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
     source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
     for split in splits:
-        num_blocks = split.num_tokens // s.block_size
-        first = f"the first {len(split.blocks):,} of " if len(split.blocks) < num_blocks else ""
-        lines.append(
-            f"{split.name:<12}{split.num_rows:,} rows -> {split.num_tokens:,} tokens -> "
-            f"{first}{num_blocks:,} blocks of {s.block_size}; {split.num_dropped:,} tokens dropped"
-        )
+        lines.append(f"{split.name:<12}{split.summary()}")
     if held_out:
         lines.append(f"held out    {held_out}")
     if s.trust_remote_code:
@@ -198,7 +194,9 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         lines += [
             f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
             f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
-            f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}",
+            f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}"
+            if steps_per_epoch
+            else f"steps       {num_steps:,} (max_train_steps); how many an epoch has shows at its end",
         ]
     lines.append(
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "

@@ -241,6 +241,7 @@ def model_card(publisher, model, lines, results=None):
         "num_train_epochs": s.max_train_steps,
         "validation_split_percentage": not held_out,
         "early_stopping_threshold": not s.early_stopping_patience,
+        "shuffle_buffer_size": not s.streaming,
     }
     made = {
         f.name: Path(value).name if f.name.endswith("_file") else value

@@ -4,7 +4,8 @@
 
 Each attempt is a real process (two, joined by gloo, with --processes 2) of `train_loop.main`, forked from one that has
 the libraries loaded already, so that an attempt costs a second. Half of the kills are aimed at a save: the flushing of
-files is slowed, and the harness strikes at a random instant after a save began. After a kill the same command runs
+files is slowed, and the harness strikes at a random instant after a save began. With --streaming the training data is
+streamed, in chunks of 700 bytes and groups of 20 blocks. After a kill the same command runs
 again, with --resume_from_checkpoint auto, until the run is finished; then weights and metrics.jsonl (but for its
 timings) must be those of the reference, bit for bit.
 """
@@ -25,30 +26,43 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train_loop import checkpoint, main  # noqa: E402
+from train_loop import checkpoint, main, sources  # noqa: E402
 
 TIMINGS = ("tokens_per_second",)
 
 
-def prepare(folder):
+def prepare(folder, streaming=False):
     """A text, and the arguments of a run of 39 steps with dropout: three epochs, a checkpoint every fifth step."""
     from pydoc_data.topics import topics
 
     text = folder / "prose.txt"
-    text.write_text("".join(topics[name] for name in sorted(topics))[:40_000], encoding="utf-8")
+    prose = "".join(topics[name] for name in sorted(topics))[:40_000]
+    text.write_text(prose, encoding="utf-8")
+    data = ["--tokenizer_vocab_size=300", "--max_train_samples=100", f"--train_file={text}"]
+    if streaming:
+        sources.CHUNK_BYTES = 700  # a hundredth of an epoch
+        (folder / "stream.txt").write_text(prose[:7_000], encoding="utf-8")
+        if not (pid := os.fork()):  # a tokenizer's threads do not outlive a fork: this process shall not start them
+            from train_loop import config, model
+            from train_loop.data import Rows
+
+            rows = Rows.of([prose])
+            model.load_tokenizer(config.Settings(tokenizer_vocab_size=300), rows).save_pretrained(folder / "tokenizer")
+            os._exit(0)
+        os.waitpid(pid, 0)
+        data = [f"--tokenizer_name={folder}/tokenizer", f"--train_file={folder}/stream.txt"]
+        data += [f"--validation_file={text}", "--streaming", "--shuffle_buffer_size=20", "--max_train_steps=39"]
     return [
+        *data,
         "--model_type=gpt2",
         "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
-        "--tokenizer_vocab_size=300",
         "--block_size=32",
         "--learning_rate=1e-2",
-        "--max_train_samples=100",
         "--max_eval_samples=30",
         "--logging_steps=3",
         "--eval_steps=7",
         "--checkpointing_steps=5",
         "--num_threads=1",
-        f"--train_file={text}",
     ]
 
 
@@ -185,15 +199,15 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
             return
 
 
-def harness(kills, processes, number, seed, folder):
+def harness(kills, processes, number, seed, folder, is_streamed):
     """Runs and kills until there were `kills`; returns the counts. Raises SystemExit at the first difference."""
     import torch  # noqa: F401  loaded before forking
     import transformers  # noqa: F401
 
-    from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish  # noqa: F401
+    from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish, streaming  # noqa: F401
 
     generator = random.Random(seed)
-    arguments, log = prepare(folder), folder / "log.txt"
+    arguments, log = prepare(folder, is_streamed), folder / "log.txt"
     began = time.monotonic()
     reference = Attempt([*arguments, f"--output_dir={folder}/reference"], processes, log)
     if not reference.wait(300) or set(reference.codes.values()) != {0}:
@@ -220,9 +234,10 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "INT", "USR1"])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--streaming", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills_"))
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     number = getattr(signal, f"SIG{options.signal}")
-    print(harness(options.kills, options.processes, number, options.seed, folder))
+    print(harness(options.kills, options.processes, number, options.seed, folder, options.streaming))
     shutil.rmtree(folder)

@@ -1,0 +1,161 @@
+"""Blocks of tokens from a source that is never whole, neither in memory nor on the disk (`--streaming`).
+
+    1. chunks    sources.py           whole rows, about half a megabyte of them, and the place where they begin
+    2. tokens    Stream._tokens       of W processes each tokenises every W-th chunk, in a thread beside the training;
+                                      then they exchange the tokens, and each goes on with those of all
+    3. blocks    cut_blocks           the tokens cut every T; what is left over goes before the next chunk's, and is
+                                      dropped at the epoch's end
+    4. order     shuffle_in_groups    each `shuffle_buffer_size` blocks in an order of their own, made of (seed, epoch,
+                                      number of the group)
+    5. windows   Stream.windows       the micro-batches of an optimizer step, as from prepared blocks
+
+Neither W nor the size of a chunk has any influence on the blocks or their order, and without shuffling they are those
+of `data.group_texts`. Where a window ends is data, `Position.stream`: the place of the chunk in which the first block
+of the group begins, the token in it, the number of the group, and how many of its blocks are done. To go on from
+there the source goes to that place, and two groups at most are tokenised again.
+"""
+
+import itertools
+import math
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from accelerate.utils import gather_object
+
+from train_loop import data
+
+NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
+BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
+
+
+def cut_blocks(chunks, token, block_size):
+    """(block [T] of int32, (place, token) of its first token) of each block. `chunks`: (place, tokens) of each chunk;
+    their first `token` tokens are left out. The tokens of a last, short block are dropped."""
+    rest, beginning = np.empty(0, dtype=np.int32), None
+    for place, tokens in chunks:
+        start = token - len(rest)  # in the chunk, of what is cut now
+        tokens, token = np.concatenate([rest, tokens[token:]]), max(0, token - len(tokens))
+        for i in range(0, len(tokens) - block_size + 1, block_size):
+            yield tokens[i : i + block_size], beginning if i < len(rest) else (place, start + i)
+        i = len(tokens) // block_size * block_size
+        rest, beginning = tokens[i:], beginning if i < len(rest) else (place, start + i)
+
+
+def shuffle_in_groups(blocks, size, seed, epoch, group=0):
+    """(block, beginning of its group's first block, number of the group, number of its blocks up to this one): each
+    `size` blocks in an order of their own, a pure function of (seed, epoch, group).
+
+    For each block that leaves, one of the next group comes in: the source is read at an even pace. 2 x `size` blocks
+    are in memory.
+    """
+    current = list(itertools.islice(blocks, size))
+    while current:
+        order, upcoming = [0], []
+        if size > 1:
+            order = np.random.Generator(np.random.PCG64([seed, epoch, group])).permutation(len(current))
+        for index, i in enumerate(order, start=1):
+            upcoming += itertools.islice(blocks, 1)
+            yield current[i][0], current[0][1], group, index
+        current, group = upcoming, group + 1
+
+
+class Stream:
+    """The training blocks of a source, not counted, with all that is asked of a training `data.Split`."""
+
+    name, num_blocks = "training", None
+
+    def __init__(self, source, tokenizer, settings):
+        """Raises ValueError where the data has not one block."""
+        self.source, self.tokenizer, self.settings = source, tokenizer, settings
+        self.end_of_text = data.end_of_documents(tokenizer, settings)
+        self.document_end = self.end_of_text if settings.document_attention else None
+        recipe = [*data.tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
+        self._identity = {
+            "training blocks": f"streamed, {data.digest_of([*recipe, source.column])}",
+            "shuffle_buffer_size": settings.shuffle_buffer_size,
+            **source.files.identity(),
+        }
+        for block, _ in cut_blocks(self._tokens(None), 0, settings.block_size):
+            self.blocks = block[None]  # [1, T], for whoever wants to try one
+            break
+        else:
+            raise ValueError(f"the training data has less than one block of {settings.block_size} tokens")
+
+    def identity(self):
+        return self._identity
+
+    def summary(self):
+        size = self.settings.shuffle_buffer_size
+        order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
+        return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
+
+    def windows(self, settings, accelerator, position):
+        """This process's windows of the epoch in which `position` is, from there to the epoch's end, as those of
+        `data.Windows`. With each, `position.stream` is moved to its end; with the last, `position.per_epoch` is known.
+
+        Raises ValueError, on all processes alike, where a process cannot read the data.
+        """
+        if position.ends_epoch():
+            return
+        at = position.stream if position.window else BEGINNING
+        W, rank, size = accelerator.num_processes, accelerator.process_index, max(1, settings.shuffle_buffer_size)
+        shape = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, W, rank
+        per_window = math.prod(shape[:3])
+
+        blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
+        if settings.max_train_samples:
+            blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
+        blocks = shuffle_in_groups(blocks, size, settings.seed, position.epoch, at["group"])
+        blocks = itertools.islice(blocks, at["index"], None)
+        window = list(itertools.islice(blocks, per_window))
+        if not window:
+            raise ValueError("the training data ends before the place that the run had come to")
+        while window:
+            following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
+            _, (place, token), group, index = window[-1]
+            position.stream = {"place": place, "token": token, "group": group, "index": index}
+            if not following:
+                position.per_epoch = position.window + 1
+            window = np.stack([block for block, *_ in window])
+            batch = data.Windows(window, np.arange(len(window)), *shape, document_end=self.document_end)[0]
+            if accelerator.device.type == "cuda":
+                batch = {name: value.pin_memory() for name, value in batch.items()}
+            yield batch
+            window = following
+
+    def _tokens(self, place, W=1, rank=0):
+        """(place, tokens) of each chunk from a place on, the same on each of W processes."""
+        chunks = self.source.chunks(place)
+
+        def tokenize():
+            """Of the next W chunks: their places, the tokens of this process's one, what went wrong."""
+            places, tokens = [], None
+            try:
+                for i, (place, chunk) in enumerate(itertools.islice(chunks, W)):
+                    places.append(place)
+                    if i == rank:
+                        texts = self.source.texts(place, chunk)
+                        texts = ["" if text.isspace() else text for text in texts]
+                        tokens = data.encode(texts, self.tokenizer, self.end_of_text)
+            except Exception as error:  # whatever it is, the others are waiting to hear of it
+                return places, tokens, error
+            return places, tokens, None
+
+        thread = ThreadPoolExecutor(1)  # one: rounds are in order; the tokenizer has threads of its own
+        try:
+            rounds = deque(thread.submit(tokenize) for _ in range(NUM_ROUNDS_AHEAD))
+            while True:
+                places, tokens, error = rounds.popleft().result()
+                rounds.append(thread.submit(tokenize))
+                results = gather_object([(tokens, error and str(error))]) if W > 1 else [(tokens, None)]
+                if error is not None:
+                    raise error
+                for _, problem in results:
+                    if problem:
+                        raise ValueError(problem)
+                if not places:
+                    return
+                yield from zip(places, (tokens for tokens, _ in results), strict=False)
+        finally:
+            thread.shutdown(cancel_futures=True)
