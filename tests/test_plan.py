@@ -49,6 +49,7 @@ def test_shares_are_rows_rounded_up_and_what_is_at_work_is_whole(model):
 def test_what_is_exchanged_is_the_least_possible(model):
     assert bytes_exchanged(model, 4, sharded=False, accumulation=3) == 2 * 3 / 4 * 4 * P
     assert bytes_exchanged(model, 4, sharded=True, accumulation=3) == (2 * 3 + 1) * 3 / 4 * 4 * P
+    assert bytes_exchanged(model, 4, sharded=True, accumulation=3, half=True) == (3 + 1) * 3 / 4 * 4 * P
     assert bytes_exchanged(model, 1, sharded=False, accumulation=3) == 0
 
 

@@ -31,11 +31,12 @@ NUM_MICRO_BATCHES = 8
 MB, GIB = 1e6, 2**30
 
 
-def state_bytes(model, num_processes=1, sharded=False, accumulates=False):
+def state_bytes(model, num_processes=1, sharded=False, accumulates=False, half=False):
     """{"weights", "gradients", "optimizer", "exchange"}: bytes of one process, for AdamW in the parameters' precision.
 
     `sharded`: FSDP, each process has a share by rows, rounded up; gradients are whole while they `accumulate`, and the
-    exchange holds whole what is at work: everything outside the layers, and two layers (one comes while one computes).
+    exchange holds whole what is at work, in `half` precision if that is the launch config's: everything outside the
+    layers, and two layers (one comes while one computes).
     """
     parts = num_processes if sharded else 1
     of = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731
@@ -48,7 +49,7 @@ def state_bytes(model, num_processes=1, sharded=False, accumulates=False):
     if sharded and num_processes > 1:
         kinds = getattr(model, "_no_split_modules", None) or ()
         layers = [of(m.parameters()) for m in model.modules() if type(m).__name__ in kinds]
-        exchange = of(parameters) - sum(layers) + sum(sorted(layers)[-2:])
+        exchange = (of(parameters) - sum(layers) + sum(sorted(layers)[-2:])) // (2 if half else 1)
     elif num_processes > 1:
         exchange = of(trained)
     return {
@@ -59,11 +60,12 @@ def state_bytes(model, num_processes=1, sharded=False, accumulates=False):
     }
 
 
-def bytes_exchanged(model, num_processes, sharded, accumulation):
+def bytes_exchanged(model, num_processes, sharded, accumulation, half=False):
     """Bytes that each process sends in an optimizer step: the gradients' sum in a ring, 2 (n - 1) / n times their size;
-    under FSDP each micro-batch gathers the weights twice, the last scatters the gradients' sum: (n - 1) / n each."""
+    under FSDP each micro-batch gathers the weights, twice and maybe in `half` precision, and the last scatters the
+    gradients' sum: (n - 1) / n times the size each."""
     size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    rounds = 2 * accumulation + 1 if sharded else 2
+    rounds = accumulation * (1 if half else 2) + 1 if sharded else 2
     return rounds * (num_processes - 1) / num_processes * size
 
 
@@ -185,14 +187,16 @@ def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, a
     sharded, runs_sharded = launch.asks_for_fsdp(), accelerator.distributed_type == "FSDP"
     available = available_bytes(device)
 
+    half = accelerator.mixed_precision in ("bf16", "fp16")
+
     def parts_of(sharded):
-        return state_bytes(whole, W, sharded, accumulates=A > 1)
+        return state_bytes(whole, W, sharded, A > 1, half)
 
     parts, here = parts_of(sharded), parts_of(runs_sharded)
     listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     how = f"FSDP over {W}" if sharded else f"DDP, {W} copies" if W > 1 else "one process"
     size = sum(p.numel() for p in whole.parameters())
-    sent = bytes_exchanged(whole, W, sharded, A)
+    sent = bytes_exchanged(whole, W, sharded, A, half)
     say(f"state       of a process ({how}): {listed} = {gib(sum(parts.values()))}, for {size:,} parameters")
     if W > 1:
         say(f"exchange    each process sends {gib(sent)} in an optimizer step")
