@@ -75,7 +75,8 @@ def plan(output):
     return {line[:12].strip(): line[12:] for line in output.splitlines() if re.match(r"[a-z]+ +", line[:12])}
 
 
-def test_a_plan_leaves_nothing_and_an_earlier_run_as_it_was(text_file, tmp_path, capsys):
+def test_a_plan_leaves_nothing_and_an_earlier_run_as_it_was(text_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={tmp_path}/run", "--gradient_accumulation_steps=3"]
     assert main([*arguments, "--dry_run"]) == 0
     lines = plan(capsys.readouterr().out)

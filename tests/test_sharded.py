@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from train_loop.checkpoint import damage, name_of, steps_in
 from train_loop.main import main
+from train_loop.plan import state_bytes
 from train_loop.sharded import Shares
 
 # rows that no number of processes divides
@@ -78,12 +79,12 @@ def arguments_for(output_dir, micro_batch, text_file, resume=None):
 @pytest.fixture(scope="module")
 def runs(text_file, tmp_path_factory):
     """`plain`: one process. `sharded`: two processes. `resumed`: two, from sharded's step 4. `from_plain`: two, from
-    plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `full`: two, the disk of the second is full."""
+    plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the disk of the second is full."""
     folder = tmp_path_factory.mktemp("runs")
     sharded = folder / "sharded"
 
-    def two(name, precision="no", full_disk_of=None, resume=None):
-        return precision, full_disk_of, arguments_for(folder / name, 3, text_file, resume)
+    def two(name, *more, precision="no", full_disk_of=None, resume=None):
+        return precision, full_disk_of, [*arguments_for(folder / name, 3, text_file, resume), *more]
 
     assert main(arguments_for(folder / "plain", 6, text_file)) == 0
     done = fsdp(
@@ -93,11 +94,12 @@ def runs(text_file, tmp_path_factory):
         two("resumed", resume=sharded),
         two("from_plain", resume=folder / "plain"),
         two("bf16", precision="bf16"),
+        two("planned", "--dry_run"),
         two("full", full_disk_of=1),
     )
     (folder / "output").write_text(done.stdout + done.stderr)
     assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == [
-        f"exit status {status}" for status in (0, 0, 0, 0, 1)
+        f"exit status {status}" for status in (0, 0, 0, 0, 0, 1)
     ], done.stderr
     assert main(arguments_for(folder / "from_sharded", 6, text_file, sharded)) == 0
     return folder
@@ -179,6 +181,21 @@ def test_the_loss_under_bf16_is_not_rounded_to_bf16(runs):
     for a, b in zip(lines_of(runs / "bf16"), lines_of(runs / "plain"), strict=True):
         name = "loss" if "loss" in a else "eval_loss"
         assert a[name] == pytest.approx(b[name], rel=2e-4)
+
+
+def test_a_plan_of_shares_counts_what_a_process_then_writes(runs):
+    """And leaves nothing."""
+    assert not (runs / "planned").exists()
+    output = (runs / "output").read_text()
+    assert "state       of a process (FSDP over 2)" in output and "beside what was counted" in output
+    model = AutoModelForCausalLM.from_pretrained(runs / "sharded")
+    checkpoint = runs / "sharded" / "checkpoints" / name_of(8)
+    written = {
+        stem: sum(t.nbytes for t in load_file(checkpoint / f"{stem}-00001-of-00002.safetensors").values() if t.dim())
+        for stem in ("model", "optimizer")
+    }
+    counted = state_bytes(model, 2, sharded=True)
+    assert written == {"model": counted["weights"], "optimizer": counted["optimizer"]}
 
 
 def test_one_process_that_cannot_write_stops_all_with_a_sentence(runs):

@@ -96,7 +96,7 @@ class Checkpoints:
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
-        is_main, scaler = self.accelerator.is_main_process, self.accelerator.scaler
+        scaler = self.accelerator.scaler
         state = {
             "position": dataclasses.asdict(position),
             "metrics": metrics.state_dict(),
@@ -108,8 +108,14 @@ class Checkpoints:
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         }
         eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
-        sharded = any(map(is_sharded, tensors.values()))
-        step, partial = position.step, self.folder / f"{name_of(position.step)}.partial"
+        self._write(position.step, eval_loss, tensors, optimizer_tensors, state)
+        self.latest = self.folder / name_of(position.step)
+        self.seconds += time.perf_counter() - began
+        metrics.leave_out(time.perf_counter() - began)
+
+    def _write(self, step, eval_loss, tensors, optimizer_tensors, state):
+        is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
+        partial = self.folder / f"{name_of(step)}.partial"
         try:
             self._together(step, is_main, lambda: self._begin(partial))
             write = lambda: self._write_tensors(partial, tensors, optimizer_tensors, sharded)  # noqa: E731
@@ -118,9 +124,6 @@ class Checkpoints:
         finally:
             if is_main:
                 shutil.rmtree(partial, ignore_errors=True)
-        self.latest = self.folder / name_of(position.step)
-        self.seconds += time.perf_counter() - began
-        metrics.leave_out(time.perf_counter() - began)
 
     def _together(self, step, does_it, deed):
         """Runs `deed` where `does_it`, and returns what it returned there. Raises OSError on all processes where it

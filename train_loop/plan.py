@@ -98,9 +98,9 @@ class LiveBytes(TorchDispatchMode):
 
 def working_bytes(model, split, settings, accelerator):
     """(fixed, per block, tried): bytes that the passes of a micro-batch need at their peak, gradients included, as a
-    line through what two small ones need; above a chunk of the head's rows it is straight. `tried`: of the larger."""
+    line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger."""
     rows = ROWS_PER_CHUNK.get(accelerator.device.type, ROWS_PER_CHUNK_ELSEWHERE)
-    size = -(-rows // (settings.block_size - 1))
+    size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
     peaks = []
     for num_blocks in (size, 2 * size):
         blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
