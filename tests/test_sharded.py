@@ -54,7 +54,7 @@ def fsdp(num_processes, folder, *runs):
     script.write_text(FSDP_ON_CPU)
     config = ("--config_file", "launch_configs/fsdp.yaml", f"--num_processes={num_processes}")
     launcher = (sys.executable, "-m", "accelerate.commands.launch", *config)
-    done = run(script, json.dumps(runs), launcher=launcher, PYTHONPATH=str(ROOT))
+    done = run(script, json.dumps(runs), launcher=launcher, timeout=600, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     return done
 
@@ -79,7 +79,8 @@ def arguments_for(output_dir, micro_batch, text_file, resume=None):
 @pytest.fixture(scope="module")
 def runs(text_file, tmp_path_factory):
     """`plain`: one process. `sharded`: two processes. `resumed`: two, from sharded's step 4. `from_plain`: two, from
-    plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the disk of the second is full."""
+    plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the
+    disk of the second is full."""
     folder = tmp_path_factory.mktemp("runs")
     sharded = folder / "sharded"
 
