@@ -1,7 +1,9 @@
 """FSDP2 on a CPU: Accelerate itself shards the model over gloo, once its state says so; the launcher's word alone
 becomes DDP there. Blocks of an optimizer step are 12, on any number of processes; dropout is off."""
 
+import contextlib
 import json
+import socket
 import sys
 
 import pytest
@@ -36,8 +38,10 @@ class Accelerator(launch.Accelerator):
         self.state.distributed_type = DistributedType.FSDP
 
 launch.Accelerator = Accelerator
-for precision, full_disk_of, arguments in json.loads(sys.argv[1]):
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for precision, full_disk_of, arguments, port in json.loads(sys.argv[1]):
     os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    os.environ["MASTER_PORT"] = str(port)  # in the store of the run before the processes would read its addresses
     if os.environ["RANK"] == str(full_disk_of):  # as in test_checkpoint.py
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
     status = main(arguments)
@@ -50,6 +54,9 @@ leave(0)
 
 def fsdp(num_processes, folder, *runs):
     """Each run is (precision, rank whose disk is full or None, arguments)."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in runs]
+        runs = [(*values, server.getsockname()[1]) for values, server in zip(runs, servers, strict=True)]
     script = folder / "fsdp.py"
     script.write_text(FSDP_ON_CPU)
     config = ("--config_file", "launch_configs/fsdp.yaml", f"--num_processes={num_processes}")

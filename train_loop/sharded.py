@@ -25,10 +25,6 @@ def whole(tensor):
 
 def named_tensors(model):
     """{name: parameter or buffer}, a tied weight under its first name alone."""
-    if hasattr(model, "reshard"):  # FSDP leaves some weights whole behind an evaluation, beside the shares that count
-        for module in model.modules():
-            if hasattr(module, "reshard"):
-                module.reshard()
     every_name = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
     return dict(model.named_parameters()) | buffers
