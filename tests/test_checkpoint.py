@@ -249,7 +249,7 @@ sys.exit(main(sys.argv[4:]))
 @pytest.mark.parametrize(
     "module, function, message",
     [
-        ("checkpoint", "write_tensors", "error: the checkpoint of step 20 cannot be written"),
+        ("checkpoint", "write_share", "error: the checkpoint of step 20 cannot be written"),
         ("publish", "export", "error: the model cannot be exported"),
     ],
 )

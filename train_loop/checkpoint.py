@@ -3,6 +3,7 @@
     output_dir/checkpoints/step-000500/
         model.safetensors       every parameter and buffer by its name; a tied weight once
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
+                                under FSDP: a file of each from each process, model-00001-of-00008.safetensors
         state.json              position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
@@ -28,10 +29,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from train_loop.optim import move_scheduler
+from train_loop.sharded import Shares, is_sharded, named_tensors, write_share
 
 # what may differ from a checkpoint when the user asks for it; the rest of `Identity` may not
 CHANGEABLE = {
@@ -98,7 +98,8 @@ def identity(settings, model, split, eval_split, num_steps, accelerator):
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process has one and calls the same methods; the main process writes."""
+    """The checkpoints of one run. Every process has one and calls the same methods; the main process writes, and under
+    FSDP each process its share of the tensors, to a disk that all must see."""
 
     def __init__(self, settings, accelerator, identity=None):
         self.settings, self.accelerator, self.identity = settings, accelerator, identity
@@ -119,79 +120,91 @@ class Checkpoints:
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
-        problem = None
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            state = {
-                "position": dataclasses.asdict(position),
-                "metrics": metrics.state_dict(),
-                "rng": rng,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-                "optimizer": scalars,
-                "identity": self.identity,
-                "settings": dataclasses.asdict(self.settings),
-                "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
-            }
-            try:
-                self._write(position, tensors, optimizer_tensors, state)
-            except OSError as error:
-                problem = f"the checkpoint of step {position.step} cannot be written ({error}); {self.say_latest()}"
-        problem = broadcast_object_list([problem])[0]
-        if problem:
-            raise OSError(problem)
+        scaler = self.accelerator.scaler
+        state = {
+            "position": dataclasses.asdict(position),
+            "metrics": metrics.state_dict(),
+            "rng": rng,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "optimizer": scalars,
+            "identity": self.identity,
+            "settings": dataclasses.asdict(self.settings),
+            "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
+        }
+        self._write(position, tensors, optimizer_tensors, state)
         self.latest = self.folder / name_of(position.step)
         self.seconds += time.perf_counter() - began
         metrics.leave_out(time.perf_counter() - began)
 
+    def _write(self, position, tensors, optimizer_tensors, state):
+        is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
+        step, partial = position.step, self.folder / f"{name_of(position.step)}.partial"
+        try:
+            self._together(step, is_main, lambda: self._begin(partial))
+            write = lambda: self._write_tensors(partial, tensors, optimizer_tensors, sharded)  # noqa: E731
+            written = self._together(step, is_main or sharded, write)
+            self._together(step, is_main, lambda: self._finish(partial, position, state, written))
+        finally:
+            if is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+
+    def _together(self, step, does_it, deed):
+        """Runs `deed` where `does_it`, and returns what it returned there. Raises OSError on all processes where it
+        did on one."""
+        result = problem = None
+        if does_it:
+            try:
+                result = deed()
+            except OSError as error:
+                problem = f"the checkpoint of step {step} cannot be written ({error}); {self.say_latest()}"
+        outcomes = gather_object([(result, problem)])
+        for _, problem in outcomes:
+            if problem:
+                raise OSError(problem)
+        return [result for result, _ in outcomes if result is not None]
+
     def _snapshot(self, model, optimizer):
-        # gathering a sharded tensor takes every process; only the main one keeps it
-        keep = self.accelerator.is_main_process
-        tensors, optimizer_tensors, scalars = {}, {}, {}
+        """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
         model = self.accelerator.unwrap_model(model)
-        for name, tensor in named_tensors(model).items():
-            tensor = gathered(tensor)
-            if keep:
-                tensors[name] = tensor
+        tensors, optimizer_tensors, scalars = named_tensors(model), {}, {}
         names = {id(p): name for name, p in model.named_parameters()}
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
-                name = f"{names[id(parameter)]}.{key}"
-                if isinstance(value, torch.Tensor):
-                    value = gathered(value)
-                    if keep:
-                        optimizer_tensors[name] = value
-                else:
-                    scalars[name] = value
+                kept = optimizer_tensors if isinstance(value, torch.Tensor) else scalars
+                kept[f"{names[id(parameter)]}.{key}"] = value
         return tensors, optimizer_tensors, scalars
 
-    def _write(self, position, tensors, optimizer_tensors, state):
-        final = self.folder / name_of(position.step)
-        partial = self.folder / f"{final.name}.partial"
+    def _begin(self, partial):
         self.folder.mkdir(exist_ok=True)
         for leftover in self.folder.glob("*.partial"):
             shutil.rmtree(leftover)
         partial.mkdir()
-        try:
-            write_tensors(tensors, partial / "model.safetensors")
-            write_tensors(optimizer_tensors, partial / "optimizer.safetensors")
-            (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-            files = {}
-            for path in sorted(partial.iterdir()):
-                flush(path)
-                files[path.name] = {"size": path.stat().st_size, "blake2b": digest_of(path)}
-            eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
-            best_step = position.best_step if self.settings.load_best_model_at_end else None
-            manifest = {"step": position.step, "eval_loss": eval_loss, "best_step": best_step, "files": files}
-            manifest["blake2b"] = digest_of_manifest(manifest)
-            (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            flush(partial / "manifest.json")
-            flush(partial)
-            if final.exists():  # left from a run that went another way; no promise is on it
-                discard(final)
-            os.rename(partial, final)
-            flush(self.folder)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+
+    def _write_tensors(self, partial, tensors, optimizer_tensors, sharded):
+        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        of = f"-{rank + 1:05}-of-{world_size:05}" if sharded else ""
+        paths = partial / f"model{of}.safetensors", partial / f"optimizer{of}.safetensors"
+        for path, content in zip(paths, (tensors, optimizer_tensors), strict=True):
+            write_share(content, path, self.accelerator.is_main_process)
+        return {path.name: flushed(path) for path in paths}
+
+    def _finish(self, partial, position, state, written):
+        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        files = {"state.json": flushed(partial / "state.json")}
+        for entries in written:
+            files |= entries
+        eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
+        best_step = position.best_step if self.settings.load_best_model_at_end else None
+        manifest = {"step": position.step, "eval_loss": eval_loss, "best_step": best_step, "files": files}
+        manifest["blake2b"] = digest_of_manifest(manifest)
+        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        flush(partial / "manifest.json")
+        flush(partial)
+        final = partial.with_suffix("")
+        if final.exists():  # left from a run that went another way; no promise is on it
+            discard(final)
+        os.rename(partial, final)
+        flush(self.folder)
         self._rotate()
 
     def _rotate(self):
@@ -262,15 +275,17 @@ class Checkpoints:
                     tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
-        names = {name: p for name, p in model.named_parameters()}
-        with safe_open(path / "optimizer.safetensors", "pt") as file:
-            values = {name: file.get_tensor(name).clone() for name in file.keys()} | state["optimizer"]  # noqa: SIM118
-        for name, value in values.items():
+        parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
+        for name in [*saved.pieces, *state["optimizer"]]:
             parameter_name, _, key = name.rpartition(".")
-            parameter = names[parameter_name]
-            if isinstance(value, torch.Tensor):
-                same_shape = value.shape == parameter.shape  # a step count has none: it is not sharded
-                value = placed_like(value, parameter) if same_shape else value.to(parameter.device)
+            parameter = parameters[parameter_name]
+            if name in state["optimizer"]:
+                value = state["optimizer"][name]
+            elif key == "step":  # a number for the whole parameter, which is not sharded
+                value = saved.read(name).clone().to(parameter.device)
+            else:
+                value = torch.empty_like(parameter)
+                saved.read_into(value, name)
             optimizer.state[parameter][key] = value
         move_scheduler(scheduler, position.step)
         if self.accelerator.scaler is not None and state["scaler"]:
@@ -375,11 +390,10 @@ def digest_of_manifest(manifest):
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
-def write_tensors(tensors, path):
-    try:
-        save_file(tensors, path)
-    except Exception as error:  # safetensors has an error class of its own for a full disk
-        raise OSError(str(error)) from error
+def flushed(path):
+    """The manifest's entry for a file, when that is on the disk."""
+    flush(path)
+    return {"size": path.stat().st_size, "blake2b": digest_of(path)}
 
 
 def flush(path):
@@ -394,39 +408,11 @@ def flush(path):
 def load_weights(path, model):
     """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises ValueError where they do not
     fit."""
-    tensors = named_tensors(model)
-    with safe_open(path / "model.safetensors", "pt") as file, torch.no_grad():
-        if set(file.keys()) != set(tensors):
-            raise ValueError(f"{path} holds other weights than this model has")
-        for name, tensor in tensors.items():
-            tensor.copy_(placed_like(file.get_tensor(name), tensor))
-
-
-def named_tensors(model):
-    """{name: parameter or buffer}, a tied weight under its first name alone."""
-    every_name = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
-    return dict(model.named_parameters()) | buffers
-
-
-def gathered(tensor):
-    """`tensor` whole and on the CPU, whatever share of it this process holds."""
-    tensor = tensor.detach()
-    return (tensor.full_tensor() if is_sharded(tensor) else tensor).cpu().contiguous()
-
-
-def placed_like(tensor, other):
-    """`tensor`, whole, on the device and in the shares of `other`."""
-    tensor = tensor.to(other.device)
-    if is_sharded(other):
-        from torch.distributed.tensor import distribute_tensor
-
-        return distribute_tensor(tensor, other.device_mesh, other.placements)
-    return tensor
-
-
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
+    tensors, saved = named_tensors(model), Shares(path, "model")
+    if saved.pieces.keys() != tensors.keys():
+        raise ValueError(f"{path} holds other weights than this model has")
+    for name, tensor in tensors.items():
+        saved.read_into(tensor, name)
 
 
 def rng_state():

@@ -172,6 +172,9 @@ class Settings:
     )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
 
+    dry_run: bool = setting(
+        "output", False, "print what the run will take in memory and time, from a few steps, and leave nothing"
+    )
     output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
@@ -400,6 +403,8 @@ def _contradictions(s):
     if s.resume_from_checkpoint and (s.overwrite_output_dir or s.eval_only):
         other = "overwrite_output_dir" if s.overwrite_output_dir else "eval_only"
         found.append(f"give resume_from_checkpoint or {other}, not both")
+    if s.dry_run and s.eval_only:
+        found.append("give dry_run or eval_only, not both: a plan is of training")
     if s.eval_stride and s.eval_stride > s.block_size:
         found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
     if s.streaming and not s.eval_only:

@@ -10,7 +10,7 @@ from datetime import timedelta
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import DynamoBackend, InitProcessGroupKwargs
+from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
 from train_loop.tuning import num_threads
 
@@ -19,7 +19,7 @@ def build_accelerator(settings):
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
     Raises ValueError where the launcher started several processes that would each train alone, or where the device
-    cannot do the precision asked for.
+    cannot do the precision asked for. Says on stderr where FSDP was asked for and does not come.
     """
     has_device = torch.accelerator.is_available()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))
@@ -35,6 +35,14 @@ def build_accelerator(settings):
         raise ValueError(
             f"the launcher started {launched} processes, but Accelerate formed {accelerator.num_processes}"
         )
+    if accelerator.distributed_type == DistributedType.FSDP:
+        _sum_in_float32(accelerator)
+    elif asks_for_fsdp() and accelerator.is_main_process:
+        print(
+            "warning: the launch config asks for FSDP, which Accelerate has for several GPUs only: here every process "
+            "holds the whole model (DDP)",
+            file=sys.stderr,
+        )
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     if accelerator.device.type == "cpu":
         if settings.tf32:
@@ -44,6 +52,23 @@ def build_accelerator(settings):
             raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
         torch.set_num_threads(num_threads(settings))
     return accelerator
+
+
+def asks_for_fsdp():
+    """Whether the launch config says `distributed_type: FSDP`."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def _sum_in_float32(accelerator):
+    """Under FSDP with bf16, Accelerate would round what the model returns to bfloat16, and that is the sum of nats here
+    (29,696 for 29,655.5), and sum up the processes' gradients in it, where DDP does in float32."""
+    if not accelerator.is_fsdp2:
+        raise ValueError("the launch config asks for FSDP 1: set fsdp_version: 2")
+    plugin = accelerator.state.fsdp_plugin
+    if plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = dataclasses.replace(
+            plugin.mixed_precision_policy, output_dtype=torch.float32, reduce_dtype=torch.float32
+        )
 
 
 def _num_restarts():

@@ -14,6 +14,7 @@ from train_loop import best
 from train_loop.evaluate import evaluate
 from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
+from train_loop.sharded import whole
 from train_loop.stop import Stopped
 
 
@@ -94,7 +95,7 @@ def train(
                 for name, value in {"loss": nll.detach(), **extras}.items():
                     sums[name] = sums.get(name, 0) + value
 
-            grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf)
+            grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
             sums = accelerator.reduce(sums, "sum")
             finite.check(position.step + 1, sums["loss"], grad_norm)
             optimizer.step()

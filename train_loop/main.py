@@ -142,6 +142,15 @@ def run(settings, stop):
         if settings.auto_micro_batch:
             settings = micro_batch.fit_micro_batch(net, train_split, settings, accelerator)
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
+        whole, splits = accelerator.unwrap_model(net), [train_split, eval_split]
+        banner = metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
+        if settings.dry_run:
+            from train_loop import plan
+
+            accelerator.print(banner, flush=True)
+            stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
+            plan.print_plan(net, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
+            return
 
         # -> where an earlier run was
         checkpoints, position = checkpoint.Checkpoints(settings, accelerator, identity), checkpoint.Position()
@@ -158,8 +167,7 @@ def run(settings, stop):
                 return repository
         if is_main:
             publish.create_output_dir(settings, resuming=path is not None)
-            whole, splits = accelerator.unwrap_model(net), [train_split, eval_split]
-            print(metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps), flush=True)
+            print(banner, flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
             log.trackers.start(log.lines, position.step if path else None)

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import torch
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
-from safetensors.torch import load_file
 
 from train_loop import hub
 from train_loop.config import as_recipe, file_kind
 from train_loop.data import one_line
 from train_loop.model import save_model
+from train_loop.sharded import Shares, whole_tensors
 
 METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
@@ -116,9 +116,9 @@ class Publisher:
 
     def export_model(self, model, lines, results):
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process."""
-        state_dict = self.accelerator.get_state_dict(model)  # on every process: sharded weights are gathered
-        if self.accelerator.is_main_process:
-            model = self.accelerator.unwrap_model(model)
+        is_main, model = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
+        state_dict = whole_tensors(model, keep=is_main)
+        if is_main:
             card = model_card(self, model, lines, results)
             export(Path(self.settings.output_dir), model, state_dict, self.tokenizer, card)
 
@@ -135,7 +135,8 @@ class Publisher:
         try:
             shutil.rmtree(self.pushed_folder, ignore_errors=True)
             self.pushed_folder.mkdir()
-            model, state_dict = self.accelerator.unwrap_model(model), load_file(checkpoint / "model.safetensors")
+            model, saved = self.accelerator.unwrap_model(model), Shares(checkpoint, "model")
+            state_dict = {name: saved.read(name) for name in saved.pieces}
             card = model_card(self, model, metrics.lines)
             export(self.pushed_folder, model, state_dict, self.tokenizer, card)
             for name in ("metrics.jsonl", "train_config.yaml"):

@@ -1,0 +1,213 @@
+"""FSDP2 on a CPU: Accelerate itself shards the model over gloo, once its state says so; the launcher's word alone
+becomes DDP there. Blocks of an optimizer step are 12, on any number of processes; dropout is off."""
+
+import contextlib
+import json
+import socket
+import sys
+
+import pytest
+import torch
+from conftest import ROOT, run
+from safetensors.torch import load_file
+from test_launch_configs import assert_equal_to_rounding
+from test_main import TINY, lines_of
+from transformers import AutoModelForCausalLM
+
+from train_loop.checkpoint import damage, name_of, steps_in
+from train_loop.main import main
+from train_loop.plan import state_bytes
+from train_loop.sharded import Shares
+
+# rows that no number of processes divides
+SHAPE = "n_layer=2,n_head=1,n_embd=31,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+# several runs in the same processes: to start these takes longer than to train
+FSDP_ON_CPU = """
+import json, os, resource, sys
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from train_loop import launch
+from train_loop.main import leave, main
+
+class Accelerator(launch.Accelerator):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        if self.mixed_precision != "no":
+            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
+        self.state.distributed_type = DistributedType.FSDP
+
+launch.Accelerator = Accelerator
+os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
+for precision, full_disk_of, arguments, port in json.loads(sys.argv[1]):
+    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
+    os.environ["MASTER_PORT"] = str(port)  # in the store of the run before the processes would read its addresses
+    if os.environ["RANK"] == str(full_disk_of):  # as in test_checkpoint.py
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+    status = main(arguments)
+    if os.environ["RANK"] == "0":
+        print("exit status", status, flush=True)
+    AcceleratorState._reset_state(reset_partial_state=True)
+leave(0)
+"""
+
+
+def fsdp(num_processes, folder, *runs):
+    """Each run is (precision, rank whose disk is full or None, arguments)."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in runs]
+        runs = [(*values, server.getsockname()[1]) for values, server in zip(runs, servers, strict=True)]
+    script = folder / "fsdp.py"
+    script.write_text(FSDP_ON_CPU)
+    config = ("--config_file", "launch_configs/fsdp.yaml", f"--num_processes={num_processes}")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", *config)
+    done = run(script, json.dumps(runs), launcher=launcher, timeout=600, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def arguments_for(output_dir, micro_batch, text_file, resume=None):
+    return [
+        *TINY,
+        f"--config_overrides={SHAPE}",
+        f"--train_file={text_file}",
+        f"--per_device_train_batch_size={micro_batch}",
+        "--gradient_accumulation_steps=2",
+        "--learning_rate=1e-3",
+        "--max_train_steps=8",
+        "--eval_steps=4",
+        "--checkpointing_steps=4",
+        "--logging_steps=1",
+        f"--output_dir={output_dir}",
+        *([f"--resume_from_checkpoint={resume}/checkpoints/{name_of(4)}"] if resume else []),
+    ]
+
+
+@pytest.fixture(scope="module")
+def runs(text_file, tmp_path_factory):
+    """`plain`: one process. `sharded`: two processes. `resumed`: two, from sharded's step 4. `from_plain`: two, from
+    plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the
+    disk of the second is full."""
+    folder = tmp_path_factory.mktemp("runs")
+    sharded = folder / "sharded"
+
+    def two(name, *more, precision="no", full_disk_of=None, resume=None):
+        return precision, full_disk_of, [*arguments_for(folder / name, 3, text_file, resume), *more]
+
+    assert main(arguments_for(folder / "plain", 6, text_file)) == 0
+    done = fsdp(
+        2,
+        folder,
+        two("sharded"),
+        two("resumed", resume=sharded),
+        two("from_plain", resume=folder / "plain"),
+        two("bf16", precision="bf16"),
+        two("planned", "--dry_run"),
+        two("full", full_disk_of=1),
+    )
+    (folder / "output").write_text(done.stdout + done.stderr)
+    assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == [
+        f"exit status {status}" for status in (0, 0, 0, 0, 0, 1)
+    ], done.stderr
+    assert main(arguments_for(folder / "from_sharded", 6, text_file, sharded)) == 0
+    return folder
+
+
+def weights_of(output_dir):
+    return load_file(output_dir / "model.safetensors")
+
+
+def largest_difference(first, second):
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def assert_goes_on_as(output_dir, reference):
+    """Its lines are those of the reference after step 4. Tolerances: sums in another order, in float32."""
+    lines = [line for line in lines_of(reference) if line["step"] > 4]
+    assert len(lines_of(output_dir)) == len(lines) == 5
+    for a, b in zip(lines_of(output_dir), lines, strict=True):
+        for name in a.keys() - {"tokens_per_second"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5), name
+    assert largest_difference(weights_of(output_dir), weights_of(reference)) < 1e-5
+
+
+def test_sharded_training_equals_plain_training(runs):
+    assert_equal_to_rounding(runs / "sharded", runs / "plain")
+    assert largest_difference(weights_of(runs / "sharded"), weights_of(runs / "plain")) < 1e-5
+
+
+def test_a_sharded_run_that_goes_on_is_one_that_never_stopped_bit_for_bit(runs):
+    first, second = (
+        [{**line, "tokens_per_second": 0} for line in lines_of(runs / name) if line["step"] > 4]
+        for name in ("resumed", "sharded")
+    )
+    assert first == second
+    assert largest_difference(weights_of(runs / "resumed"), weights_of(runs / "sharded")) == 0
+
+
+def test_one_process_goes_on_for_two_that_shared_and_two_for_one(runs):
+    assert_goes_on_as(runs / "from_sharded", runs / "plain")
+    assert_goes_on_as(runs / "from_plain", runs / "plain")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("num_processes", [3, 4])
+def test_more_processes_go_on_for_two(num_processes, runs, text_file, tmp_path):
+    """Four of them have fewer rows of some tensors than they are."""
+    arguments = arguments_for(tmp_path / "run", 12 // (2 * num_processes), text_file, runs / "sharded")
+    if num_processes == 4:
+        arguments += ["--gradient_accumulation_steps=1", "--per_device_train_batch_size=3"]
+    fsdp(num_processes, tmp_path, ("no", None, arguments))
+    assert_goes_on_as(tmp_path / "run", runs / "plain")
+
+
+def test_each_process_writes_its_rows_and_no_more(runs):
+    """What the files hold together is what torch gathers for the export; the tied weight is there once."""
+    checkpoint = runs / "sharded" / "checkpoints" / name_of(8)
+    assert damage(checkpoint) is None
+    for stem in ("model", "optimizer"):
+        files = sorted(checkpoint.glob(f"{stem}*"))
+        assert [file.name for file in files] == [f"{stem}-0000{n}-of-00002.safetensors" for n in (1, 2)]
+        sizes = [sum(t.numel() for t in load_file(file).values()) for file in files]
+        assert max(sizes) < 0.52 * sum(sizes)
+    saved = Shares(checkpoint, "model")
+    assert largest_difference({name: saved.read(name) for name in saved.pieces}, weights_of(runs / "sharded")) == 0
+    for name in ("plain", "from_sharded"):
+        assert (runs / name / "checkpoints" / name_of(8) / "model.safetensors").is_file()
+
+
+def test_the_export_of_a_sharded_run_is_whole_and_tied(runs):
+    model, info = AutoModelForCausalLM.from_pretrained(runs / "sharded", output_loading_info=True)
+    assert not any(info.values()), info
+    assert model.lm_head.weight is model.transformer.wte.weight
+    assert torch.equal(model.lm_head.weight, weights_of(runs / "sharded")["transformer.wte.weight"])
+
+
+def test_the_loss_under_bf16_is_not_rounded_to_bf16(runs):
+    """A sum of some 1,400 nats in bfloat16 would be a multiple of 8. Tolerance: products in bfloat16."""
+    for a, b in zip(lines_of(runs / "bf16"), lines_of(runs / "plain"), strict=True):
+        name = "loss" if "loss" in a else "eval_loss"
+        assert a[name] == pytest.approx(b[name], rel=2e-4)
+
+
+def test_a_plan_of_shares_counts_what_a_process_then_writes(runs):
+    """And leaves nothing."""
+    assert not (runs / "planned").exists()
+    output = (runs / "output").read_text()
+    assert "state       of a process (FSDP over 2)" in output and "beside what was counted" in output
+    model = AutoModelForCausalLM.from_pretrained(runs / "sharded")
+    checkpoint = runs / "sharded" / "checkpoints" / name_of(8)
+    written = {
+        stem: sum(t.nbytes for t in load_file(checkpoint / f"{stem}-00001-of-00002.safetensors").values() if t.dim())
+        for stem in ("model", "optimizer")
+    }
+    counted = state_bytes(model, 2, sharded=True)
+    assert written == {"model": counted["weights"], "optimizer": counted["optimizer"]}
+
+
+def test_one_process_that_cannot_write_stops_all_with_a_sentence(runs):
+    output = (runs / "output").read_text()
+    assert output.count("error: the checkpoint of step 4 cannot be written") == 1
+    assert steps_in(runs / "full" / "checkpoints") == []
+    assert not list((runs / "full" / "checkpoints").iterdir())

@@ -1,0 +1,247 @@
+"""What a run will take, before it is run (`--dry_run`): memory, time, and which of them sets the limit.
+
+The arithmetic comes first, from shapes alone: it holds for the launch config at hand, also where this machine cannot
+run it. Then a few real steps are taken with the real model and thrown away: nothing is written to output_dir.
+
+P: parameters, 4 bytes each (a tied weight once). Per process, DDP: weights 4 P, gradients 4 P, AdamW's two moments 8 P,
+and with several processes the exchange's copy of the gradients 4 P. FSDP: a share of each, beside the layers at work.
+"""
+
+import dataclasses
+import math
+import os
+import time
+import weakref
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from train_loop import launch, loop
+from train_loop.checkpoint import Checkpoints, Position
+from train_loop.data import Windows
+from train_loop.evaluate import evaluate
+from train_loop.loss import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE, next_token_loss
+from train_loop.metrics import Metrics, peak_memory_gib
+
+# the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
+NUM_MICRO_BATCHES = 8
+MB, GIB = 1e6, 2**30
+
+
+def state_bytes(model, num_processes=1, sharded=False, accumulates=False, half=False):
+    """{"weights", "gradients", "optimizer", "exchange"}: bytes of one process, for AdamW in the parameters' precision.
+
+    `sharded`: FSDP, each process has a share by rows, rounded up; gradients are whole while they `accumulate`, and the
+    exchange holds whole what is at work, in `half` precision if that is the launch config's: everything outside the
+    layers, and two layers (one comes while one computes).
+    """
+    parts = num_processes if sharded else 1
+    of = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731
+    share = lambda tensors: sum(  # noqa: E731
+        -(-len(t) // parts) * (t.nbytes // len(t)) if t.dim() else t.nbytes for t in tensors
+    )
+    parameters = list(model.parameters())
+    trained = [p for p in parameters if p.requires_grad]
+    exchange = 0
+    if sharded and num_processes > 1:
+        kinds = getattr(model, "_no_split_modules", None) or ()
+        layers = [of(m.parameters()) for m in model.modules() if type(m).__name__ in kinds]
+        exchange = (of(parameters) - sum(layers) + sum(sorted(layers)[-2:])) // (2 if half else 1)
+    elif num_processes > 1:
+        exchange = of(trained)
+    return {
+        "weights": share(parameters) + of(model.buffers()),
+        "gradients": of(trained) if accumulates else share(trained),
+        "optimizer": 2 * share(trained),
+        "exchange": exchange,
+    }
+
+
+def bytes_exchanged(model, num_processes, sharded, accumulation, half=False):
+    """Bytes that each process sends in an optimizer step: the gradients' sum in a ring, 2 (n - 1) / n times their size;
+    under FSDP each micro-batch gathers the weights, twice and maybe in `half` precision, and the last scatters the
+    gradients' sum: (n - 1) / n times the size each."""
+    size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    rounds = accumulation * (1 if half else 2) + 1 if sharded else 2
+    return rounds * (num_processes - 1) / num_processes * size
+
+
+class LiveBytes(TorchDispatchMode):
+    """Within it, the bytes of the tensors that torch makes and has not freed: `peak` is their highest sum.
+    Counted by shapes: neither what a kernel needs inside nor what an allocator keeps."""
+
+    def __init__(self, *existing):
+        super().__init__()
+        self.existing = list(existing)  # kept alive, so that no new tensor gets their place
+        self.known = {t.untyped_storage()._cdata for t in existing}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.known:
+                    self.known.add(storage._cdata)
+                    self.live += storage.nbytes()
+                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def _free(self, key, size):
+        self.known.discard(key)
+        self.live -= size
+
+
+def working_bytes(model, split, settings, accelerator):
+    """(fixed, per block, tried): bytes that the passes of a micro-batch need at their peak, gradients included, as a
+    line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger."""
+    rows = ROWS_PER_CHUNK.get(accelerator.device.type, ROWS_PER_CHUNK_ELSEWHERE)
+    size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
+    peaks = []
+    for num_blocks in (size, 2 * size):
+        blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
+        window = Windows(split.blocks, blocks, num_blocks, 1, document_end=split.document_end)[0]
+        batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
+        with torch.random.fork_rng(), accelerator.no_sync(model):
+            with LiveBytes(*model.parameters(), *model.buffers(), *batch.values()) as counted:
+                for _ in range(min(settings.gradient_accumulation_steps, 2)):  # gradients are there in the second
+                    accelerator.backward(next_token_loss(model, batch)[0])
+            model.zero_grad(set_to_none=True)
+        peaks.append(counted.peak)
+    per_block = (peaks[1] - peaks[0]) / size
+    return peaks[0] - size * per_block, per_block, peaks[1]
+
+
+def available_bytes(device):
+    """Memory that this process may still take: of its GPU, or its part of what the machine, or a limit, leaves."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if (meminfo := Path("/proc/meminfo")).is_file():
+        available = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        available = min(available, int(text) - int(used.read_text()))
+    return available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def measure(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop):
+    """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
+    micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them."""
+    world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
+    num_steps = NUM_MICRO_BATCHES // accumulation
+    few = dataclasses.replace(
+        settings,
+        gradient_accumulation_steps=accumulation,
+        max_train_steps=num_steps,
+        eval_steps=num_steps,
+        logging_steps=1,
+        checkpointing_steps="none",
+    )
+    batch = settings.per_device_eval_batch_size * world_size
+    few_blocks = dataclasses.replace(eval_split, blocks=eval_split.blocks[: 2 * batch])
+    metrics, checkpoints = Metrics("", num_steps, is_main=False), Checkpoints(few, accelerator)
+    arguments = train_split, few_blocks, few, accelerator, metrics, checkpoints, stop
+    loop.train(model, optimizer, scheduler, *arguments, Position())
+    device = accelerator.device
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_gib() * GIB
+
+    lines = [line for line in metrics.lines if "loss" in line]
+    tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
+    blocks_of_step = settings.per_device_train_batch_size * accumulation * world_size
+    of_step = blocks_of_step * max(tokens) / min(blocks_of_step, train_split.num_blocks or blocks_of_step)
+    step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
+
+    def seconds_of(deed):
+        deed()
+        began = time.perf_counter()
+        deed()
+        accelerator.wait_for_everyone()
+        return time.perf_counter() - began
+
+    evaluation = seconds_of(lambda: evaluate(model, few_blocks, settings, accelerator))
+    evaluation *= math.ceil(len(eval_split.blocks) / batch) / math.ceil(len(few_blocks.blocks) / batch)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    once = seconds_of(lambda: [accelerator.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()])
+    optimizer.zero_grad()
+    exchange = 0.0
+    if world_size > 1:
+        gradients = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=device)
+        exchange = seconds_of(lambda: accelerator.reduce(gradients))
+    further = settings.gradient_accumulation_steps - accumulation
+    step += further * max(0.0, step - once - exchange) / accumulation
+    return {"step": step, "evaluation": evaluation, "exchange": exchange, "peak": peak}
+
+
+def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop):
+    """Prints the plan on the main process; to be called on all. Trains `model` a few steps: not to be used further."""
+    say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
+    gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
+    W, B, A = accelerator.num_processes, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
+    whole, device = accelerator.unwrap_model(model), accelerator.device
+    sharded, runs_sharded = launch.asks_for_fsdp(), accelerator.distributed_type == "FSDP"
+    available = available_bytes(device)
+
+    half = accelerator.mixed_precision in ("bf16", "fp16")
+
+    def parts_of(sharded):
+        return state_bytes(whole, W, sharded, A > 1, half)
+
+    parts, here = parts_of(sharded), parts_of(runs_sharded)
+    listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
+    how = f"FSDP over {W}" if sharded else f"DDP, {W} copies" if W > 1 else "one process"
+    size = sum(p.numel() for p in whole.parameters())
+    sent = bytes_exchanged(whole, W, sharded, A, half)
+    say(f"state       of a process ({how}): {listed} = {gib(sum(parts.values()))}, for {size:,} parameters")
+    if W > 1:
+        say(f"exchange    each process sends {gib(sent)} in an optimizer step")
+
+    fixed, per_block, tried = working_bytes(model, train_split, settings, accelerator)
+    fixed -= parts_of(False)["gradients"]  # counted above
+    working = max(0.0, fixed + B * per_block)
+    say(f"activations {gib(working)} beside the state at the peak; {gib(per_block)} for each block more or less")
+    counted = sum(here.values()) + working
+    if device.type == "cpu":  # it holds libraries and data, too, and all that was needed for the small ones
+        counted = max(peak_memory_gib() * GIB, resident_bytes() + counted - here["weights"] - tried)
+    room = available - sum(here.values()) + here["weights"] - fixed
+    largest = max(0, math.floor(room / per_block))
+    say(
+        f"memory      counted {gib(counted)} at the peak"
+        + (", libraries and data included" if device.type == "cpu" else "")
+    )
+    say(f"            {gib(available)} are free for a process: micro-batches up to {largest:,} fit")
+    if largest < B:
+        say("limit       memory: the micro-batch does not fit, and no step is tried. Give --auto_micro_batch")
+        return
+
+    found = measure(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
+    num_blocks = train_split.num_blocks  # None of a stream: its evaluations at an epoch's end are not counted
+    num_steps, per_epoch = loop.num_steps(num_blocks, settings, W), loop.steps_per_epoch(num_blocks, settings, W)
+    num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
+    num_blocks_seen = num_steps * B * A * W
+    if num_blocks:
+        num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, (num_steps % per_epoch) * B * A * W)
+    num_tokens = num_blocks_seen * (settings.block_size - 1)
+    training = found["step"] * num_blocks_seen / (B * A * W)
+    total = training + num_evaluations * found["evaluation"]
+    share = found["exchange"] / found["step"]
+    say(
+        f"measured    {gib(found['peak'])} at the peak: {found['peak'] / counted - 1:+.1%} beside what was counted",
+        f"time        {found['step']:.3f} s a step, the median of the last half of "
+        f"{NUM_MICRO_BATCHES // min(A, 2)} of {min(A, 2)} micro-batches; {found['evaluation']:.2f} s an evaluation",
+        f"total       {num_steps:,} steps, {num_tokens:,} target tokens: {training:,.0f} s + {num_evaluations} "
+        f"evaluations {total - training:,.0f} s = {total:,.0f} s, start and saving not counted",
+    )
+    bound = "communication" if share > 0.5 else "compute"
+    say(f"limit       {bound}" + (f": the exchange by itself takes {share:.1%} of a step's time" if W > 1 else ""))
+
+
+def resident_bytes():
+    """Bytes of memory that this process holds now; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0

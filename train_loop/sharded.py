@@ -1,0 +1,94 @@
+"""State of which each process holds a share (FSDP2), saved by as many processes as there are, loaded by any number.
+
+A sharded tensor is cut by rows, as torch.chunk would. Each process writes the rows that it holds to a file of its own,
+whose header says where they begin: nobody ever holds more than its share. A tensor that every process holds whole is
+written once. `torch.distributed.checkpoint` writes files of its own (pickled ones among them), and its state dicts name
+a tied weight twice; here one file is as safe to read as another.
+"""
+
+import json
+from operator import itemgetter
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
+
+
+def whole(tensor):
+    """`tensor` itself, or put together of every process's share: then to be called on every process."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def named_tensors(model):
+    """{name: parameter or buffer}, a tied weight under its first name alone."""
+    every_name = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
+    return dict(model.named_parameters()) | buffers
+
+
+def whole_tensors(model, keep):
+    """`named_tensors`, whole and on the CPU; {} where `keep` is false. To be called on every process."""
+    gathered = {}
+    for name, tensor in named_tensors(model).items():
+        tensor = whole(tensor.detach())
+        if keep:
+            gathered[name] = tensor.cpu().contiguous()
+    return gathered
+
+
+def local_rows(tensor):
+    """(the rows of `tensor` on this process, the index of the first of them)"""
+    if not is_sharded(tensor):
+        return tensor, 0
+    (placement,) = tensor.placements  # FSDP's: over one dimension of processes, by rows
+    assert placement.is_shard(0)
+    rows_each = -(-len(tensor) // tensor.device_mesh.size())
+    return tensor.to_local(), min(tensor.device_mesh.get_local_rank() * rows_each, len(tensor))
+
+
+def write_share(tensors, path, is_main):
+    """Writes this process's rows of `tensors`, and on the main process also those tensors that are not sharded.
+    Raises OSError."""
+    rows, first_rows = {}, {}
+    for name, tensor in tensors.items():
+        if is_main or is_sharded(tensor):
+            local, first_rows[name] = local_rows(tensor.detach())
+            rows[name] = local.cpu().contiguous()
+    try:
+        save_file(rows, path, metadata={"first_rows": json.dumps(first_rows)})
+    except Exception as error:  # safetensors has an error class of its own for a full disk
+        raise OSError(str(error)) from error
+
+
+class Shares:
+    """The tensors in a folder's `stem`*.safetensors, whoever wrote which rows of them."""
+
+    def __init__(self, folder, stem):
+        self.pieces = {}  # name: [(file, index of its first row)]
+        for path in sorted(folder.glob(f"{stem}*.safetensors")):
+            file = safe_open(path, "pt")
+            first_rows = json.loads((file.metadata() or {}).get("first_rows", "{}"))
+            for name in file.keys():  # noqa: SIM118
+                self.pieces.setdefault(name, []).append((file, first_rows.get(name, 0)))
+
+    def read(self, name):
+        """All rows of a tensor, on the CPU."""
+        parts = [file.get_tensor(name) for file, _ in sorted(self.pieces[name], key=itemgetter(1))]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+    @torch.no_grad()
+    def read_into(self, tensor, name):
+        """Fills `tensor`, or the rows of it that this process holds."""
+        local, first = local_rows(tensor)
+        for file, start in self.pieces[name]:
+            if not local.dim():
+                local.copy_(file.get_tensor(name))
+                continue
+            piece = file.get_slice(name)
+            begin, end = max(first, start), min(first + len(local), start + piece.get_shape()[0])
+            if begin < end:
+                local[begin - first : end - first].copy_(piece[begin - start : end - start])
