@@ -16,6 +16,7 @@ from conftest import ROOT, run
 from safetensors.torch import load_file
 from test_main import TINY, lines_of
 
+from train_loop import loop
 from train_loop.checkpoint import damage, name_of, rng_state, set_rng_state, steps_in
 from train_loop.main import main
 
@@ -157,6 +158,26 @@ def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, argumen
     # the schedule is that of a run of 39 steps from now on
     assert lines[-1]["learning_rate"] == pytest.approx(1e-2 / 39)
     assert json.loads((interrupted / "all_results.json").read_text())["step"] == 39
+
+
+def test_a_run_stopped_in_its_last_evaluation_keeps_that_line_however_often_it_is_resumed(
+    arguments, reference, tmp_path, monkeypatch
+):
+    evaluate, num_evaluations = loop.evaluate, sum("eval_loss" in line for line in lines_of(reference))
+
+    def with_a_signal_in_the_last(*values):
+        nonlocal num_evaluations
+        num_evaluations -= 1
+        if num_evaluations == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*values)
+
+    monkeypatch.setattr(loop, "evaluate", with_a_signal_in_the_last)
+    run_dir = tmp_path / "run"
+    assert main([*arguments, f"--output_dir={run_dir}"]) == 75
+    for _ in range(2):
+        assert main([*arguments, f"--output_dir={run_dir}", "--resume_from_checkpoint=auto"]) == 0
+        assert_same_run(run_dir, reference)
 
 
 @pytest.mark.parametrize(

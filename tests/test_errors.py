@@ -8,7 +8,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import TINY_CONFIGS, run
+from conftest import ROOT, TINY_CONFIGS, run
 from test_main import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -159,6 +159,22 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
     assert done.returncode == 1 and not (folder / "out").exists()
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: the validation data has 2 tokens, less than one block of 32"
+    ]
+
+
+def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file):
+    script = folder / "script.py"
+    script.write_text(
+        "import os, sys\nfrom train_loop import main\n"
+        "own = ['--train_file=none.txt'] if os.environ['RANK'] == '1' else []\n"
+        "main.leave(main.main([*sys.argv[1:], *own]))\n"
+    )
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/multi_cpu.yaml")
+    files = [f"--train_file={text_file}", f"--output_dir={folder}/out"]
+    done = run(script, *TINY, *files, launcher=launcher, PYTHONPATH=str(ROOT))
+    assert done.returncode == 1
+    assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
+        "error: process 1: train_file none.txt: no such file"
     ]
 
 

@@ -258,14 +258,17 @@ class Checkpoints:
             raise ValueError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
         return None
 
-    def restore(self, path, model, optimizer, scheduler, metrics):
-        """Puts everything back as it was in the checkpoint `path`, on every process, and returns its `Position`.
-
-        Raises ValueError where the run would go another way than the one that was interrupted.
-        """
+    def position_of(self, path):
+        """The `Position` of the checkpoint `path`. Raises ValueError where the run would go another way from there than
+        the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         position = Position(**state["position"])
         self._compare(state, position)
+        return position
+
+    def restore(self, path, position, model, optimizer, scheduler, metrics):
+        """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if self.settings.load_best_model_at_end and position.best:
             best = self.folder / name_of(position.best_step)
             reason = broadcast_object_list([damage(best) if self.accelerator.is_main_process else None])[0]
@@ -301,7 +304,6 @@ class Checkpoints:
             for step in steps_in(self.folder):  # damaged, or of a run that went on from here before
                 if step > position.step:
                     discard(self.folder / name_of(step))
-        return position
 
     def _compare(self, state, position):
         old, new = state["identity"], self.identity

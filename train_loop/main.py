@@ -10,6 +10,7 @@ accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --vali
 
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
@@ -36,8 +37,7 @@ def main(argv=None):
         except (ValueError, OSError, FloatingPointError) as error:
             if "--traceback" in argv:
                 raise
-            if is_main:
-                print("\n".join(f"error: {line}" for line in str(error).split("\n")), file=sys.stderr)
+            say(error)
             return 1
         except RuntimeError as error:
             if "--traceback" in argv or not (problem := known_problem(str(error))):
@@ -51,6 +51,17 @@ def main(argv=None):
                 print(f"stopped by {stop.name} {stopped}".rstrip() + way_on, file=sys.stderr)
             return 75 if "step-" in str(stopped) else 128 + stop.number
     return 0
+
+
+def say(error):
+    """Prints it. Mostly all processes have met the same one, and a launcher ends the others when one has ended: the
+    main process says it, another one only if it is still there three seconds later."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    start = f"error: process {rank}: " if rank else "error: "
+    print("\n".join(start + line for line in str(error).split("\n")), file=sys.stderr)
 
 
 def known_problem(message):
@@ -157,7 +168,7 @@ def run(settings, stop):
         log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress, trackers.Trackers(settings))
         path = checkpoints.find()
         if path:
-            position = checkpoints.restore(path, net, optimizer, scheduler, log)
+            position = checkpoints.position_of(path)
             is_done = position.step == best.last_step(position, num_steps, settings)
             if is_done and publish.is_finished(settings.output_dir, position.step):
                 if is_main:
@@ -165,6 +176,7 @@ def run(settings, stop):
                     if position.step < num_steps:
                         print(best.say_why_it_ended(position, num_steps))
                 return repository
+            checkpoints.restore(path, position, net, optimizer, scheduler, log)
         if is_main:
             publish.create_output_dir(settings, resuming=path is not None)
             print(banner, flush=True)
