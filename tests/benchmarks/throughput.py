@@ -209,7 +209,7 @@ def main():
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[8, 32], help="blocks in an optimizer step")
     parser.add_argument("--steps", type=int, default=6, help="optimizer steps of a run")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each, in turn")
-    parser.add_argument("--evaluation", action="store_true", help="evaluation too, over the blocks of all steps")
+    parser.add_argument("--evaluation", action="store_true", help="evaluation instead, over the blocks of all steps")
     parser.add_argument("--model", choices=SHAPES, default="distilgpt2", help="whose shape the model has")
     parser.add_argument("--block_size", type=int, default=128, help="tokens of a block")
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of both")
@@ -224,7 +224,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder, max(arguments.batch_sizes) * arguments.steps, block_size, shape)
-        for evaluate in [False] + [True] * arguments.evaluation:
+        for evaluate in [arguments.evaluation]:
             for batch in arguments.batch_sizes:
                 row = {"batch": batch, "evaluation": evaluate}
                 runs = {"train_loop": [], "Trainer": []}
