@@ -187,6 +187,7 @@ def script(tmp_path):
     return write
 
 
+@pytest.mark.slow
 def test_processes_wait_for_the_one_that_prepares_longer_than_ddp_timeout(script, text_file, tmp_path):
     """They wait at a file's lock, which is no collective."""
     path, environment = script(PREPARES_SLOWLY)

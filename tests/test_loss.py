@@ -126,6 +126,20 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+def test_the_gradient_of_bfloat16_weights_is_summed_up_in_float32(small_chunks):
+    """256 chunks with the same share of it each; in bfloat16 the sum would stay behind by a half. Tolerance: the head's
+    products are rounded to bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 16, generator=generator).bfloat16().expand(2048, -1)
+    weight = torch.randn(VOCAB, 16, generator=generator).bfloat16()
+    gradients = []
+    for function, dtype in ((in_head, torch.bfloat16), (plain, torch.float64)):
+        own = weight.detach().to(dtype).requires_grad_()
+        function(hidden.to(dtype), own, None, torch.full((2048,), 3)).backward()
+        gradients.append(own.grad.double())
+    assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
 def test_no_tensor_is_as_large_as_the_logits(small_chunks):
     torch.manual_seed(1)
     config = AutoConfig.for_model("gpt2", vocab_size=2000, **TINY_CONFIGS["gpt2"])

@@ -86,6 +86,10 @@ def test_generate_writes_as_many_continuations_as_asked_for(trained, capsys):
     assert len(capsys.readouterr().out.split("\n---\n")) == 2
 
 
+def test_whoever_may_read_the_card_may_read_the_weights(trained):
+    assert (trained / "model.safetensors").stat().st_mode == (trained / "README.md").stat().st_mode
+
+
 def test_the_exported_folder_evaluates_to_the_last_loss_exactly(trained, text_file, capsys, tmp_path):
     # the held-out rows again: the same file, and the same share of it
     arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--eval_only"]

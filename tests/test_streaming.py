@@ -278,7 +278,7 @@ def test_the_checkpoint_of_every_step_of_a_stream_leads_to_the_same_end(argument
         assert_same_run(tmp_path / str(step), reference)
 
 
-@pytest.mark.parametrize("processes, kills", [(1, 4), (2, 3)])
+@pytest.mark.parametrize("processes, kills", [(1, 4), pytest.param(2, 3, marks=pytest.mark.slow)])
 def test_a_streamed_run_killed_at_random_instants_ends_as_if_left_alone(processes, kills):
     """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
     harness = "tests/benchmarks/kills.py"

@@ -74,7 +74,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        grad_weight = torch.zeros_like(weight) if needs[1] else None
+        # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
 
         V, num_rows = len(weight), ROWS_PER_CHUNK.get(kind, ROWS_PER_CHUNK_ELSEWHERE)
@@ -105,10 +106,11 @@ class LinearCrossEntropy(torch.autograd.Function):
                 grad_logits = grad_logits[:, :V].to(dtype)  # softmax - one-hot; rows without a target: see below
                 if needs[0]:
                     grad_hidden[rows] = (grad_logits @ low) * is_target
-                if needs[1] and dtype == grad_weight.dtype:
-                    grad_weight.addmm_(grad_logits.T, x * is_target)
+                if needs[1] and dtype == grad_weight.dtype:  # beta 0: written, not added to, and not read before
+                    grad_weight.addmm_(grad_logits.T, x * is_target, beta=float(first > 0))
                 elif needs[1]:
-                    grad_weight += grad_logits.T @ (x * is_target)
+                    product = grad_logits.T @ (x * is_target)
+                    grad_weight = grad_weight.add_(product) if first else grad_weight.copy_(product)
                 if grad_bias is not None:
                     grad_bias += (grad_logits * is_target).sum(0)
         ctx.gradients = grad_hidden, grad_weight, grad_bias

@@ -87,7 +87,9 @@ def export(folder, model, state_dict, tokenizer, card):
         save_model(model, state_dict, partial)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        mode = (partial / "README.md").stat().st_mode  # of any new file; safetensors lets nobody else read its own
         for path in [path for path in partial.rglob("*") if path.is_file()]:
+            path.chmod(mode)
             place = folder / path.relative_to(partial)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
