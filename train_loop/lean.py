@@ -67,7 +67,7 @@ class DropoutAttention(torch.autograd.Function):
     """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
 
     For the backward pass it keeps which scores were dropped, as bytes, and works the rest out again, some blocks at a
-    time, in memory that the cache holds; torch on a CPU keeps five tensors of floats as large as all scores. After
+    time, in memory that the cache holds; torch on a CPU keeps three tensors of floats as large as all scores. After
     FlashAttention (Dao et al. 2022, arXiv:2205.14135), without its tiles within a block.
     """
 
