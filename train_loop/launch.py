@@ -54,6 +54,19 @@ def build_accelerator(settings):
     return accelerator
 
 
+ALIVE = []  # what `prepare` made
+
+
+def prepare(accelerator, *objects):
+    """`accelerator.prepare`; of several processes what comes out of it lives as long as its process. Freed after the
+    process group, DDP's wrapper would join gloo's threads while it holds Python's lock, and one of them may be waiting
+    for that: the process would never end."""
+    prepared = accelerator.prepare(*objects)
+    if accelerator.num_processes > 1:
+        ALIVE.append(prepared)
+    return prepared
+
+
 def asks_for_fsdp():
     """Whether the launch config says `distributed_type: FSDP`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"

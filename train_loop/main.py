@@ -134,7 +134,7 @@ def run(settings, stop):
         if settings.eval_only:
             if is_main:
                 print(metrics.banner(settings, accelerator, net, [eval_split], held_out), flush=True)
-            net, began = accelerator.prepare(net), time.perf_counter()
+            net, began = launch.prepare(accelerator, net), time.perf_counter()
             result = evaluate.evaluate(net, eval_split, settings, accelerator, show_progress)
             result["eval_runtime"] = time.perf_counter() - began  # seconds
             result |= metrics.peak_device_memory_gib()
@@ -149,7 +149,7 @@ def run(settings, stop):
         optimizer = optim.build_optimizer(net, settings)
         scheduler = optim.build_scheduler(optimizer, settings, num_steps)
         identity = checkpoint.identity(settings, net, train_split, eval_split, num_steps, accelerator)
-        net, optimizer = accelerator.prepare(net, optimizer)
+        net, optimizer = launch.prepare(accelerator, net, optimizer)
         if settings.auto_micro_batch:
             settings = micro_batch.fit_micro_batch(net, train_split, settings, accelerator)
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
