@@ -25,6 +25,15 @@ LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
 TWO = (*LAUNCH, "--config_file", ROOT / "launch_configs" / "multi_cpu.yaml")
 
 
+def assert_lines_agree(one, two, rel):
+    """metrics.jsonl of two runs: the same steps, and all but timings within `rel`."""
+    one, two = lines_of(one), lines_of(two)
+    assert [line["step"] for line in one] == [line["step"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for name in a.keys() - {"tokens_per_second"}:
+            assert b[name] == pytest.approx(a[name], rel=rel), name
+
+
 def weights_of(output_dir):
     return load_file(output_dir / "model.safetensors")
 
@@ -246,11 +255,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     assert done.returncode == 0, done.stderr
     assert "random states are of 2 processes" in done.stderr
     assert "gradient_accumulation_steps: 1 -> 2" in done.stderr
-    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"tokens_per_second"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-5), name
+    assert_lines_agree(tmp_path / "one", tmp_path / "two", rel=1e-5)
 
 
 LIMITED = """

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, run
 from hub_server import HubServer
-from test_checkpoint import NO_DROPOUT, TWO, assert_same_run
+from test_checkpoint import NO_DROPOUT, TWO, assert_lines_agree, assert_same_run
 from test_hub import ONLINE
 from test_main import lines_of
 
@@ -307,11 +307,7 @@ def test_two_processes_go_on_with_the_stream_of_one(arguments, small_chunks_scri
     done = run(small_chunks_script, *arguments, *more, launcher=TWO, PYTHONPATH=str(ROOT))
     assert done.returncode == 0, done.stderr
     assert "random states are of 1 processes" in done.stderr
-    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"tokens_per_second"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-4), name
+    assert_lines_agree(tmp_path / "one", tmp_path / "two", rel=1e-4)
 
 
 def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(
