@@ -77,7 +77,7 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 import mlflow
 from torch.utils import tensorboard
-from train_loop import best, checkpoint, compare, data, evaluate, launch, loop, metrics, model, optim, publish
+from train_loop import compare, metrics, run
 from train_loop.main import main
 plain = metrics.Metrics.count_step
 for attempt in json.loads(sys.argv[1]):

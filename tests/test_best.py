@@ -13,9 +13,10 @@ from test_checkpoint import TWO, assert_same_run, weights_of
 from test_main import lines_of
 
 from train_loop import best
-from train_loop.checkpoint import Position, name_of, steps_in
 from train_loop.config import Settings
+from train_loop.durable import name_of, steps_in
 from train_loop.main import main
+from train_loop.position import Position
 
 
 def losses_of(output_dir):

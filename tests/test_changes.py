@@ -182,12 +182,12 @@ def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file,
         assert main([*arguments, f"--per_device_eval_batch_size={size}", f"--output_dir={tmp_path}/{size}"]) == 0
         found.append(json.loads((tmp_path / str(size) / "all_results.json").read_text()))
 
-    from train_loop import data, model
-    from train_loop.config import read_settings
+    from train_loop import data, model, rows
+    from train_loop.command_line import read_settings
 
     settings = read_settings([*arguments, "--output_dir=out"])
-    rows = data.load_rows(settings)[1]
-    blocks = data.load_split(rows, model.load_tokenizer(settings, None), "validation", settings).blocks
+    eval_rows = rows.load_rows(settings)[1]
+    blocks = data.load_split(eval_rows, model.load_tokenizer(settings, None), "validation", settings).blocks
     ids = torch.from_numpy(blocks.astype("int64"))
     with torch.no_grad():
         likeliest = AutoModelForCausalLM.from_pretrained(base)(input_ids=ids).logits[:, :-1].argmax(-1)

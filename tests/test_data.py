@@ -23,12 +23,10 @@ from train_loop.config import Settings
 from train_loop.data import (
     CHARACTERS_PER_BATCH,
     ROWS_PER_BATCH,
-    Rows,
     Windows,
     cache_folder,
     count_words,
     group_texts,
-    load_rows,
     load_split,
     load_windows,
     positions_in_documents,
@@ -36,6 +34,7 @@ from train_loop.data import (
     tokenize_rows,
 )
 from train_loop.model import load_tokenizer
+from train_loop.rows import Rows, load_rows
 
 LINES = ["one two\n", "\n", 'three, "four"\n', "  \n", "zwölf\n"]
 
@@ -351,7 +350,8 @@ def test_a_text_file_that_changes_while_it_is_read_is_an_error_and_leaves_no_tok
 PREPARE = """
 import sys
 from train_loop.config import Settings
-from train_loop.data import Rows, load_rows, load_split
+from train_loop.data import load_split
+from train_loop.rows import Rows, load_rows
 from train_loop.model import load_tokenizer
 settings = Settings(train_file=sys.argv[1], validation_split_percentage=50, tokenizer_vocab_size=280, block_size=8)
 train, validation, _ = load_rows(settings)

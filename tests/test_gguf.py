@@ -9,10 +9,11 @@ from conftest import TINY_CONFIGS
 from test_main import TINY, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from train_loop.config import Settings, read_settings
-from train_loop.data import load_rows
+from train_loop.command_line import read_settings
+from train_loop.config import Settings
 from train_loop.main import main
 from train_loop.model import load_config, load_model, load_tokenizer
+from train_loop.rows import load_rows
 
 gguf = pytest.importorskip("gguf")
 

@@ -20,7 +20,8 @@ from test_main import TINY, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import hub as our_hub
-from train_loop.config import Settings, read_settings
+from train_loop.command_line import read_settings
+from train_loop.config import Settings
 from train_loop.main import main
 from train_loop.model import load_tokenizer
 from train_loop.publish import Publisher

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from test_checkpoint import NO_DROPOUT, TWO, assert_same_run
 from test_main import TINY, lines_of
 
-from train_loop.checkpoint import name_of, steps_in
+from train_loop.durable import name_of, steps_in
 from train_loop.main import main
 
 ON_CPUS = ["--num_processes=2", "--mixed_precision=no"]  # multi_node.yaml with one process on each host

@@ -12,12 +12,13 @@ from conftest import BLOCK, TINY_CONFIGS, VOCAB
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from train_loop import loop
-from train_loop.checkpoint import Checkpoints, Position
+from train_loop.checkpoint import Checkpoints
 from train_loop.config import Settings
 from train_loop.data import IGNORED, Split, Windows, load_windows, shuffled
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
+from train_loop.position import Position
 
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
 
@@ -55,20 +56,21 @@ def train(model, train_blocks, eval_blocks, output_dir, **values):
     scheduler = build_scheduler(optimizer, settings, num_steps)
     prepared, optimizer = accelerator.prepare(model, optimizer)
     metrics = Metrics(output_dir, num_steps, is_main=True)
-    evaluation = loop.train(
+    position = Position()
+    loop.train(
         prepared,
         optimizer,
         scheduler,
+        position,
         *splits,
         settings,
         accelerator,
         metrics,
         Checkpoints(settings, accelerator),
         StopSignalThatNeverComes(),
-        Position(),
     )
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], evaluation, model.state_dict()
+    return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
 
 class RecordingTrainer(Trainer):

@@ -11,11 +11,12 @@ from test_loop import StopSignalThatNeverComes, make_model
 from test_main import TINY, lines_of
 
 from train_loop import loop
-from train_loop.checkpoint import Checkpoints, Position
+from train_loop.checkpoint import Checkpoints
 from train_loop.config import Settings
 from train_loop.data import Split
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
+from train_loop.position import Position
 
 
 def launch(precision, *arguments):
@@ -72,13 +73,13 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(bloc
                 prepared,
                 prepared_optimizer,
                 scheduler,
+                Position(),
                 *splits,
                 settings,
                 accelerator,
                 metrics,
                 Checkpoints(settings, accelerator),
                 StopSignalThatNeverComes(),
-                Position(),
             )
         finally:
             accelerator.state._mixed_precision = "no"

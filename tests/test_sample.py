@@ -6,7 +6,8 @@ from conftest import TINY_CONFIGS
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop.config import Settings, read_settings
+from train_loop.command_line import read_settings
+from train_loop.config import Settings
 from train_loop.model import END_OF_TEXT, _train_tokenizer
 from train_loop.sample import NUM_NEW_TOKENS, Samples
 

@@ -14,7 +14,7 @@ from test_launch_configs import assert_equal_to_rounding
 from test_main import TINY, lines_of
 from transformers import AutoModelForCausalLM
 
-from train_loop.checkpoint import damage, name_of, steps_in
+from train_loop.durable import damage, name_of, steps_in
 from train_loop.main import main
 from train_loop.plan import state_bytes
 from train_loop.sharded import Shares

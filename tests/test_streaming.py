@@ -20,10 +20,13 @@ from test_hub import ONLINE
 from test_main import lines_of
 
 from train_loop import data, sources, streaming
-from train_loop.checkpoint import Position, name_of, steps_in
-from train_loop.config import Settings, read_settings
+from train_loop.command_line import read_settings
+from train_loop.config import Settings
+from train_loop.durable import name_of, steps_in
 from train_loop.main import main
 from train_loop.model import load_tokenizer
+from train_loop.position import Position
+from train_loop.rows import Rows, load_rows
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
 T = 16
@@ -38,7 +41,7 @@ def texts(text_file):
 
 @pytest.fixture(scope="module")
 def tokenizer(texts, tmp_path_factory):
-    tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=300), data.Rows.of(texts))
+    tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=300), Rows.of(texts))
     tokenizer.save_pretrained(tmp_path_factory.mktemp("tokenizer"))
     return tokenizer
 
@@ -99,7 +102,7 @@ def blocks_of(windows):
 def test_streamed_blocks_are_the_prepared_ones_in_their_order(kind, texts, tokenizer, tmp_path):
     path = write(kind, tmp_path, texts)
     eos = kind != "txt" and kind != "txt.gz"
-    rows, _, _ = data.load_rows(Settings(train_file=str(path), validation_file=str(path)))
+    rows, _, _ = load_rows(Settings(train_file=str(path), validation_file=str(path)))
     prepared = data.load_split(rows, tokenizer, "training", Settings(block_size=T, add_eos_token=eos))
     stream, settings = open_stream(path, tokenizer, add_eos_token=eos)
     assert len(list(stream.source.chunks(None))) > 20, "the text should have many chunks"
@@ -123,7 +126,7 @@ def test_of_several_text_files_each_is_a_row_as_in_prepared_data(texts, tokenize
         (tmp_path / name).mkdir()
         write("txt", tmp_path / name, part)
     pattern = f"{tmp_path}/*/rows.txt"
-    rows, _, _ = data.load_rows(Settings(train_file=pattern, validation_file=pattern))
+    rows, _, _ = load_rows(Settings(train_file=pattern, validation_file=pattern))
     prepared = data.load_split(rows, tokenizer, "training", Settings(block_size=T, add_eos_token=True))
     stream, settings = open_stream(pattern, tokenizer, add_eos_token=True)
     np.testing.assert_array_equal(blocks_of(windows_of(stream, settings)), prepared.blocks)

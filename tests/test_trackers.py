@@ -90,7 +90,7 @@ def test_a_library_that_is_missing_is_one_sentence_before_anything_is_asked_for(
 
 
 def test_trackers_are_off_unless_asked_for_and_all_means_those_installed():
-    from train_loop.config import read_settings
+    from train_loop.command_line import read_settings
 
     data = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
     assert wanted_trackers(read_settings(data)) == wanted_trackers(read_settings([*data, "--report_to=none"])) == []

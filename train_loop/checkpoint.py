@@ -13,16 +13,11 @@ step.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
-import os
 import random
-import re
 import shutil
-import sys
 import time
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,71 +25,21 @@ import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
+from train_loop.durable import (
+    damage,
+    discard,
+    flushed,
+    manifest_of,
+    name_of,
+    put_in_place,
+    steps_in,
+    write_manifest,
+)
+from train_loop.identity import differences
+from train_loop.messages import tell
 from train_loop.optim import move_scheduler
+from train_loop.position import Position
 from train_loop.sharded import Shares, is_sharded, named_tensors, write_share
-
-# what may differ from a checkpoint when the user asks for it; the rest of `Identity` may not
-CHANGEABLE = {
-    "num_steps",
-    "learning_rate",
-    "lr_scheduler_type",
-    "num_warmup_steps",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "mixed_precision",
-    "tf32",
-    "training files' times of change",
-}
-# what decides about the model that is exported, where it need not be the last of all steps
-SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
-CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
-
-
-@dataclass
-class Position:
-    """How far a run is: `window` optimizer steps' blocks of `epoch` are done, and `step` optimizer steps in all."""
-
-    epoch: int = 0
-    window: int = 0
-    step: int = 0
-    evaluated_step: int | None = None  # the step of the last evaluation, and what came out
-    evaluation: dict | None = None
-    best_step: int | None = None  # of the lowest validation loss, and that evaluation; kept by `best.py`
-    best: dict | None = None
-    num_worse: int = 0  # evaluations in a row that did not beat the best
-    per_epoch: int | None = None  # windows of an epoch; None until a stream has come to its end
-    stream: dict | None = None  # where the next window of a stream begins, see `streaming.Stream`
-
-    def ends_epoch(self):
-        return self.window == self.per_epoch
-
-    def in_epochs(self):
-        """Epochs done, a float; whole ones alone while nobody knows how long an epoch is."""
-        return self.epoch + (self.window / self.per_epoch if self.per_epoch else 0.0)
-
-
-def identity(settings, model, split, eval_split, num_steps, accelerator):
-    """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
-    not: the blocks themselves and the model's config do."""
-    blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
-    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
-    if settings.load_best_model_at_end or settings.early_stopping_patience:
-        values["validation blocks"] = eval_split.digest()
-    else:  # evaluations decide about nothing
-        del values["eval_steps"], values["eval_stride"]
-    return {
-        **values,
-        **split.identity(),
-        "documents end with token": split.document_end,
-        "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
-        "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
-        "num_steps": num_steps,
-        "mixed_precision": accelerator.mixed_precision,
-    }
 
 
 class Checkpoints:
@@ -195,16 +140,8 @@ class Checkpoints:
             files |= entries
         eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
         best_step = position.best_step if self.settings.load_best_model_at_end else None
-        manifest = {"step": position.step, "eval_loss": eval_loss, "best_step": best_step, "files": files}
-        manifest["blake2b"] = digest_of_manifest(manifest)
-        (partial / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        flush(partial / "manifest.json")
-        flush(partial)
-        final = partial.with_suffix("")
-        if final.exists():  # left from a run that went another way; no promise is on it
-            discard(final)
-        os.rename(partial, final)
-        flush(self.folder)
+        write_manifest(partial, {"step": position.step, "eval_loss": eval_loss, "best_step": best_step}, files)
+        put_in_place(partial)
         self._rotate()
 
     def _rotate(self):
@@ -306,105 +243,23 @@ class Checkpoints:
                     discard(self.folder / name_of(step))
 
     def _compare(self, state, position):
-        old, new = state["identity"], self.identity
-        # a setting that is newer than the checkpoint had its default
-        old = {name: old.get(name, getattr(type(self.settings), name, None)) for name in new}
-        differing = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]}
-        fixed = [line for name, line in differing.items() if name not in CHANGEABLE]
+        fixed, changed, others = differences(state, self.identity, self.settings)
         if fixed:
             raise ValueError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
-        if differing and not self.settings.resume_with_changes:
+        if changed and not self.settings.resume_with_changes:
             raise ValueError(
                 f"since the checkpoint of step {position.step} settings changed that change the result: "
-                f"{'; '.join(differing.values())}. --resume_with_changes goes on with the new ones"
+                f"{'; '.join(changed)}. --resume_with_changes goes on with the new ones"
             )
-        if new["num_steps"] < position.step:
-            raise ValueError(f"the run is to end at step {new['num_steps']}, but the checkpoint is of {position.step}")
-        if self.accelerator.is_main_process:
-            settings = dataclasses.asdict(self.settings)
-            others = [
-                f"{name}: {value} -> {settings.get(name)}"
-                for name, value in state["settings"].items()
-                if settings.get(name) != value and name not in differing and not name.startswith("resume_")
-            ]
-            if lines := [*differing.values(), *others]:
-                tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(lines)}")
+        num_steps = self.identity["num_steps"]
+        if num_steps < position.step:
+            raise ValueError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
+        if self.accelerator.is_main_process and changed + others:
+            tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
 
     def say_latest(self):
         """A clause for messages about a run that ends here."""
         return f"the last checkpoint is {self.latest}" if self.latest else "there is no checkpoint yet"
-
-
-def name_of(step):
-    return f"step-{step:06d}"
-
-
-def steps_in(folder):
-    """The steps of the checkpoints in a folder, oldest first, whole or not."""
-    matches = [re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*")]
-    return sorted(int(match[1]) for match in matches if match)
-
-
-def discard(path):
-    """Renames a checkpoint that will be removed: a kill while its files go leaves nothing that looks like one."""
-    discarded = path.with_name(f"{path.name}.discarded")
-    shutil.rmtree(discarded, ignore_errors=True)
-    os.rename(path, discarded)
-
-
-def damage(path):
-    """Why the folder `path` is no whole checkpoint, or None. Reads every file."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["blake2b"] != digest_of_manifest(manifest):
-            return "manifest.json is not as it was written"
-        for name, entry in manifest["files"].items():
-            if (path / name).stat().st_size != entry["size"]:
-                return f"{name} has {(path / name).stat().st_size:,} bytes instead of {entry['size']:,}"
-            if digest_of(path / name) != entry["blake2b"]:
-                return f"{name} is not as it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read: {type(error).__name__}"
-    return None
-
-
-def manifest_of(path):
-    """The manifest of a checkpoint, not verified; {} if it cannot be read."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) else {}
-    except (OSError, ValueError):
-        return {}
-
-
-def digest_of(path):
-    digest = hashlib.blake2b(digest_size=16)
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def digest_of_manifest(manifest):
-    rest = {name: value for name, value in manifest.items() if name != "blake2b"}
-    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def flushed(path):
-    """The manifest's entry for a file, when that is on the disk."""
-    flush(path)
-    return {"size": path.stat().st_size, "blake2b": digest_of(path)}
-
-
-def flush(path):
-    """Waits until a file's or a folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_weights(path, model):
@@ -443,7 +298,3 @@ def set_rng_state(state):
             torch.get_device_module(device).set_rng_state(torch.tensor(state["device"], dtype=torch.uint8))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ValueError(f"the checkpoint's random state cannot be restored: {error}") from error
-
-
-def tell(sentence):
-    print(sentence, file=sys.stderr, flush=True)

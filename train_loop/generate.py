@@ -6,6 +6,8 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 import argparse
 import sys
 
+from train_loop.messages import one_line
+
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -37,7 +39,7 @@ def main(argv=None):
     try:
         generator = pipeline("text-generation", model=arguments.model)
     except (OSError, ValueError) as error:
-        sys.exit(f"error: {arguments.model} is no folder or hub name of a model: {' '.join(str(error).split())[:200]}")
+        sys.exit(f"error: {arguments.model} is no folder or hub name of a model: {one_line(error)}")
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:

@@ -17,6 +17,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from train_loop.messages import warn
+
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question
 PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size
@@ -109,10 +111,6 @@ def push(settings, repository, stop):
         warn(f"not pushed: {problem}. The model is in {settings.output_dir}. To push it: {shlex.join(client.words)}")
     else:
         print(f"pushed: {hub_address().rstrip('/')}/{repository}", flush=True)
-
-
-def warn(sentence):
-    print(f"warning: {sentence}", file=sys.stderr, flush=True)
 
 
 class Client:

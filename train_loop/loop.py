@@ -36,6 +36,7 @@ def train(
     model,
     optimizer,
     scheduler,
+    position,
     train_split,
     eval_split,
     settings,
@@ -43,85 +44,89 @@ def train(
     metrics,
     checkpoints,
     stop,
-    position,
     publisher=None,
     samples=None,
 ):
-    """Trains `model` in place, from `position` on. `model` and `optimizer` are prepared by Accelerate, `scheduler` is
-    not. A `publisher` is told of each checkpoint; `samples` are written with each evaluation.
-    Returns the last evaluation.
+    """Trains `model` in place, from `position` on, which moves along. `model` and `optimizer` come from Accelerate's
+    `prepare`, `scheduler` does not. A `publisher` is told of each checkpoint; `samples` are written at each evaluation.
 
     Raises, on all processes alike: FloatingPointError, before the weights are touched, when a loss or a gradient norm
     is not finite; Stopped, with a checkpoint written, when `stop` came.
     """
     W, device = accelerator.num_processes, accelerator.device
     all_steps = num_steps(train_split.num_blocks, settings, W)
-    last_step = best.last_step(position, all_steps, settings)
+    first_step, last_step = position.step, best.last_step(position, all_steps, settings)
     position.per_epoch = steps_per_epoch(train_split.num_blocks, settings, W) or position.per_epoch
-
+    windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
-
-    def log_training():
-        finite.look()
-        metrics.log_training()
-
-    def evaluate_if_due():
-        nonlocal last_step
-        step, every = position.step, settings.eval_steps
-        due = step in (0, last_step) or (step % every == 0 if every else position.ends_epoch())
-        if not due or position.evaluated_step == step:
-            return
-        log_training()
-        evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
-        if evaluation is not None:  # it was not stopped
-            last_step = best.take_evaluation(position, evaluation, all_steps, settings)
-            written = samples and samples.write(model, device)
-            metrics.log_evaluation(step, position.in_epochs(), evaluation, written)
-
-    evaluate_if_due()  # of the untrained model; or the one that a stop cut short
     model.train()
-    while position.step < last_step and not stop.agreed(accelerator):
-        for window in train_split.windows(settings, accelerator, position):  # the rest of the epoch's
-            window = {name: value.to(device, non_blocking=True) for name, value in window.items()}  # each [M, B, T]
-            num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")
 
-            sums = {}  # over the window's targets: nats, and whatever else the loss wants logged
-            num_micro_batches = len(window["labels"])
-            for i in range(num_micro_batches):
-                # gradients are summed up here, and exchanged between processes with the last micro-batch only
-                with accelerator.no_sync(model) if i < num_micro_batches - 1 else contextlib.nullcontext():
-                    nll, _, extras = next_token_loss(model, {name: value[i] for name, value in window.items()})
-                    accelerator.backward(nll * W / num_targets)  # x W: the exchange averages over processes
-                for name, value in {"loss": nll.detach(), **extras}.items():
-                    sums[name] = sums.get(name, 0) + value
+    while True:
+        # where it is due: the validation loss; of the untrained model too, and the one that a stop cut short
+        if evaluation_is_due(position, last_step, settings):
+            finite.look()
+            metrics.log_training()
+            evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
+            if evaluation is not None:  # it was not stopped
+                last_step = best.take_evaluation(position, evaluation, all_steps, settings)
+                written = samples and samples.write(model, device)
+                metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
-            grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
-            sums = accelerator.reduce(sums, "sum")
-            finite.check(position.step + 1, sums["loss"], grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            position.window += 1
-            if accelerator.scaler is None or torch.isfinite(grad_norm):
-                learning_rate = scheduler.get_last_lr()[0]
-                scheduler.step()
-                position.step += 1
-                metrics.count_step(position.step, position.in_epochs(), sums, num_targets, learning_rate, grad_norm)
-                if position.step % settings.logging_steps == 0:
-                    log_training()
-            else:  # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
-                metrics.count_skipped_step()
+        # where it is due, and before the run stops: a checkpoint
+        stopping = stop.agreed(accelerator)
+        if position.step > first_step and (stopping or checkpoints.is_due(position, last_step)):
+            finite.look()
+            checkpoints.save(position, model, optimizer, metrics)
+            if publisher and not stopping and position.step < last_step:
+                publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
+        if stopping or position.step == last_step:
+            break
 
-            evaluate_if_due()
-            stopping = stop.agreed(accelerator)
-            if stopping or checkpoints.is_due(position, last_step):
-                finite.look()
-                checkpoints.save(position, model, optimizer, metrics)
-                if publisher and not stopping and position.step < last_step:
-                    publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
-            if stopping or position.step == last_step:
-                break
-        if position.ends_epoch():
-            position.epoch, position.window = position.epoch + 1, 0
+        # one optimizer step: forward and backward passes over a window, whose targets are counted first
+        window = {name: value.to(device, non_blocking=True) for name, value in next(windows).items()}  # each [M, B, T]
+        num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")  # of all processes
+        sums = {}  # over the window's targets: nats, and whatever else the loss wants logged
+        num_micro_batches = len(window["labels"])
+        for i in range(num_micro_batches):
+            # gradients are summed up here, and exchanged between processes with the last micro-batch only
+            is_last = i == num_micro_batches - 1
+            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+                nll, _, extras = next_token_loss(model, {name: value[i] for name, value in window.items()})
+                accelerator.backward(nll * W / num_targets)  # x W: the exchange averages over processes
+            for name, value in {"loss": nll.detach(), **extras}.items():
+                sums[name] = sums.get(name, 0) + value
+
+        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
+        sums = accelerator.reduce(sums, "sum")
+        finite.check(position.step + 1, sums["loss"], grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        position.window += 1
+        if accelerator.scaler is not None and not torch.isfinite(grad_norm):
+            # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
+            metrics.count_skipped_step()
+            continue
+        learning_rate = scheduler.get_last_lr()[0]
+        scheduler.step()
+        position.step += 1
+        metrics.count_step(position.step, position.in_epochs(), sums, num_targets, learning_rate, grad_norm)
+        if position.step % settings.logging_steps == 0:
+            finite.look()
+            metrics.log_training()
+
     if stop.number and (position.step < last_step or position.evaluated_step != position.step):
         raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")
-    return position.evaluation
+
+
+def windows_from(position, split, settings, accelerator):
+    """This process's windows from `position` on, epoch after epoch, without end: {"input_ids", "labels", ...} each."""
+    while True:
+        yield from split.windows(settings, accelerator, position)  # the rest of the epoch's
+        position.epoch, position.window = position.epoch + 1, 0
+
+
+def evaluation_is_due(position, last_step, settings):
+    """Whether an evaluation belongs here, and was not made yet."""
+    step, every = position.step, settings.eval_steps
+    due = step in (0, last_step) or (step % every == 0 if every else position.ends_epoch())
+    return due and position.evaluated_step != step

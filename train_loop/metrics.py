@@ -227,10 +227,3 @@ def table(results):
         f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}"
         for name, value in results.items()
     )
-
-
-def write_json(path, content):
-    """Writes `content` beside `path` first, then renames: a reader never finds half a file."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

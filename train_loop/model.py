@@ -18,9 +18,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from train_loop.data import one_line
 from train_loop.hub import hub_address
 from train_loop.lean import use_lean_modules
+from train_loop.messages import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 

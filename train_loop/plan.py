@@ -20,11 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train_loop import launch, loop
-from train_loop.checkpoint import Checkpoints, Position
+from train_loop.checkpoint import Checkpoints
 from train_loop.data import Windows
 from train_loop.evaluate import evaluate
 from train_loop.loss import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE, next_token_loss
 from train_loop.metrics import Metrics, peak_memory_gib
+from train_loop.position import Position
 
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
@@ -145,8 +146,8 @@ def measure(model, optimizer, scheduler, train_split, eval_split, settings, acce
     batch = settings.per_device_eval_batch_size * world_size
     few_blocks = dataclasses.replace(eval_split, blocks=eval_split.blocks[: 2 * batch])
     metrics, checkpoints = Metrics("", num_steps, is_main=False), Checkpoints(few, accelerator)
-    arguments = train_split, few_blocks, few, accelerator, metrics, checkpoints, stop
-    loop.train(model, optimizer, scheduler, *arguments, Position())
+    data, surroundings = (train_split, few_blocks), (few, accelerator, metrics, checkpoints, stop)
+    loop.train(model, optimizer, scheduler, Position(), *data, *surroundings)
     device = accelerator.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_gib() * GIB
 

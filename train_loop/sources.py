@@ -13,18 +13,20 @@ import os
 import re
 import zlib
 
-from train_loop import data
-from train_loop.config import file_kind, text_files, train_files
+from train_loop.data import ROWS_PER_BATCH
+from train_loop.files import file_kind, open_file, text_files, train_files
+from train_loop.messages import one_line
+from train_loop.rows import Rows, digest_of, load_dataset, load_file, only_text, text_column
 
 CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising; -1 reads a file to its end
 
 
 def load_rows(settings):
     """(training rows, validation rows, ""): a source of chunks, `Lines` or `Table`, None when only evaluating; and
-    prepared `data.Rows`. Raises ValueError as `data.load_rows` does."""
+    prepared `Rows`. Raises ValueError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
-    eval_rows = data.only_text(data.load_file(settings.validation_file), settings)
+    eval_rows = only_text(load_file(settings.validation_file), settings)
     if settings.eval_only:
         return None, eval_rows, ""
     files = Files(train_files(settings))
@@ -37,7 +39,7 @@ def load_rows(settings):
 
 
 def _load_dataset(settings):
-    builder = data.load_dataset(settings, "load_dataset_builder")
+    builder = load_dataset(settings, "load_dataset_builder")
     splits = builder.as_streaming_dataset()
     name = next((name for name in ("validation", "test") if name in splits), None)
     if name is None or ("train" not in splits and not settings.eval_only):
@@ -50,9 +52,9 @@ def _load_dataset(settings):
         return Table(lambda: builder.as_streaming_dataset(split), _files_of(builder, split), settings)
 
     validation = table_of(name)
-    digest = data.digest_of([name, validation.column, *validation.files.identity().values()])
+    digest = digest_of([name, validation.column, *validation.files.identity().values()])
     num_rows = sum(len(rows) for _, rows in validation.chunks(None))
-    eval_rows = data.Rows(
+    eval_rows = Rows(
         lambda: itertools.chain.from_iterable(rows for _, rows in validation.chunks(None)), digest, range(num_rows)
     )
     return None if settings.eval_only else table_of("train"), eval_rows
@@ -99,7 +101,7 @@ class Files:
                 for i in range(num_samples):
                     file.seek(max(0, size - (1 << 16)) * i // (num_samples - 1))
                     digest.update(file.read(1 << 16))
-        times = data.digest_of([time for _, time in self.seen.values()])
+        times = digest_of([time for _, time in self.seen.values()])
         return {"training data": digest.hexdigest(), "training files' times of change": times}
 
     def summary(self):
@@ -119,8 +121,8 @@ class RemoteFiles:
     def identity(self):
         names = [re.sub(r"@[^/]*", "", path) for path in self.paths]
         return {
-            "training data": data.digest_of(names),
-            "training files' times of change": data.digest_of(self.versions),
+            "training data": digest_of(names),
+            "training files' times of change": digest_of(self.versions),
         }
 
     def summary(self):
@@ -128,7 +130,7 @@ class RemoteFiles:
 
 
 class Lines:
-    """The rows of files of JSON lines or of text, .gz or not. As in `data.load_rows` a line of text is a row, and of
+    """The rows of files of JSON lines or of text, .gz or not. As in `rows.load_rows` a line of text is a row, and of
     several text files that a folder or a pattern means each file is one.
 
     A place is [index of the file, byte in its text]; it can be gone to at once, but a .gz is unpacked up to there.
@@ -140,7 +142,7 @@ class Lines:
         if files.kind == "json":
             rows = (row for place, chunk in self.chunks(None) for _, row in self._parse(place, chunk))
             row = next(rows, {})
-        self.column = column_of(row, settings)
+        self.column = _column_of(row, settings)
 
     def chunks(self, place):
         """(place, bytes) of each chunk, from a place on, or from the beginning. Raises ValueError where a file cannot
@@ -149,14 +151,14 @@ class Lines:
         for index in range(first, len(self.files.paths)):
             path = self.files.paths[index]
             try:
-                with data.open_file(path) as file:
+                with open_file(path) as file:
                     file.seek(byte)
                     while chunk := file.read(self.chunk_bytes) + file.readline():
                         self.files.check(path)
                         yield [index, byte], chunk
                         byte += len(chunk)
             except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"training file {path} cannot be read: {data.one_line(error)}") from error
+                raise ValueError(f"training file {path} cannot be read: {one_line(error)}") from error
             byte = 0
 
     def texts(self, place, chunk):
@@ -200,7 +202,7 @@ class Table:
 
     def __init__(self, open, files, settings):
         self.open, self.files, self.column = open, files, None
-        self.column = column_of(next(iter(open()), {}), settings)
+        self.column = _column_of(next(iter(open()), {}), settings)
 
     def chunks(self, place):
         """(place, texts) of each chunk, from a place on, or from the beginning."""
@@ -212,13 +214,13 @@ class Table:
             for row in rows:
                 texts.append(row[self.column])
                 num_characters += len(texts[-1] or "")
-                if num_characters >= CHUNK_BYTES or len(texts) == data.ROWS_PER_BATCH:
+                if num_characters >= CHUNK_BYTES or len(texts) == ROWS_PER_BATCH:
                     self.files.check()
                     yield place, texts
                     texts, num_characters, place = [], 0, rows.state_dict()
         except Exception as error:  # the loader's errors have no common class
             self.files.check()
-            raise ValueError(f"the training data cannot be read: {data.one_line(error)}") from error
+            raise ValueError(f"the training data cannot be read: {one_line(error)}") from error
         if texts:
             self.files.check()
             yield place, texts
@@ -229,13 +231,6 @@ class Table:
         return texts
 
 
-def column_of(row, settings):
-    """The name of the column that holds the text, from the data's first row. Raises ValueError if there is none."""
-    texts = [name for name, value in row.items() if isinstance(value, str)]
-    column = settings.text_column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if column not in row:
-        wanted = f"no column {column!r}" if column else "not just one column of text"
-        raise ValueError(
-            f"the training data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}"
-        )
-    return column
+def _column_of(row, settings):
+    """The name of the column that holds the text, from the data's first row."""
+    return text_column(row, [name for name, value in row.items() if isinstance(value, str)], settings)

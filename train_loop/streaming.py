@@ -24,6 +24,7 @@ import numpy as np
 from accelerate.utils import gather_object
 
 from train_loop import data
+from train_loop.rows import digest_of
 
 NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
 BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
@@ -72,7 +73,7 @@ class Stream:
         self.document_end = self.end_of_text if settings.document_attention else None
         recipe = [*data.tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
         self._identity = {
-            "training blocks": f"streamed, {data.digest_of([*recipe, source.column])}",
+            "training blocks": f"streamed, {digest_of([*recipe, source.column])}",
             "shuffle_buffer_size": settings.shuffle_buffer_size,
             **source.files.identity(),
         }

@@ -11,10 +11,10 @@ After a resume the same run goes on, with no step twice and none lost, as far as
 import dataclasses
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 from train_loop.config import TRACKERS
+from train_loop.messages import one_line, warn
 
 PROJECT = "train_loop"  # where trackers collect several runs
 
@@ -123,9 +123,4 @@ class Trackers:
 
     def _drop(self, tracker, error):
         self.running.remove(tracker)
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        warn(f"{tracker.name} gets nothing from here on ({reason}); metrics.jsonl has everything")
-
-
-def warn(message):
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+        warn(f"{tracker.name} gets nothing from here on ({one_line(error)}); metrics.jsonl has everything")

@@ -26,7 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train_loop import checkpoint, main, sources  # noqa: E402
+from train_loop import checkpoint, durable, main, sources  # noqa: E402
 
 TIMINGS = ("tokens_per_second",)
 
@@ -44,7 +44,7 @@ def prepare(folder, streaming=False):
         (folder / "stream.txt").write_text(prose[:7_000], encoding="utf-8")
         if not (pid := os.fork()):  # a tokenizer's threads do not outlive a fork: this process shall not start them
             from train_loop import config, model
-            from train_loop.data import Rows
+            from train_loop.rows import Rows
 
             rows = Rows.of([prose])
             model.load_tokenizer(config.Settings(tokenizer_vocab_size=300), rows).save_pretrained(folder / "tokenizer")
@@ -94,7 +94,7 @@ class Attempt:
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ |= {name: str(value) for name, value in (world | address).items()}
-        write, flush = checkpoint.Checkpoints._write, checkpoint.flush
+        write, flush = checkpoint.Checkpoints._write, durable.flush
 
         def watched(*values):
             self.saving[0] = 1
@@ -107,7 +107,7 @@ class Attempt:
             time.sleep(slow)
             flush(path)
 
-        checkpoint.Checkpoints._write, checkpoint.flush = watched, slowed
+        checkpoint.Checkpoints._write, durable.flush = watched, slowed
         try:
             return main.main(arguments)
         except BaseException:
@@ -189,8 +189,8 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
         lost_a_peer = {1} if processes > 1 and number == signal.SIGKILL else set()
         if codes - {0, 75, 128 + number, -signal.SIGKILL, -number} - lost_a_peer:
             raise SystemExit(f"an attempt ended with {codes}; see {log}")
-        steps = checkpoint.steps_in(output_dir / "checkpoints") if output_dir.exists() else []
-        whole = [step for step in steps if not checkpoint.damage(output_dir / "checkpoints" / checkpoint.name_of(step))]
+        steps = durable.steps_in(output_dir / "checkpoints") if output_dir.exists() else []
+        whole = [step for step in steps if not durable.damage(output_dir / "checkpoints" / durable.name_of(step))]
         newest = max(whole, default=-1)
         if newest < whole_before:
             raise SystemExit(f"a whole checkpoint was lost: step {whole_before}, now {newest}; see {log}")
@@ -204,7 +204,7 @@ def harness(kills, processes, number, seed, folder, is_streamed):
     import torch  # noqa: F401  loaded before forking
     import transformers  # noqa: F401
 
-    from train_loop import data, evaluate, launch, loop, metrics, model, optim, publish, streaming  # noqa: F401
+    from train_loop import run  # noqa: F401
 
     generator = random.Random(seed)
     arguments, log = prepare(folder, is_streamed), folder / "log.txt"

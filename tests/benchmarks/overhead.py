@@ -25,12 +25,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from train_loop import loop, tuning  # noqa: E402
-from train_loop.checkpoint import Checkpoints, Position  # noqa: E402
+from train_loop.checkpoint import Checkpoints  # noqa: E402
 from train_loop.config import Settings  # noqa: E402
 from train_loop.data import Split, Windows, shuffled  # noqa: E402
 from train_loop.loss import next_token_loss, put_loss_in_head  # noqa: E402
 from train_loop.metrics import Metrics  # noqa: E402
 from train_loop.optim import build_optimizer, build_scheduler  # noqa: E402
+from train_loop.position import Position  # noqa: E402
 
 VOCAB, BLOCK, BATCH = 512, 128, 8
 
@@ -80,8 +81,8 @@ def our_run(blocks, num_steps, accumulation=1):
         began = time.perf_counter()
         splits = Split("training", blocks), Split("validation", blocks[:1])
         checkpoints = Checkpoints(settings, accelerator)
-        arguments = settings, accelerator, metrics, checkpoints, NoSignal(), position
-        loop.train(model, optimizer, scheduler, *splits, *arguments)
+        arguments = settings, accelerator, metrics, checkpoints, NoSignal()
+        loop.train(model, optimizer, scheduler, position, *splits, *arguments)
         return time.perf_counter() - began, model.state_dict(), metrics.train_loss
 
 

@@ -71,15 +71,16 @@ def digest_of(arrays):
 
 
 def ours(text, load_tokenizer, result):
-    import train_loop.data
     from train_loop.config import Settings
+    from train_loop.data import load_split
+    from train_loop.rows import load_rows
 
     settings = Settings(validation_file=str(text), eval_only=True, block_size=BLOCK)
     tokenizer = load_tokenizer()
     before, start, used = resident_set(), time.perf_counter(), cpu_seconds()
-    _, rows, _ = train_loop.data.load_rows(settings)
+    _, rows, _ = load_rows(settings)
     result["reading"] = time.perf_counter() - start
-    split = train_loop.data.load_split(rows, tokenizer, "validation", settings)
+    split = load_split(rows, tokenizer, "validation", settings)
     result |= {"seconds": time.perf_counter() - start, "cpu_seconds": cpu_seconds() - used}
     result["memory"] = highest_resident_set() - before
     result |= {"tokens": split.num_tokens, "blocks": len(split.blocks)}
@@ -154,8 +155,8 @@ def prepare(arguments, folder):
     from transformers import GPT2TokenizerFast
 
     from train_loop.config import Settings
-    from train_loop.data import load_rows
     from train_loop.model import load_tokenizer
+    from train_loop.rows import load_rows
 
     text, given = folder / "prose.txt", arguments.tokenizer
     if arguments.text:

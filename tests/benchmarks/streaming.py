@@ -70,12 +70,13 @@ def go_through(arguments):
 
     import torch
 
-    from train_loop import checkpoint, config, model, sources, streaming
+    from train_loop import command_line, model, sources, streaming
+    from train_loop.position import Position
 
-    settings = config.read_settings(arguments)
+    settings = command_line.read_settings(arguments)
     source = sources.load_rows(settings)[0]
     stream = streaming.Stream(source, model.load_tokenizer(settings, None), settings)
-    position, points, tokens, began = checkpoint.Position(), [], 0, time.perf_counter()
+    position, points, tokens, began = Position(), [], 0, time.perf_counter()
     size = sum(size for size, _ in source.files.seen.values())
     one = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
     for window in stream.windows(settings, one, position):
@@ -141,10 +142,11 @@ def main_(options, folder):
     valid.write_text("".join(some[:60]), encoding="utf-8")
     tokenizer = options.tokenizer
     if not tokenizer:
-        from train_loop import config, data, model
+        from train_loop import config, model
+        from train_loop.rows import Rows
 
         tokenizer = folder / "tokenizer"
-        rows = data.Rows.of(some)
+        rows = Rows.of(some)
         model.load_tokenizer(config.Settings(tokenizer_vocab_size=8192), rows).save_pretrained(tokenizer)
     print(f"text: {text.stat().st_size / 1e6:,.0f} MB")
 

@@ -1,0 +1,177 @@
+"""From words to `Settings`: defaults, then a recipe (YAML), then the command line.
+
+Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import math
+import os
+import sys
+import types
+from pathlib import Path
+
+import yaml
+
+from train_loop.config import Settings, as_recipe
+from train_loop.contradictions import contradictions
+
+RECIPES = Path(__file__).parent / "recipes"
+# where none of these is given, and no recipe either, the run is the quickstart
+MODEL_OR_DATA = {
+    "model_name_or_path",
+    "config_name",
+    "model_type",
+    "dataset_name",
+    "train_file",
+    "validation_file",
+}
+
+
+def read_settings(argv):
+    """The settings that the command line `argv` (a list of words) asks for.
+
+    Raises ValueError with one line for each problem: unknown keys, wrong types, values out of range, settings that
+    contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
+    those that came out, as a recipe, and both leave with SystemExit.
+    """
+    problems, values = [], {}
+    recipe, flags = _split_command_line(argv, problems)
+    print_config = flags.pop("print_config", False)
+    if recipe is None and not MODEL_OR_DATA & set(flags):
+        recipe = "quickstart"
+    if recipe is not None:
+        _take(_read_recipe(recipe, problems), f"recipe {recipe}: ", values, problems)
+    _take(flags, "the command line: --", values, problems)
+    settings = Settings(**values)
+    problems = problems or contradictions(settings)
+    if problems:
+        raise ValueError("\n".join(problems))
+    if print_config:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(as_recipe(settings), end="")
+        sys.exit()
+    return settings
+
+
+def _take(entries, source, values, problems):
+    """Puts `entries`, {name: value as it was written}, into `values` as what they are to be. `source`: how a message
+    about one of them begins."""
+    fields = {f.name: f for f in dataclasses.fields(Settings)}
+    for name, value in entries.items():
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            dashes = "--" * source.endswith("--")
+            hint = f"; did you mean {dashes}{close[0]}?" if close else ""
+            problems.append(f"{source}{name} is not a setting{hint}")
+            continue
+        f = fields[name]
+        try:
+            values[name] = convert(value, f.type)
+            if values[name] is not None and f.metadata["check"] and not f.metadata["check"](values[name]):
+                raise ValueError
+        except (ValueError, OverflowError):
+            wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
+            problems.append(f"{source}{name} is {value!r}, but must be {wanted}")
+
+
+def convert(value, kind):
+    """`value` (text of the command line, or a YAML value) as `kind`, one of a field's types; ValueError if it is none.
+
+    YAML reads 2e-5 as text, so a number may come as text from there too; a bool is never a number.
+    """
+    if value is None and kind != _kind(kind):
+        return None
+    kind = _kind(kind)
+    if kind == list[str] and value != []:
+        return [convert(entry, str) for entry in (value if isinstance(value, list) else [value])]
+    if kind is bool and str(value).lower() in ("true", "false"):
+        return str(value).lower() == "true"
+    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
+        return str(value)
+    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
+        number = float(value)
+        if math.isfinite(number) and (kind is float or number.is_integer()):
+            is_whole = kind is int and str(value).lstrip("-").isdigit()
+            return int(value) if is_whole else kind(number)  # a float would round beyond 2 ** 53
+    raise ValueError
+
+
+def _split_command_line(argv, problems):
+    """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
+    parser = argparse.ArgumentParser(
+        prog="train_loop/main.py",
+        usage="accelerate launch %(prog)s [--config RECIPE] [--NAME VALUE ...]",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        description="Fine-tune a causal language model. A flag wins over the recipe, the recipe over the default. "
+        "Without --config, a model or data, the recipe is quickstart.",
+    )
+    parser.add_argument("--config", metavar="RECIPE", nargs="?", help=f"a YAML file, or one of: {_recipes()}")
+    parser.add_argument("--print_config", action="store_true", help="print the settings as a recipe, and stop")
+    groups = {}
+    for f in dataclasses.fields(Settings):
+        group = f.metadata["group"]
+        groups[group] = groups.get(group) or parser.add_argument_group(group)
+        default = "" if f.default is None else f" (default: {str(f.default).lower() if f.type is bool else f.default})"
+        wanted = f"; {f.metadata['wanted']}" if f.metadata["wanted"] else ""
+        several = _kind(f.type) == list[str]
+        groups[group].add_argument(
+            f"--{f.name}",
+            nargs="*" if several else "?",
+            action="extend" if several else "store",
+            const="true" if f.type is bool else None,
+            metavar="true|false" if f.type is bool else _type_name(f.type).split()[-1].upper(),
+            help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
+        )
+    known, unknown = parser.parse_known_args(map(_underscored, argv))
+    flags = vars(known)
+    for word in unknown:
+        if word.startswith("--"):
+            flags[word[2:].split("=")[0]] = ""
+        elif not (unknown.index(word) and unknown[unknown.index(word) - 1].startswith("--")):
+            problems.append(f"the command line: {word!r} belongs to no flag")
+    if "config" in flags and flags["config"] is None:
+        problems.append("the command line: --config needs the name of a recipe or a YAML file")
+    for name, value in flags.items():
+        if value in (None, []) and name != "config":
+            flags[name] = ""  # a flag without its value: no type takes this
+    return flags.pop("config", None), flags
+
+
+def _underscored(word):
+    """--block-size=64 as --block_size=64: both are taken, as in transformers' own parser."""
+    flag, equals, value = word.partition("=")
+    return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
+
+
+def _recipes():
+    return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def _read_recipe(recipe, problems):
+    """The mapping in a recipe, by name or by path; {} and a problem if there is none."""
+    path = RECIPES / f"{recipe}.yaml"
+    if not path.is_file():
+        path = Path(recipe)
+    try:
+        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(entries, dict):
+            raise ValueError("it is not a list of 'name: value' lines")
+        return {str(name): value for name, value in entries.items()}
+    except FileNotFoundError:
+        problems.append(f"the command line: --config {recipe} is neither a file nor a recipe; recipes are {_recipes()}")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        problems.append(f"--config {recipe} cannot be read: {' '.join(str(error).split())}")
+    return {}
+
+
+def _kind(kind):
+    """The type of a setting, without the None that stands for off."""
+    return next(k for k in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,)) if k is not types.NoneType)
+
+
+def _type_name(kind):
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text"}
+    return names[_kind(kind)]

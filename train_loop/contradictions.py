@@ -1,0 +1,97 @@
+"""Settings that do not go together, and input files that are not usable: found before anything slow happens."""
+
+from pathlib import Path
+
+from train_loop.config import Settings
+from train_loop.files import FILE_KINDS, file_kind, text_files, train_files
+
+
+def contradictions(s):
+    """One line for each set of settings that do not go together, and for each input file that is not usable."""
+    found = []
+    models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(s, n)]
+    if len(models) != 1:
+        given = " and ".join(models) or "none"
+        found.append(f"give exactly one of model_name_or_path, config_name, model_type: {given} given")
+    if (s.model_name_or_path or "").endswith(".gguf"):
+        found.append("model_name_or_path is a GGUF file: give its folder, and its name as gguf_file")
+    elif s.gguf_file and not s.model_name_or_path:
+        found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
+    elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
+        found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
+    if s.config_overrides and s.model_name_or_path:
+        found.append("config_overrides goes with config_name or model_type: a pretrained model's shape is fixed")
+    if s.tokenizer_name and s.tokenizer_vocab_size:
+        found.append("give tokenizer_name or tokenizer_vocab_size, not both")
+    if s.model_name_or_path and s.tokenizer_vocab_size:
+        found.append("tokenizer_vocab_size goes with config_name or model_type: a pretrained model has its tokenizer")
+    if s.model_type and not (s.tokenizer_name or s.tokenizer_vocab_size):
+        found.append("model_type needs tokenizer_name or tokenizer_vocab_size")
+    if s.dataset_name and (s.train_file or s.validation_file):
+        found.append("give dataset_name or files, not both")
+    if s.dataset_config_name and not s.dataset_name:
+        found.append("dataset_config_name goes with dataset_name")
+    if s.eval_only and not s.model_name_or_path:
+        found.append("eval_only needs model_name_or_path")
+    if s.eval_only and not (s.dataset_name or s.train_file or s.validation_file):
+        found.append("eval_only needs data: dataset_name, train_file or validation_file")
+    if not s.eval_only and not (s.dataset_name or s.train_file):
+        found.append("no training data: give dataset_name or train_file")
+    if not s.eval_only and not s.output_dir:
+        found.append("output_dir is needed: the folder for the trained model")
+    if s.resume_from_checkpoint and (s.overwrite_output_dir or s.eval_only):
+        other = "overwrite_output_dir" if s.overwrite_output_dir else "eval_only"
+        found.append(f"give resume_from_checkpoint or {other}, not both")
+    if s.dry_run and s.eval_only:
+        found.append("give dry_run or eval_only, not both: a plan is of training")
+    if s.eval_stride and s.eval_stride > s.block_size:
+        found.append(f"eval_stride is {s.eval_stride}, more than block_size {s.block_size}: tokens would be left out")
+    if s.streaming and not s.eval_only:
+        if not s.max_train_steps:
+            found.append("streaming needs max_train_steps: how many steps an epoch has is not known before its end")
+        if s.tokenizer_vocab_size:
+            found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
+        if s.train_file and not s.validation_file:
+            found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
+        if s.dataset_name == "python_docs":
+            found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
+    if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
+        found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
+    if s.document_attention and not s.add_eos_token:
+        found.append("document_attention goes with add_eos_token, which marks where documents end")
+    if s.early_stopping_threshold and not s.early_stopping_patience:
+        found.append("early_stopping_threshold goes with early_stopping_patience")
+    if s.load_best_model_at_end and s.checkpointing_steps == "none":
+        found.append("load_best_model_at_end keeps the best model as a checkpoint, but checkpointing_steps is none")
+    for name in ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to"):
+        if s.eval_only and getattr(s, name) not in (None, False, ["none"]):
+            found.append(f"{name} goes with training, not with eval_only")
+    for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
+        if getattr(s, name) != getattr(Settings, name) and not s.push_to_hub:
+            found.append(f"{name} goes with push_to_hub")
+    if s.push_to_hub and s.eval_only:
+        found.append("give push_to_hub or eval_only, not both: evaluating exports nothing")
+    if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
+        found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
+    for name in ("train_file", "validation_file"):
+        if not getattr(s, name):
+            continue
+        paths = train_files(s) if name == "train_file" and s.streaming else [Path(getattr(s, name))]
+        if len({file_kind(path) for path in paths}) > 1:
+            found.append(f"{name} {getattr(s, name)}: files of more than one kind")
+        is_whole = text_files(getattr(s, name))  # each file a row
+        if is_whole is not None and not (is_whole or (s.streaming and len(paths) > 1)):
+            found.append(f"{name} {getattr(s, name)}: there is no text file in it")
+            continue
+        for path in [] if is_whole else paths:
+            if not path.is_file():
+                found.append(f"{name} {path}: no such file")
+            elif file_kind(path) is None:
+                found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
+            elif path.stat().st_size == 0:
+                found.append(f"{name} {path} is empty")
+            elif s.add_eos_token and file_kind(path) == "text":
+                found.append(
+                    f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet"
+                )
+    return found

@@ -1,0 +1,164 @@
+"""The README.md of an exported folder."""
+
+import dataclasses
+import math
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
+
+from train_loop.files import file_kind
+from train_loop.hub import is_hub_name
+
+METRICS = {  # of an evaluation line: the name that people know it by
+    "eval_loss": "loss",
+    "perplexity": "perplexity",
+    "word_perplexity": "word_perplexity",
+    "bits_per_byte": "bits_per_byte",
+}  # in the order of the card
+
+
+def inherited_metadata(settings):
+    """What the cards on the hub say that holds for the new model too: the license of the model that it is made from,
+    the language of the data. Empty where there are no cards, or they do not say."""
+    found = {}
+    if is_hub_name(settings.model_name_or_path):
+        found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
+    if is_hub_name(settings.dataset_name):
+        found |= _card_data(DatasetCard, settings.dataset_name, ("language",))
+    return found
+
+
+def _card_data(kind, name, keys):
+    try:
+        data = kind.load(name, ignore_metadata_errors=True).data
+    except Exception:  # no card, no hub, no metadata: nothing is known
+        return {}
+    return {key: value for key in keys if (value := data.get(key)) is not None}
+
+
+def model_card(publisher, model, lines, results=None):
+    """The README.md of an exported folder, as text: the metadata that the hub reads, losses, use, how it was made.
+
+    `lines`: of metrics.jsonl; `results`: of the finished run, None before it is.
+    """
+    s, accelerator, repository = publisher.settings, publisher.accelerator, publisher.repository
+    evaluations = [line for line in lines if "eval_loss" in line]
+    last = evaluations[-1]
+    if exported_step := (results or {}).get("exported_step"):
+        last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
+    title = Path(repository or Path(s.output_dir).resolve()).name
+    data = s.dataset_name or Path(s.train_file).name
+    eval_file = s.validation_file or s.train_file
+    metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
+    metadata = ModelCardData(
+        model_name=title,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["causal-lm", "train_loop"],
+        base_model=s.model_name_or_path if is_hub_name(s.model_name_or_path) else None,
+        datasets=[s.dataset_name] if is_hub_name(s.dataset_name) else None,
+        eval_results=[
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=s.dataset_name or file_kind(eval_file) or "text",
+                dataset_name=s.dataset_name or Path(eval_file).name,
+                dataset_config=s.dataset_config_name,
+                metric_type=name,
+                metric_name=name,
+                metric_value=round(value, 6),
+            )
+            for name, value in metrics.items()
+            if math.isfinite(value)
+        ],
+        **publisher.inherited,
+    )
+
+    num_parameters = sum(p.numel() for p in model.parameters())
+    gguf = f" ({s.gguf_file})" if s.gguf_file else ""
+    origin = (
+        f"fine-tuned from `{s.model_name_or_path}`{gguf}" if s.model_name_or_path else "trained from random weights"
+    )
+    config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
+    digits = {"perplexity": 2, "word_perplexity": 2}
+    shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
+    held_out = f" on {publisher.held_out}," if publisher.held_out else ""
+    context = f"begins anew every {s.block_size} tokens"
+    if s.eval_stride:
+        context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
+    choice = ""
+    if exported_step:
+        num = sum(line["step"] > 0 for line in evaluations)
+        after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
+        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
+    table, train_loss = [], ""
+    for line in lines:
+        train_loss = f"{line['loss']:.4f}" if "loss" in line else train_loss
+        if "eval_loss" in line:
+            cells = f"{line['step']:,}", f"{line['epoch']:.2f}", train_loss, f"{line['eval_loss']:.4f}"
+            table.append(f"| {' | '.join(cells)} | {line['perplexity']:,.2f} |")
+    place = s.output_dir
+    if repository:
+        place = repository if "/" in repository else f"OWNER/{repository}"
+
+    has_no_effect = {
+        "num_train_epochs": s.max_train_steps,
+        "validation_split_percentage": not held_out,
+        "early_stopping_threshold": not s.early_stopping_patience,
+        "shuffle_buffer_size": not s.streaming,
+    }
+    made = {
+        f.name: Path(value).name if f.name.endswith("_file") else value
+        for f in dataclasses.fields(s)
+        if f.metadata["group"] in ("data", "training") and not has_no_effect.get(f.name)
+        if (value := getattr(s, f.name)) is not None and value is not False
+    }
+    W, device = accelerator.num_processes, accelerator.device
+    num_blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * W
+    made["optimizer"] = f"AdamW, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
+    made["precision"] = accelerator.mixed_precision.replace("no", "float32")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    made["hardware"] = f"{W} process{'es' if W > 1 else ''} on {name}"
+    if results:
+        made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
+    packages = "torch", "transformers", "accelerate", "datasets"
+    made["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    listed = "\n".join(f"- {name}: {value}" for name, value in made.items())
+
+    curve = "\n![training and validation loss](loss_curve.png)\n" if results else ""  # drawn when the run is done
+    return f"""---
+{metadata.to_yaml()}
+---
+
+# {title}
+
+A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
+
+Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
+compare them only with numbers that were measured in the same way.{choice}
+
+| step | epoch | training loss | validation loss | perplexity |
+|---:|---:|---:|---:|---:|
+{chr(10).join(table)}
+
+The training loss is the mean since the line before it in [metrics.jsonl](metrics.jsonl).
+{curve}
+## Use
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="{place}")
+print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
+```
+
+## Training
+
+{listed}
+
+[train_config.yaml](train_config.yaml) has every setting.
+"""

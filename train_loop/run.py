@@ -1,0 +1,145 @@
+"""A run, from its settings to the folder that it leaves. This file is the table of contents:
+
+settings -> rows -> blocks -> model -> optimizer -> where an earlier run was -> loop -> export
+"""
+
+import contextlib
+import time
+
+from accelerate.utils import set_seed
+
+from train_loop import best, checkpoint, data, launch, loop, metrics, output_dir, rows, sources
+from train_loop.evaluate import evaluate
+from train_loop.identity import identity
+from train_loop.loss import put_loss_in_head
+from train_loop.micro_batch import fit_micro_batch
+from train_loop.model import load_config, load_model, load_tokenizer
+from train_loop.optim import build_optimizer, build_scheduler
+from train_loop.position import Position
+from train_loop.publish import Publisher
+from train_loop.sample import Samples
+from train_loop.streaming import Stream
+from train_loop.trackers import Trackers
+
+
+def run(settings, stop, repository=None):
+    """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
+
+    Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
+    pushed. Raises ValueError, OSError and FloatingPointError for what the user can mend, and Stopped.
+    """
+    launch.stop_with_launcher()
+    accelerator = launch.build_accelerator(settings)
+    is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
+    with contextlib.ExitStack() as at_the_end:
+        at_the_end.callback(accelerator.end_training)  # without it a run of several CPU processes aborts at exit
+        settings = launch.after_restart(settings, accelerator)
+        output_dir.check_output_dir(settings)
+
+        # settings -> rows -> blocks
+        config = load_config(settings)
+        train_rows, eval_rows, held_out = (sources if settings.streaming else rows).load_rows(settings)
+        tokenizer = load_tokenizer(settings, train_rows)
+        eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
+        if settings.streaming and not settings.eval_only:
+            train_split = Stream(train_rows, tokenizer, settings)
+        elif not settings.eval_only:
+            train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
+        samples = Samples(settings, tokenizer) if settings.sample_prompt else None
+
+        # -> model
+        model = load_model(settings, config, tokenizer)
+        if not put_loss_in_head(model):
+            accelerator.print("loss        through whole logits: this model's head is more than a linear layer")
+        launch.compile_in_place(model, accelerator)
+        if settings.eval_only:
+            evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress)
+            return False
+
+        # -> optimizer
+        run_length = train_split.num_blocks, settings, accelerator.num_processes
+        per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
+        optimizer = build_optimizer(model, settings)
+        scheduler = build_scheduler(optimizer, settings, num_steps)
+        decides = identity(settings, model, train_split, eval_split, num_steps, accelerator)
+        model, optimizer = launch.prepare(accelerator, model, optimizer)
+        if settings.auto_micro_batch:
+            settings = fit_micro_batch(model, train_split, settings, accelerator)
+        set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
+        whole, splits = accelerator.unwrap_model(model), [train_split, eval_split]
+        banner = metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
+        if settings.dry_run:
+            from train_loop.plan import print_plan
+
+            accelerator.print(banner, flush=True)
+            stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
+            print_plan(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
+            return False
+
+        # -> where an earlier run was
+        checkpoints, position = checkpoint.Checkpoints(settings, accelerator, decides), Position()
+        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
+        at_the_end.callback(log.trackers.finish)
+        path = checkpoints.find()
+        if path:
+            position = checkpoints.position_of(path)
+            is_done = position.step == best.last_step(position, num_steps, settings)
+            if is_done and output_dir.is_finished(settings.output_dir, position.step):
+                accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
+                if position.step < num_steps:
+                    accelerator.print(best.say_why_it_ended(position, num_steps))
+                return True
+            checkpoints.restore(path, position, model, optimizer, scheduler, log)
+        if is_main:
+            output_dir.create_output_dir(settings, resuming=path is not None)
+            print(banner, flush=True)
+            if settings.resume_from_checkpoint:
+                print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
+            log.trackers.start(log.lines, position.step if path else None)
+
+        # -> loop
+        publisher = Publisher(settings, tokenizer, accelerator, repository, held_out)
+        at_the_end.callback(publisher.end)
+        stop.defer(settings.ddp_timeout)
+        loop.train(
+            model,
+            optimizer,
+            scheduler,
+            position,
+            train_split,
+            eval_split,
+            settings,
+            accelerator,
+            log,
+            checkpoints,
+            stop,
+            publisher,
+            samples,
+        )
+
+        # -> export
+        if position.step < num_steps:
+            accelerator.print(best.say_why_it_ended(position, num_steps), flush=True)
+        step, evaluation = best.load_best(checkpoints, position, model)
+        if settings.load_best_model_at_end:
+            evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
+        results = log.finish(evaluation, checkpoints.seconds)
+        publisher.export_model(model, log.lines, results)
+        if is_main:
+            output_dir.write_results(settings.output_dir, results)
+            print(f"done: {settings.output_dir}. Generate text with")
+            print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
+        return True
+
+
+def evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress):
+    """Prints the loss of a model, and leaves it in output_dir if there is one."""
+    accelerator.print(metrics.banner(settings, accelerator, model, [eval_split], held_out), flush=True)
+    model, began = launch.prepare(accelerator, model), time.perf_counter()
+    results = evaluate(model, eval_split, settings, accelerator, show_progress)
+    results["eval_runtime"] = time.perf_counter() - began  # seconds
+    results |= metrics.peak_device_memory_gib()
+    accelerator.print(metrics.table(results))
+    if accelerator.is_main_process and settings.output_dir:
+        output_dir.create_output_dir(settings)
+        output_dir.write_results(settings.output_dir, results)
