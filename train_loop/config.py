@@ -201,6 +201,10 @@ class Settings:
         **one_of("end", "every_save"),
     )
 
+    def blocks_per_step(self, world_size):
+        """Blocks of an optimizer step, of all processes together; the last one of an epoch may be a short one."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
 
 def as_recipe(settings):
     """Every setting as YAML, which `--config` reads back."""

@@ -27,7 +27,6 @@ CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
 def identity(settings, model, split, eval_split, num_steps, accelerator):
     """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
     not: the blocks themselves and the model's config do."""
-    blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
     if settings.load_best_model_at_end or settings.early_stopping_patience:
@@ -39,7 +38,7 @@ def identity(settings, model, split, eval_split, num_steps, accelerator):
         **split.identity(),
         "documents end with token": split.document_end,
         "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
-        "blocks in an optimizer step": blocks_per_step * accelerator.num_processes,
+        "blocks in an optimizer step": settings.blocks_per_step(accelerator.num_processes),
         "num_steps": num_steps,
         "mixed_precision": accelerator.mixed_precision,
     }

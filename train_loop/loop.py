@@ -21,8 +21,7 @@ from train_loop.stop import Stopped
 def steps_per_epoch(num_blocks, settings, world_size):
     """Optimizer steps in one pass over the training blocks; the last may be a short one. None for a stream's blocks
     (None), which are not counted."""
-    blocks_per_step = settings.per_device_train_batch_size * settings.gradient_accumulation_steps * world_size
-    return num_blocks and math.ceil(num_blocks / blocks_per_step)
+    return num_blocks and math.ceil(num_blocks / settings.blocks_per_step(world_size))
 
 
 def num_steps(num_blocks, settings, world_size):

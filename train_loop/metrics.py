@@ -138,7 +138,7 @@ class Metrics:
         if not self.has_head:
             self.has_head = True
             tqdm.write(" ".join(f"{name:>10}" for name in COLUMNS))
-        tqdm.write(" ".join(f"{cell:>10}" for cell in row))
+        tqdm.write(" ".join(f"{cell:>10}" for cell in row).rstrip())
         sys.stdout.flush()
 
     def _write(self, line):
@@ -190,7 +190,7 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         origin = s.model_name_or_path or s.config_name
         lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
     if num_steps:
-        blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * world_size
+        blocks = s.blocks_per_step(world_size)
         lines += [
             f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
             f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",

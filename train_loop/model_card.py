@@ -44,16 +44,73 @@ def model_card(publisher, model, lines, results=None):
 
     `lines`: of metrics.jsonl; `results`: of the finished run, None before it is.
     """
-    s, accelerator, repository = publisher.settings, publisher.accelerator, publisher.repository
+    s, repository = publisher.settings, publisher.repository
     evaluations = [line for line in lines if "eval_loss" in line]
-    last = evaluations[-1]
+    last, choice = evaluations[-1], ""
     if exported_step := (results or {}).get("exported_step"):
         last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
-    title = Path(repository or Path(s.output_dir).resolve()).name
-    data = s.dataset_name or Path(s.train_file).name
-    eval_file = s.validation_file or s.train_file
+        num = sum(line["step"] > 0 for line in evaluations)
+        after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
+        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
     metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
-    metadata = ModelCardData(
+    digits = {"perplexity": 2, "word_perplexity": 2}
+    shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
+
+    title = Path(repository or Path(s.output_dir).resolve()).name
+    place = s.output_dir
+    if repository:
+        place = repository if "/" in repository else f"OWNER/{repository}"
+    num_parameters = sum(p.numel() for p in model.parameters())
+    origin = "trained from random weights"
+    if s.model_name_or_path:
+        origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
+    data = s.dataset_name or Path(s.train_file).name
+    config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
+    held_out = f" on {publisher.held_out}," if publisher.held_out else ""
+    context = f"begins anew every {s.block_size} tokens"
+    if s.eval_stride:
+        context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
+    curve = "\n![training and validation loss](loss_curve.png)\n" if results else ""  # drawn when the run is done
+    return f"""---
+{_metadata(publisher, title, metrics)}
+---
+
+# {title}
+
+A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
+
+Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
+compare them only with numbers that were measured in the same way.{choice}
+
+| step | epoch | training loss | validation loss | perplexity |
+|---:|---:|---:|---:|---:|
+{_table(lines)}
+
+The training loss is the mean since the line before it in [metrics.jsonl](metrics.jsonl).
+{curve}
+## Use
+
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", model="{place}")
+print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
+```
+
+## Training
+
+{_how_it_was_made(publisher, results)}
+
+[train_config.yaml](train_config.yaml) has every setting.
+"""
+
+
+def _metadata(publisher, title, metrics):
+    """What the hub reads, as YAML."""
+    s = publisher.settings
+    eval_file = s.validation_file or s.train_file
+    return ModelCardData(
         model_name=title,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -75,38 +132,25 @@ def model_card(publisher, model, lines, results=None):
             if math.isfinite(value)
         ],
         **publisher.inherited,
-    )
+    ).to_yaml()
 
-    num_parameters = sum(p.numel() for p in model.parameters())
-    gguf = f" ({s.gguf_file})" if s.gguf_file else ""
-    origin = (
-        f"fine-tuned from `{s.model_name_or_path}`{gguf}" if s.model_name_or_path else "trained from random weights"
-    )
-    config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
-    digits = {"perplexity": 2, "word_perplexity": 2}
-    shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
-    held_out = f" on {publisher.held_out}," if publisher.held_out else ""
-    context = f"begins anew every {s.block_size} tokens"
-    if s.eval_stride:
-        context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
-    choice = ""
-    if exported_step:
-        num = sum(line["step"] > 0 for line in evaluations)
-        after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
-        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
-    table, train_loss = [], ""
+
+def _table(lines):
+    rows, train_loss = [], ""
     for line in lines:
         train_loss = f"{line['loss']:.4f}" if "loss" in line else train_loss
         if "eval_loss" in line:
             cells = f"{line['step']:,}", f"{line['epoch']:.2f}", train_loss, f"{line['eval_loss']:.4f}"
-            table.append(f"| {' | '.join(cells)} | {line['perplexity']:,.2f} |")
-    place = s.output_dir
-    if repository:
-        place = repository if "/" in repository else f"OWNER/{repository}"
+            rows.append(f"| {' | '.join(cells)} | {line['perplexity']:,.2f} |")
+    return "\n".join(rows)
 
+
+def _how_it_was_made(publisher, results):
+    """The settings that had an effect, the machine, time and versions, as a list."""
+    s, accelerator = publisher.settings, publisher.accelerator
     has_no_effect = {
         "num_train_epochs": s.max_train_steps,
-        "validation_split_percentage": not held_out,
+        "validation_split_percentage": not publisher.held_out,
         "early_stopping_threshold": not s.early_stopping_patience,
         "shuffle_buffer_size": not s.streaming,
     }
@@ -117,7 +161,7 @@ def model_card(publisher, model, lines, results=None):
         if (value := getattr(s, f.name)) is not None and value is not False
     }
     W, device = accelerator.num_processes, accelerator.device
-    num_blocks = s.per_device_train_batch_size * s.gradient_accumulation_steps * W
+    num_blocks = s.blocks_per_step(W)
     made["optimizer"] = f"AdamW, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
     made["precision"] = accelerator.mixed_precision.replace("no", "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
@@ -126,39 +170,4 @@ def model_card(publisher, model, lines, results=None):
         made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
     packages = "torch", "transformers", "accelerate", "datasets"
     made["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
-    listed = "\n".join(f"- {name}: {value}" for name, value in made.items())
-
-    curve = "\n![training and validation loss](loss_curve.png)\n" if results else ""  # drawn when the run is done
-    return f"""---
-{metadata.to_yaml()}
----
-
-# {title}
-
-A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
-
-Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
-Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
-compare them only with numbers that were measured in the same way.{choice}
-
-| step | epoch | training loss | validation loss | perplexity |
-|---:|---:|---:|---:|---:|
-{chr(10).join(table)}
-
-The training loss is the mean since the line before it in [metrics.jsonl](metrics.jsonl).
-{curve}
-## Use
-
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="{place}")
-print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
-```
-
-## Training
-
-{listed}
-
-[train_config.yaml](train_config.yaml) has every setting.
-"""
+    return "\n".join(f"- {name}: {value}" for name, value in made.items())

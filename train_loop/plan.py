@@ -153,7 +153,7 @@ def measure(model, optimizer, scheduler, train_split, eval_split, settings, acce
 
     lines = [line for line in metrics.lines if "loss" in line]
     tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
-    blocks_of_step = settings.per_device_train_batch_size * accumulation * world_size
+    blocks_of_step = few.blocks_per_step(world_size)
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, train_split.num_blocks or blocks_of_step)
     step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
 
@@ -224,11 +224,12 @@ def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, a
     num_blocks = train_split.num_blocks  # None of a stream: its evaluations at an epoch's end are not counted
     num_steps, per_epoch = loop.num_steps(num_blocks, settings, W), loop.steps_per_epoch(num_blocks, settings, W)
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
-    num_blocks_seen = num_steps * B * A * W
+    per_step = settings.blocks_per_step(W)
+    num_blocks_seen = num_steps * per_step
     if num_blocks:
-        num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, (num_steps % per_epoch) * B * A * W)
+        num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, num_steps % per_epoch * per_step)
     num_tokens = num_blocks_seen * (settings.block_size - 1)
-    training = found["step"] * num_blocks_seen / (B * A * W)
+    training = found["step"] * num_blocks_seen / per_step
     total = training + num_evaluations * found["evaluation"]
     share = found["exchange"] / found["step"]
     say(
