@@ -85,9 +85,10 @@ model = accelerator.prepare(model)
 try:
     with memory_left({mebibytes}[accelerator.process_index]):
         settings = fit_micro_batch(model, split, settings, accelerator)
-    print([accelerator.process_index, settings.per_device_train_batch_size, settings.gradient_accumulation_steps])
+    found = [accelerator.process_index, settings.per_device_train_batch_size, settings.gradient_accumulation_steps]
 except ValueError as error:
-    print(json.dumps([str(error)]))
+    found = [str(error)]
+sys.stdout.write(json.dumps(found) + "\\n")  # at once: the processes share the pipe, and print writes the end apart
 accelerator.end_training()
 """
 
