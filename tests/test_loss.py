@@ -113,6 +113,15 @@ def test_a_model_that_changes_its_logits_is_noticed_and_trained_the_plain_way(mo
     assert (nll_sum / num_targets).item() == pytest.approx(model(ids, labels=ids).loss.item(), rel=1e-5)
 
 
+def test_an_objective_changed_for_logits_alone_is_noticed_even_where_only_training_has_it(monkeypatch):
+    """Where it would not be, the change would be without effect: the loss in the head stays what it was."""
+    model = make_model()
+    assert put_loss_in_head(model)
+    plain = F.cross_entropy
+    monkeypatch.setattr(F, "cross_entropy", lambda *a, **o: plain(*a, **o) * (0.9 if torch.is_grad_enabled() else 1))
+    assert not put_loss_in_head(model)
+
+
 class LargestTensor(TorchDispatchMode):
     """Numbers in the largest tensor that any operation returns."""
 

@@ -124,12 +124,12 @@ class LinearCrossEntropy(torch.autograd.Function):
         return *gradients, None, None
 
 
-@torch.no_grad()
 def put_loss_in_head(model):
     """Sets `model.loss_in_head`, whether `next_token_loss` may work without logits, and returns it.
 
-    Tried out, not looked up: on a small batch the loss must come out as through the logits. It does not where a model
-    does something to its logits afterwards (a soft cap, a scale).
+    Tried out, not looked up: on a small batch the loss must come out as through the logits, without gradients and with
+    them. It does not where a model does something to its logits afterwards (a soft cap, a scale), nor where the
+    objective was changed above, for logits, and not in `LinearCrossEntropy`.
     """
     ids = torch.arange(14, device=model.device).view(2, 7) * 7 % model.get_input_embeddings().num_embeddings
     was_training = model.training
@@ -137,8 +137,10 @@ def put_loss_in_head(model):
     try:
         nll_sums = []
         for model.loss_in_head in (False, True):
-            nll_sums.append(next_token_loss(model, {"input_ids": ids, "labels": ids})[0])
-        model.loss_in_head = torch.allclose(*nll_sums, rtol=1e-5)
+            for with_gradients in (False, True):
+                with torch.set_grad_enabled(with_gradients):
+                    nll_sums.append(next_token_loss(model, {"input_ids": ids, "labels": ids})[0].detach())
+        model.loss_in_head = torch.allclose(torch.stack(nll_sums[:2]), torch.stack(nll_sums[2:]), rtol=1e-5)
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):  # whatever the model did with a scalar
         model.loss_in_head = False
     finally:

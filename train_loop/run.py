@@ -50,7 +50,7 @@ def run(settings, stop, repository=None):
         # -> model
         model = load_model(settings, config, tokenizer)
         if not put_loss_in_head(model):
-            accelerator.print("loss        through whole logits: this model's head is more than a linear layer")
+            accelerator.print("loss        through whole logits: without them this model's loss would be another one")
         launch.compile_in_place(model, accelerator)
         if settings.eval_only:
             evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress)
