@@ -95,6 +95,21 @@ def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, argumen
         (interrupted / "all_results.json").unlink()
 
 
+@pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.NAdam])
+def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments, tmp_path, monkeypatch):
+    """One with states of other shapes than the weights', one with numbers that are tensors: a reader's change to
+    optim.py is one line."""
+    monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
+    arguments = [*arguments, "--max_train_steps=10"]
+    assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
+    shutil.copytree(tmp_path / "alone", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / name_of(10))
+    for name in ("model.safetensors", "all_results.json"):
+        (tmp_path / "resumed" / name).unlink()
+    assert main([*arguments, f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]) == 0
+    assert_same_run(tmp_path / "resumed", tmp_path / "alone")
+
+
 @pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_file_is_noticed(name, deed, interrupted):

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from train_loop import loop
 from train_loop.checkpoint import Checkpoints
 from train_loop.config import Settings
-from train_loop.data import IGNORED, Split, Windows, load_windows, shuffled
+from train_loop.data import IGNORED, Split, Windows, block_order, load_windows
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
@@ -132,7 +132,7 @@ def test_thirty_steps_equal_trainers(model_type, weight_decay, accumulation, ord
             **options,
         ),
         # one long epoch of rows in our order, so that the Trainer's own epochs play no part
-        train_dataset=[rows[i] for epoch in range(num_epochs) for i in shuffled(16, 42, epoch)],
+        train_dataset=[rows[i] for epoch in range(num_epochs) for i in block_order(blocks, 42, epoch)],
         eval_dataset=rows[:5],
         data_collator=transformers.default_data_collator,
         order=list(range(num_epochs * 16)),
@@ -269,7 +269,7 @@ def test_each_block_is_seen_once_an_epoch_however_the_batch_is_spread(
 ):
     """And each optimizer step of six blocks holds the same blocks, on any number of processes."""
     blocks = np.arange(num_blocks, dtype=np.int32)[:, None].repeat(4, axis=1)
-    order = shuffled(num_blocks, 42, 3)
+    order = block_order(np.zeros(num_blocks), 42, 3)
     ranks = [
         list(load_windows(Windows(blocks, order, micro_batch, accumulation, world_size, rank)))
         for rank in range(world_size)
@@ -282,7 +282,7 @@ def test_each_block_is_seen_once_an_epoch_however_the_batch_is_spread(
 
 
 def test_windows_can_begin_anywhere(blocks):
-    windows = Windows(blocks, shuffled(len(blocks), 1, 0), 2, 2)
+    windows = Windows(blocks, block_order(blocks, 1, 0), 2, 2)
     whole = list(load_windows(windows))
     rest = list(load_windows(windows, first=3))
     assert len(rest) == len(whole) - 3

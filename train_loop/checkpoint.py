@@ -18,6 +18,7 @@ import math
 import random
 import shutil
 import time
+from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
@@ -215,18 +216,7 @@ class Checkpoints:
                     tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
-        parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
-        for name in [*saved.pieces, *state["optimizer"]]:
-            parameter_name, _, key = name.rpartition(".")
-            parameter = parameters[parameter_name]
-            if name in state["optimizer"]:
-                value = state["optimizer"][name]
-            elif key == "step":  # a number for the whole parameter, which is not sharded
-                value = saved.read(name).clone().to(parameter.device)
-            else:
-                value = torch.empty_like(parameter)
-                saved.read_into(value, name)
-            optimizer.state[parameter][key] = value
+        load_optimizer(path, model, optimizer, state["optimizer"])
         move_scheduler(scheduler, position.step)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
@@ -270,6 +260,27 @@ def load_weights(path, model):
         raise ValueError(f"{path} holds other weights than this model has")
     for name, tensor in tensors.items():
         saved.read_into(tensor, name)
+
+
+def load_optimizer(path, model, optimizer, scalars):
+    """Puts the optimizer's state in the checkpoint `path` into `optimizer`; `scalars`: what of it is no tensor. Where
+    `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
+    parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers, state = {id(p): number for number, p in enumerate(ordered)}, defaultdict(dict)
+    for name in [*saved.pieces, *scalars]:
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        if name in scalars:
+            value = scalars[name]
+        elif saved.shape(name) == list(parameter.shape):
+            value = torch.empty_like(parameter)
+            saved.read_into(value, name)
+        else:
+            value = saved.read(name).clone()
+        state[numbers[id(parameter)]][key] = value
+    # the optimizer knows best which of them belong on the parameter's device
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def rng_state():

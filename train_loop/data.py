@@ -162,7 +162,7 @@ class Split:
         """This process's windows of the epoch in which `position` is, from there to the epoch's end."""
         windows = Windows(
             self.blocks,
-            shuffled(self.num_blocks, settings.seed, position.epoch),
+            block_order(self.blocks, settings.seed, position.epoch),
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             accelerator.num_processes,
@@ -216,9 +216,10 @@ def group_texts(rows, block_size):
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size), len(tokens) - num_blocks * block_size
 
 
-def shuffled(num_blocks, seed, epoch):
-    """The order of blocks in an epoch [num_blocks]: a pure function of (seed, epoch)."""
-    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_blocks)
+def block_order(blocks, seed, epoch):
+    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled, [n]. Must be a pure function of
+    what it is given: a run that is resumed asks again."""
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 
 
 class Windows(torch.utils.data.Dataset):

@@ -8,14 +8,16 @@ SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at 
 class FiniteGuard:
     """Keeps the weights from a step that is not finite, and raises FloatingPointError on all processes alike.
 
-    On a CPU, and with float16's scaler, the numbers are looked at before each step. On other devices that would make
-    the host wait for the device at each step: there the optimizer is held still on the device, from the first such
-    step on, and the numbers are looked at where the host waits anyway: before a line is logged, an evaluation, a save.
+    On a CPU, with float16's scaler, and with an optimizer that is not fused, the numbers are looked at before each
+    step. Elsewhere that would make the host wait for the device at each step: there the fused optimizer is held still
+    on the device, from the first such step on, and the numbers are looked at where the host waits anyway: before a line
+    is logged, an evaluation, a save.
     """
 
     def __init__(self, optimizer, accelerator, checkpoints):
         self.optimizer, self.scaler, self.checkpoints = optimizer, accelerator.scaler, checkpoints
-        self.waits = accelerator.device.type == "cpu" or self.scaler is not None
+        can_hold_still = all(group.get("fused") for group in optimizer.param_groups)
+        self.waits = accelerator.device.type == "cpu" or self.scaler is not None or not can_hold_still
         self.first = torch.zeros(3, device=accelerator.device)  # step, loss and norm of the first that is not finite
 
     def check(self, step, nll_sum, grad_norm):
@@ -28,7 +30,7 @@ class FiniteGuard:
         if self.waits:
             self.look()
         else:
-            self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()  # the fused AdamW takes no step at 1
+            self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()  # it takes no step at 1
 
     def look(self):
         step, nll_sum, grad_norm = self.first.tolist()

@@ -75,6 +75,11 @@ class Shares:
             for name in file.keys():  # noqa: SIM118
                 self.pieces.setdefault(name, []).append((file, first_rows.get(name, 0)))
 
+    def shape(self, name):
+        """The shape of a tensor, of all its rows."""
+        shapes = [file.get_slice(name).get_shape() for file, _ in self.pieces[name]]
+        return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
+
     def read(self, name):
         """All rows of a tensor, on the CPU."""
         parts = [file.get_tensor(name) for file, _ in sorted(self.pieces[name], key=itemgetter(1))]

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from train_loop import loop, tuning  # noqa: E402
 from train_loop.checkpoint import Checkpoints  # noqa: E402
 from train_loop.config import Settings  # noqa: E402
-from train_loop.data import Split, Windows, shuffled  # noqa: E402
+from train_loop.data import Split, Windows, block_order  # noqa: E402
 from train_loop.loss import next_token_loss, put_loss_in_head  # noqa: E402
 from train_loop.metrics import Metrics  # noqa: E402
 from train_loop.optim import build_optimizer, build_scheduler  # noqa: E402
@@ -92,7 +92,7 @@ def bare_run(blocks, num_steps):
     settings = Settings()
     optimizer = build_optimizer(model, settings)
     scheduler = build_scheduler(optimizer, settings, num_steps)
-    windows = Windows(blocks, shuffled(len(blocks), settings.seed, 0), BATCH, 1)
+    windows = Windows(blocks, block_order(blocks, settings.seed, 0), BATCH, 1)
     batches = [{name: value[0] for name, value in windows[i].items()} for i in range(num_steps)]
     began = time.perf_counter()
     for batch in batches:

@@ -95,7 +95,7 @@ def train(arguments, every=50):
 
     from train_loop import data, main, metrics
 
-    data.shuffled = lambda num_blocks, seed, epoch: np.arange(num_blocks)
+    data.block_order = lambda blocks, seed, epoch: np.arange(len(blocks))
     points, count_step = [], metrics.Metrics.count_step
 
     def watched(self, step, *values):
