@@ -137,13 +137,17 @@ def test_distillation_moves_the_student_towards_a_frozen_teacher(change, base, t
     assert_same_run(resume_from_step_3(main, arguments, tmp_path / "run"), tmp_path / "run")
 
 
-def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(change, base, text_file, tmp_path):
+def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(
+    change, base, text_file, tmp_path, capsys
+):
     peft = pytest.importorskip("peft")
     main = change("LoRA")
     arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--block_size=32", "--learning_rate=1e-2"]
     arguments += [*SHORT, "--max_train_samples=48", "--max_eval_samples=4"]
     assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
     checkpoint = tmp_path / "run" / "checkpoints" / "step-000006"
+    num_trained = sum(t.numel() for n, t in load_file(checkpoint / "model.safetensors").items() if ".lora_" in n)
+    assert f"{num_trained:,} of them trained" in " ".join(capsys.readouterr().out.split())
     assert all(".lora_" in name for name in load_file(checkpoint / "optimizer.safetensors"))
     before, first, last = (
         load_file(path / "model.safetensors") for path in (base, checkpoint.with_name("step-000003"), checkpoint)

@@ -180,8 +180,10 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
     steps, it is of an evaluation."""
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = f", {num_trained:,} of them trained" if num_trained < num_parameters else ""
     source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
-    lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters, float32"]
+    lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters{trained}, float32"]
     for split in splits:
         lines.append(f"{split.name:<12}{split.summary()}")
     if held_out:

@@ -1,4 +1,5 @@
-"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for LoRA or a teacher.
+"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for LoRA, a teacher or
+frozen weights.
 
 Weights are float32 whatever a checkpoint holds: half-precision weights would round most of an update away. Lower
 precision in the forward and backward passes is the launch config's affair (autocast).

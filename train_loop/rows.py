@@ -90,8 +90,8 @@ def load_dataset(settings, function):
 
 
 def load_file(path):
-    """A text file's lines as `Rows`, or the whole files of a folder or pattern, a row each; the `datasets.Dataset` of
-    what is not text."""
+    """A text file's lines as `Rows`, or the whole files of a folder or pattern, a row each; of what is not text a
+    `datasets.Dataset`, of which `only_text` makes `Rows`."""
     if (files := text_files(path)) is not None:
         return _whole_files(files)
     kind = file_kind(path)
