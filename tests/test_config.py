@@ -159,6 +159,7 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         (["--model_name_or_path", ".", "--gguf_file", "m.gguf", *DATA], "gguf_file m.gguf: no such file in ."),
         ([*MODEL, "--train_file", __file__, "--output_dir", "o"], "kind is not known"),
         (["--config_name", "c", "--tokenizer_name", "t", "--tokenizer_vocab_size", "300", *DATA], "not both"),
+        (["--model_type", "gpt2", "--model_revision", "r", *DATA], "model_revision goes with"),
         ([*MODEL, "--dataset_config_name", "c", "--train_file", "x.txt", "--output_dir", "o"], "dataset_config_name"),
     ],
 )

@@ -155,6 +155,19 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
     assert generated.stdout.startswith("The value") and len(generated.stdout.strip()) > len("The value")
 
 
+def test_the_revision_of_a_model_is_the_one_that_is_asked_for(healthy, text_file, tmp_path):
+    launcher = (*ONLINE, sys.executable, "train_loop/main.py")
+    arguments = ["--model_name_or_path=distilgpt2", f"--validation_file={text_file}", "--eval_only"]
+    environment = healthy.environment(tmp_path / "cache")
+    sha = healthy.sha("models", "distilbert/distilgpt2")
+    done = run(*arguments, "--block_size=64", f"--model_revision={sha}", launcher=launcher, **environment)
+    assert done.returncode == 0, done.stderr
+    asked = [path for _, path, *_ in healthy.requests if path.startswith("/distilbert/distilgpt2/resolve/")]
+    assert asked and all(path.split("/")[4] == sha for path in asked)
+    done = run(*arguments, "--model_revision=nowhere", launcher=launcher, **environment)
+    assert done.returncode == 1 and "nowhere" in done.stderr
+
+
 TROUBLE = {
     "an error of the server": ("commit/main", 500, "500 Internal Server Error"),
     "a token that is no good": ("repos/create", 401, "401 Unauthorized"),

@@ -108,6 +108,9 @@ def test_thirty_steps_equal_trainers(model_type, weight_decay, accumulation, ord
         "learning_rate": 1e-3,
         "weight_decay": weight_decay,
         "max_grad_norm": 0.5,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-6,
     }
     model = make_model(model_type)
     lines, evaluation, ours = train(model, blocks, blocks[:5], tmp_path / "run", max_train_steps=30, **options)

@@ -244,6 +244,27 @@ def test_several_processes_give_the_losses_and_weights_of_one(
     assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
 
 
+NUM_THREADS = """
+import os, sys
+from train_loop import run
+from train_loop.main import main
+for num_workers in "1", "6":
+    if not (child := os.fork()):
+        status = main([*sys.argv[1:], f"--preprocessing_num_workers={num_workers}"])
+        print("threads", len(os.listdir("/proc/self/task")), flush=True)
+        os._exit(status)
+    os.waitpid(child, 0)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_as_many_threads_tokenise_as_were_asked_for(trained, text_file, tmp_path):
+    arguments = [f"--model_name_or_path={trained}", f"--validation_file={text_file}", "--eval_only", "--block_size=32"]
+    done = run("-c", NUM_THREADS, *arguments, HF_HOME=str(tmp_path))
+    one, six = map(int, re.findall(r"^threads (\d+)$", done.stdout, re.MULTILINE))
+    assert six - one == 5, done.stdout + done.stderr
+
+
 def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
     """README's first command, but for the installation and the length: 40 steps of its 354."""
     command = re.search(r"^python -m pip install -e \. && (.*)$", (ROOT / "README.md").read_text(), re.M).group(1)

@@ -11,11 +11,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import ROOT, run
+from test_checkpoint import assert_same_run
 from test_loop import train
+from test_main import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.config import Settings
 from train_loop.data import Split
+from train_loop.main import main
 from train_loop.micro_batch import fit_micro_batch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's address space is Linux's")
@@ -58,6 +61,13 @@ def test_a_micro_batch_that_fits_is_left_as_it_is_and_so_are_weights_and_random_
     assert settings == settings_for(4)
     assert torch.equal(torch.get_rng_state(), random_state) and all(p.grad is None for p in model.parameters())
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_run_that_looks_for_its_micro_batch_is_the_run_without_looking_where_it_fits(text_file, tmp_path):
+    arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=4"]
+    assert main([*arguments, f"--output_dir={tmp_path}/looked", "--auto_micro_batch"]) == 0
+    assert main([*arguments, f"--output_dir={tmp_path}/plain"]) == 0
+    assert_same_run(tmp_path / "looked", tmp_path / "plain")
 
 
 def test_the_losses_are_the_same_with_the_micro_batch_that_fits(tmp_path):

@@ -1,5 +1,7 @@
 """Model, tokenizer and optimizer."""
 
+import json
+
 import datasets
 import pytest
 import torch
@@ -7,6 +9,7 @@ from conftest import TINY_CONFIGS
 from transformers import AutoConfig, Trainer
 
 from train_loop.config import Settings
+from train_loop.main import main
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer
 
@@ -33,6 +36,39 @@ def test_a_half_precision_checkpoint_is_loaded_as_float32_with_its_ties(model_ty
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
     tied = loaded.get_input_embeddings().weight is loaded.get_output_embeddings().weight
     assert tied == bool(loaded.config.tie_word_embeddings)
+
+
+OWN_CODE = """
+from transformers import GPT2Config, GPT2LMHeadModel
+
+class OwnConfig(GPT2Config):
+    model_type = "own"
+
+class OwnModel(GPT2LMHeadModel):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_model_runs_where_it_is_trusted_and_the_banner_says_so(
+    tokenizer, text_file, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    from_scratch("gpt2", tokenizer).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "own.py").write_text(OWN_CODE)
+    config = json.loads((folder / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    config |= {"model_type": "own", "auto_map": names, "tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "config.json").write_text(json.dumps(config))
+    arguments = [f"--model_name_or_path={folder}", f"--validation_file={text_file}", "--eval_only", "--block_size=32"]
+    assert main([*arguments, "--max_eval_samples=4"]) == 1
+    wanted = f"error: {folder} comes with Python code of its own: read it, and give --trust_remote_code to run it\n"
+    assert capsys.readouterr().err.endswith(wanted)
+    assert main([*arguments, "--max_eval_samples=4", "--trust_remote_code"]) == 0
+    banner = " ".join(capsys.readouterr().out.split())
+    assert f"trusted Python code that comes with {folder} is run (trust_remote_code)" in banner
+    assert f"{folder}: own," in banner
 
 
 def test_weights_from_scratch_are_a_function_of_the_seed(tokenizer):

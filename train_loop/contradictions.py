@@ -19,6 +19,8 @@ def contradictions(s):
         found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
     elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
         found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
+    if s.model_revision and s.model_type:
+        found.append("model_revision goes with model_name_or_path or config_name")
     if s.config_overrides and s.model_name_or_path:
         found.append("config_overrides goes with config_name or model_type: a pretrained model's shape is fixed")
     if s.tokenizer_name and s.tokenizer_vocab_size:

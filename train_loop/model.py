@@ -152,6 +152,10 @@ def _load(loader, name, settings, what, **options):
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
+        if "trust_remote_code=True" in str(error):
+            raise ValueError(
+                f"{name} comes with Python code of its own: read it, and give --trust_remote_code to run it"
+            ) from error
         if Path(name).is_dir():
             raise ValueError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
         raise ValueError(
