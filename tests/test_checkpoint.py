@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from test_main import TINY, lines_of
 
 from train_loop import loop
-from train_loop.checkpoint import rng_state, set_rng_state
 from train_loop.durable import damage, name_of, steps_in
 from train_loop.main import main
+from train_loop.random_state import rng_state, set_rng_state
 
 NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")

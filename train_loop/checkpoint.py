@@ -15,14 +15,12 @@ step.
 import dataclasses
 import json
 import math
-import random
 import shutil
 import time
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
@@ -40,6 +38,7 @@ from train_loop.identity import differences
 from train_loop.messages import tell
 from train_loop.optim import move_scheduler
 from train_loop.position import Position
+from train_loop.random_state import rng_state, set_rng_state
 from train_loop.sharded import Shares, is_sharded, named_tensors, write_share
 
 
@@ -281,31 +280,3 @@ def load_optimizer(path, model, optimizer, scalars):
         state[numbers[id(parameter)]][key] = value
     # the optimizer knows best which of them belong on the parameter's device
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def rng_state():
-    """The random states of this process, as JSON takes them."""
-    kind, keys, *rest = np.random.get_state()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    return {
-        "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
-        "torch": torch.get_rng_state().tolist(),
-        "device": torch.get_device_module(device).get_rng_state().tolist() if device else None,
-    }
-
-
-def set_rng_state(state):
-    """Raises ValueError where a state does not fit: going on with other random numbers would be another run."""
-    try:
-        version_, keys, gauss = state["python"]
-        random.setstate((version_, tuple(keys), gauss))
-        np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
-        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
-        if (state["device"] is not None) != torch.accelerator.is_available():
-            raise ValueError("it was saved on another kind of device")
-        if state["device"] is not None:
-            device = torch.accelerator.current_accelerator()
-            torch.get_device_module(device).set_rng_state(torch.tensor(state["device"], dtype=torch.uint8))
-    except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint's random state cannot be restored: {error}") from error

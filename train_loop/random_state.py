@@ -1,0 +1,34 @@
+"""The random states of a process, which a checkpoint keeps: of Python, NumPy, torch, and its device."""
+
+import random
+
+import numpy as np
+import torch
+
+
+def rng_state():
+    """The random states of this process, as JSON takes them."""
+    kind, keys, *rest = np.random.get_state()
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return {
+        "python": random.getstate(),
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.get_rng_state().tolist(),
+        "device": torch.get_device_module(device).get_rng_state().tolist() if device else None,
+    }
+
+
+def set_rng_state(state):
+    """Raises ValueError where a state does not fit: going on with other random numbers would be another run."""
+    try:
+        version_, keys, gauss = state["python"]
+        random.setstate((version_, tuple(keys), gauss))
+        np.random.set_state((state["numpy"][0], np.array(state["numpy"][1], dtype=np.uint32), *state["numpy"][2:]))
+        torch.set_rng_state(torch.tensor(state["torch"], dtype=torch.uint8))
+        if (state["device"] is not None) != torch.accelerator.is_available():
+            raise ValueError("it was saved on another kind of device")
+        if state["device"] is not None:
+            device = torch.accelerator.current_accelerator()
+            torch.get_device_module(device).set_rng_state(torch.tensor(state["device"], dtype=torch.uint8))
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise ValueError(f"the checkpoint's random state cannot be restored: {error}") from error
