@@ -1,7 +1,7 @@
-"""Files and folders that are whole or not there, whenever a process is killed or the machine stops.
+"""Files and folders that are whole or not there, at whatever instant a process is killed.
 
-A checkpoint's folder is written under another name and flushed to the disk, its manifest last; then it is renamed. A
-single file likewise. What is to be removed is renamed first.
+A file is written beside its place and renamed. A checkpoint's folder, which must outlive the machine's power too, is
+flushed to the disk before that, its manifest last. What is to be removed is renamed first.
 """
 
 import hashlib
