@@ -16,6 +16,7 @@ from train_loop import best
 from train_loop.config import Settings
 from train_loop.durable import name_of, steps_in
 from train_loop.main import main
+from train_loop.metrics import Metrics
 from train_loop.position import Position
 
 
@@ -100,6 +101,26 @@ def test_resuming_a_run_that_stopped_early_says_so_and_goes_on_with_more_patienc
     assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
     assert "step-000012, is gone (model.safetensors has 0 bytes" in capsys.readouterr().err
     assert json.loads((folder / "all_results.json").read_text())["exported_step"] == 26
+
+
+def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_exported(
+    watched, tmp_path, capsys, monkeypatch
+):
+    """The disk fails in the last step, after the run had gone on from the best."""
+    shutil.copytree(watched["folder"] / "alone", tmp_path / "run")
+    damaged, count_step = tmp_path / "run" / "checkpoints" / "step-000012", Metrics.count_step
+
+    def count_step_and_damage(self, step, *arguments):
+        if step == 26:
+            (damaged / "model.safetensors").write_bytes(b"")
+        count_step(self, step, *arguments)
+
+    monkeypatch.setattr(Metrics, "count_step", count_step_and_damage)
+    resume = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
+    resume += [f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]
+    assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
+    assert f"the best, {damaged}, is damaged (model.safetensors has 0 bytes" in capsys.readouterr().err
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["exported_step"] == 26
 
 
 def test_two_processes_decide_alike_and_write_one_sample_each_time(watched, tmp_path):
