@@ -103,6 +103,18 @@ def test_resuming_a_run_that_stopped_early_says_so_and_goes_on_with_more_patienc
     assert json.loads((folder / "all_results.json").read_text())["exported_step"] == 26
 
 
+def test_a_run_that_stopped_early_and_was_killed_before_its_export_is_exported_and_takes_no_further_step(
+    watched, tmp_path
+):
+    shutil.copytree(watched["folder"] / "alone", tmp_path / "run")
+    for name in ("all_results.json", "model.safetensors"):
+        (tmp_path / "run" / name).unlink()
+    arguments = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
+    assert main([*arguments, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]) == 0
+    assert lines_of(tmp_path / "run") == lines_of(watched["folder"] / "alone")
+    assert_exports_its_best(tmp_path / "run")
+
+
 def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_exported(
     watched, tmp_path, capsys, monkeypatch
 ):

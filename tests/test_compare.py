@@ -3,9 +3,11 @@
 import json
 import shutil
 
+import numpy as np
 import pytest
 import yaml
-from test_main import lines_of
+from matplotlib.image import imread
+from test_main import lines_of, shows
 
 from train_loop.compare import main, short_names
 from train_loop.curve import read_lines, smooth
@@ -15,7 +17,6 @@ def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, 
     folders = [watched["folder"] / name for name in ("alone", "plain")]
     main([*map(str, folders), "--output", str(tmp_path / "both.png")])
     output = capsys.readouterr().out
-    assert (tmp_path / "both.png").read_bytes().startswith(b"\x89PNG")
     assert max(map(len, output.splitlines()[:-1])) <= 80
     rows = {line[:30].split("  ")[0]: line.split("  ")[1:] for line in output.splitlines() if line}
     cells = {name: [cell.strip() for cell in row if cell.strip()] for name, row in rows.items()}
@@ -50,6 +51,16 @@ def test_many_runs_stay_within_eighty_columns_and_are_told_apart(runs, capsys):
     assert len(set(short_names(runs))) == 7
     assert all(f"{index * 1e-4}" in output for index in range(7))
     assert (runs[0].parent.parent / "comparison.png").is_file()
+
+
+def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_path):
+    lines = lines_of(runs[1])
+    for line in lines:  # apart from the first run's, which would lie under them
+        line |= {name: line[name] + 1 for name in ("loss", "eval_loss") if name in line}
+    (runs[1] / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    main([str(runs[0]), str(runs[1]), "--output", str(tmp_path / "both.png")])
+    left, right = np.array_split(imread(tmp_path / "both.png"), 2, axis=1)
+    assert all(shows(half, colour) for half in (left, right) for colour in ("tab:blue", "tab:orange"))
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,13 @@ import re
 import shlex
 import sys
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from conftest import ROOT, TINY_CONFIGS, run
+from matplotlib.colors import to_rgb
+from matplotlib.image import imread
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -29,6 +32,11 @@ TINY = [
 
 def lines_of(output_dir):
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def shows(picture, colour):
+    """Whether some hundred pixels of a picture, [height, width, 4], have a colour: a line does."""
+    return (np.abs(picture[..., :3] - to_rgb(colour)).max(-1) < 0.02).sum() > 100
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +67,8 @@ def test_a_run_leaves_every_file_that_is_promised(trained):
     assert results["train_tokens"] == 2 * 100 * 31
     assert results["perplexity"] == math.exp(results["eval_loss"])
     assert 0.1 < results["peak_memory_gib"] < 24
-    assert (trained / "loss_curve.png").read_bytes().startswith(b"\x89PNG")
+    picture = imread(trained / "loss_curve.png")  # training, validation, learning rate
+    assert all(shows(picture, colour) for colour in ("tab:blue", "tab:orange", "tab:gray"))
 
 
 def test_metrics_have_a_line_for_each_logged_step_and_each_evaluation(trained):
