@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 # no test reads or fills the user's caches, or asks a hub; the libraries read these when they are imported
 CACHE = tempfile.mkdtemp(prefix="train_loop_tests_")
@@ -48,6 +50,23 @@ TINY_CONFIGS = {
         "max_position_embeddings": 64,
     },
 }
+
+# the arguments of a run of 100 blocks, 13 steps an epoch
+TINY = [
+    "--model_type=gpt2",
+    "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
+    "--tokenizer_vocab_size=300",
+    "--block_size=32",
+    "--learning_rate=1e-2",
+    "--max_train_samples=100",
+    "--max_eval_samples=30",
+    "--logging_steps=5",
+]
+NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO = (*LAUNCH, "--config_file", ROOT / "launch_configs" / "multi_cpu.yaml")
+ONLINE = ("env", "-u", "HF_HUB_OFFLINE")  # a process without the variable that keeps the tests off any hub
 
 
 @pytest.fixture(scope="session")
@@ -159,3 +178,38 @@ def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+def lines_of(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(output_dir):
+    """The lines of metrics.jsonl, but for what two runs of the same job never share."""
+    lines = lines_of(output_dir)
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return lines
+
+
+def weights_of(output_dir):
+    return load_file(output_dir / "model.safetensors")
+
+
+def largest_difference(first, second):
+    """Of any number in two state dicts."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def assert_same_run(output_dir, reference):
+    """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
+    first, second = weights_of(output_dir), weights_of(reference)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert without_timings(output_dir) == without_timings(reference)
+
+
+def assert_lines_agree(lines, expected, rel=1e-5):
+    """Lines of metrics.jsonl with the same names, and each number within `rel`: sums in another order, in float32."""
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=rel)

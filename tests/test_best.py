@@ -7,10 +7,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, run
+from conftest import ROOT, TWO, assert_same_run, lines_of, run, weights_of
 from safetensors.torch import load_file
-from test_checkpoint import TWO, assert_same_run, weights_of
-from test_main import lines_of
 
 from train_loop import best
 from train_loop.config import Settings

@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import ROOT, TINY, TWO, assert_same_run, lines_of, run
 from safetensors.torch import load_file
-from test_checkpoint import TWO, assert_same_run
-from test_main import TINY, lines_of
 from transformers import AutoModelForCausalLM
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### Five changes\n")[1].split("\n## ")[0]

@@ -12,42 +12,23 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, run
-from safetensors.torch import load_file
-from test_main import TINY, lines_of
+from conftest import (
+    LAUNCH,
+    NO_DROPOUT,
+    ROOT,
+    TINY,
+    TWO,
+    assert_lines_agree,
+    assert_same_run,
+    lines_of,
+    run,
+    without_timings,
+)
 
 from train_loop import loop
 from train_loop.checkpoint import rng_state, set_rng_state
 from train_loop.durable import damage, name_of, steps_in
 from train_loop.main import main
-
-NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
-LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
-TWO = (*LAUNCH, "--config_file", ROOT / "launch_configs" / "multi_cpu.yaml")
-
-
-def assert_lines_agree(one, two, rel):
-    """metrics.jsonl of two runs: the same steps, and all but timings within `rel`."""
-    one, two = lines_of(one), lines_of(two)
-    assert [line["step"] for line in one] == [line["step"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        for name in a.keys() - {"tokens_per_second"}:
-            assert b[name] == pytest.approx(a[name], rel=rel), name
-
-
-def weights_of(output_dir):
-    return load_file(output_dir / "model.safetensors")
-
-
-def assert_same_run(output_dir, reference):
-    """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
-    first, second = weights_of(output_dir), weights_of(reference)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    strip = [
-        [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines_of(d)]
-        for d in (output_dir, reference)
-    ]
-    assert strip[0] == strip[1]
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +252,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     assert done.returncode == 0, done.stderr
     assert "random states are of 2 processes" in done.stderr
     assert "gradient_accumulation_steps: 1 -> 2" in done.stderr
-    assert_lines_agree(tmp_path / "one", tmp_path / "two", rel=1e-5)
+    assert_lines_agree(without_timings(tmp_path / "one"), without_timings(tmp_path / "two"))
 
 
 LIMITED = """

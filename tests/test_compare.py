@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import yaml
-from test_main import lines_of
+from conftest import lines_of
 
 from train_loop.compare import main, short_names
 from train_loop.curve import read_lines, smooth

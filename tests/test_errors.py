@@ -8,8 +8,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIGS, run
-from test_main import TINY
+from conftest import ROOT, TINY, TINY_CONFIGS, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main

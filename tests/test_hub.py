@@ -1,7 +1,6 @@
 """The hub, over HTTP: a real client against a server on loopback (hub_server.py)."""
 
 import io
-import itertools
 import os
 import re
 import shlex
@@ -13,10 +12,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import TINY_CONFIGS, run
+from conftest import LAUNCH, ONLINE, TINY, TINY_CONFIGS, assert_same_run, run
 from hub_server import HubServer
 from safetensors.torch import load_file
-from test_main import TINY, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import hub as our_hub
@@ -39,7 +37,6 @@ EXPORTED = {
     "tokenizer_config.json",
     "train_config.yaml",
 }
-ONLINE = ("env", "-u", "HF_HUB_OFFLINE")  # a process without the variable that keeps the tests off any hub
 DATA_CARD = """---
 language:
 - en
@@ -129,7 +126,7 @@ print(pipeline("text-generation", model=sys.argv[1])("The value", max_new_tokens
 def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_by_its_name(healthy, tmp_path):
     """The recipe's own names. Then another machine, with a cache of its own and no token, asks for what was pushed."""
     output_dir = tmp_path / "runs" / "distilgpt2-finetuned-wikitext2"
-    launcher = (*ONLINE, sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train_loop/main.py")
+    launcher = (*ONLINE, *LAUNCH, "--quiet", "train_loop/main.py")
     arguments = ["--config=distilgpt2_wikitext2", "--num_train_epochs=1", f"--output_dir={output_dir}", "--push_to_hub"]
     environment = healthy.environment(tmp_path / "cache", TOKEN)
     done = run(*arguments, launcher=launcher, **environment)
@@ -317,12 +314,7 @@ def test_each_checkpoint_is_pushed_and_training_does_not_notice(logged_in, text_
 
     monkeypatch.undo()
     assert main([*arguments, f"--output_dir={tmp_path}/never"]) == 0
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("often", "never")]
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[1])
-    lines = [lines_of(tmp_path / name) for name in ("often", "never")]
-    for line in itertools.chain(*lines):
-        line.pop("tokens_per_second", None)
-    assert lines[0] == lines[1]
+    assert_same_run(tmp_path / "often", tmp_path / "never")
 
 
 def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_path):

@@ -5,15 +5,23 @@ import json
 import shutil
 import signal
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, run
+from conftest import (
+    LAUNCH,
+    NO_DROPOUT,
+    ROOT,
+    TINY,
+    TWO,
+    assert_lines_agree,
+    assert_same_run,
+    lines_of,
+    run,
+    without_timings,
+)
 from hosts import documented_command, launch_on, launch_on_both, missing, two_hosts
 from safetensors.torch import load_file
-from test_checkpoint import NO_DROPOUT, TWO, assert_same_run
-from test_main import TINY, lines_of
 
 from train_loop.durable import name_of, steps_in
 from train_loop.main import main
@@ -84,8 +92,7 @@ def test_each_config_starts_what_it_says(tmp_path):
 )
 def test_the_command_in_a_config_trains(config, says, text_file, tmp_path):
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", *documented_command(config)[2:])
-    done = run(*arguments, launcher=launcher)
+    done = run(*arguments, launcher=(*LAUNCH, *documented_command(config)[2:]))
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
     assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [2]
@@ -99,15 +106,6 @@ def hosts():
         yield pair
 
 
-def assert_equal_to_rounding(output_dir, reference):
-    """The lines of metrics.jsonl. Tolerance: sums in another order, in float32."""
-    lines, expected = lines_of(output_dir), lines_of(reference)
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    for a, b in zip(lines, expected, strict=True):
-        for name in a.keys() - {"tokens_per_second"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5), name
-
-
 def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, text_file, tmp_path):
     """multi_node.yaml with a process on each host against one with two micro-batches to a step; then one process goes
     on from the hosts' checkpoint of step 18. Without dropout: its random numbers are each process's own."""
@@ -119,14 +117,14 @@ def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, tex
     assert "world size 2" in first.stdout and not second.stdout.strip()
     arguments += ["--gradient_accumulation_steps=2"]
     assert main([*arguments, f"--output_dir={tmp_path}/one"]) == 0
-    assert_equal_to_rounding(tmp_path / "two", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
 
     checkpoints = tmp_path / "two" / "checkpoints"
     for step in set(steps_in(checkpoints)) - {18}:
         shutil.rmtree(checkpoints / name_of(step))
     (tmp_path / "two" / "all_results.json").unlink()
     assert main([*arguments, f"--output_dir={tmp_path}/two", "--resume_from_checkpoint=auto"]) == 0
-    assert_equal_to_rounding(tmp_path / "two", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
 
 
 WRAPPED = """
@@ -213,7 +211,7 @@ def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file
     prepared = sorted(found.name.split(" by ")[0] for found in tmp_path.glob("* by *"))
     assert prepared == [f"{split} on {host.name}" for split in ("training", "validation") for host in hosts]
     assert main([*arguments, "--per_device_train_batch_size=8", f"--output_dir={tmp_path}/one"]) == 0
-    assert_equal_to_rounding(tmp_path / "four", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "four"), without_timings(tmp_path / "one"))
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import BLOCK, TINY_CONFIGS, VOCAB
+from conftest import BLOCK, TINY_CONFIGS, VOCAB, largest_difference
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from train_loop import loop
@@ -87,10 +87,6 @@ class RecordingTrainer(Trainer):
         loss = super().training_step(*arguments, **options)
         self.losses.append(loss.item())
         return loss
-
-
-def largest_difference(first, second):
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 @pytest.mark.parametrize("order", ["one batch", "shuffled"])

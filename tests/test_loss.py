@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import TINY_CONFIGS, VOCAB
-from test_loop import largest_difference, make_model, train
+from conftest import TINY_CONFIGS, VOCAB, largest_difference
+from test_loop import make_model, train
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM

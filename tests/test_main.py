@@ -7,28 +7,25 @@ import shlex
 import sys
 
 import pytest
-import torch
 import yaml
-from conftest import ROOT, TINY_CONFIGS, run
+from conftest import (
+    LAUNCH,
+    ROOT,
+    TINY,
+    TINY_CONFIGS,
+    TWO,
+    assert_lines_agree,
+    assert_same_run,
+    largest_difference,
+    lines_of,
+    run,
+    weights_of,
+    without_timings,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.main import main
-
-TINY = [
-    "--model_type=gpt2",
-    "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
-    "--tokenizer_vocab_size=300",
-    "--block_size=32",
-    "--learning_rate=1e-2",
-    "--max_train_samples=100",
-    "--max_eval_samples=30",
-    "--logging_steps=5",
-]
-
-
-def lines_of(output_dir):
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +101,7 @@ def test_the_exported_folder_evaluates_to_the_last_loss_exactly(trained, text_fi
 def test_train_config_runs_the_same_job_again(trained, tmp_path):
     again = tmp_path / "again"
     assert main(["--config", str(trained / "train_config.yaml"), f"--output_dir={again}"]) == 0
-    timings = ("tokens_per_second",)
-    strip = [[{k: v for k, v in line.items() if k not in timings} for line in lines_of(d)] for d in (trained, again)]
-    assert strip[0] == strip[1]
-    first, second = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (trained, again))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_run(again, trained)
 
 
 def test_the_model_card_names_the_data_and_shows_the_losses(trained):
@@ -203,10 +196,8 @@ def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
     """The launcher sets OMP_NUM_THREADS=1 by itself: the banner must say as many threads as there are cores."""
     from train_loop.tuning import num_cores
 
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "train_loop/main.py")
-    done = run(
-        *TINY, f"--train_file={text_file}", "--max_train_steps=1", f"--output_dir={tmp_path}/run", launcher=launcher
-    )
+    arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=1", f"--output_dir={tmp_path}/run"]
+    done = run("train_loop/main.py", *arguments, launcher=LAUNCH)
     assert done.returncode == 0, done.stderr
     assert f"world size 1, {num_cores()} CPU threads" in done.stdout
 
@@ -224,24 +215,17 @@ def test_several_processes_give_the_losses_and_weights_of_one(
     arguments += ["--learning_rate=1e-3", f"--max_train_samples={num_blocks}"]
     arguments += [f"--max_eval_samples={min(num_blocks, 30)}"]
     arguments += ["--config_overrides=n_layer=1,n_head=2,n_embd=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"]
-    config = ROOT / "launch_configs" / "multi_cpu.yaml"
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "train_loop/main.py")
-    launcher = (*launcher[:-1], f"--num_processes={processes}", launcher[-1])
+    launcher = (*TWO, f"--num_processes={processes}", "train_loop/main.py")
     batch = [f"--per_device_train_batch_size={micro_batch}", f"--gradient_accumulation_steps={accumulation}"]
     done = run(*arguments, *batch, f"--output_dir={tmp_path}/two", launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert f"world size {processes}" in done.stdout and "abort" not in done.stderr.lower()
     whole = processes * micro_batch * accumulation
     assert main([*arguments, f"--per_device_train_batch_size={whole}", f"--output_dir={tmp_path}/one"]) == 0
-    one, two = lines_of(tmp_path / "one"), lines_of(tmp_path / "two")
-    assert two[-1]["step"] == math.ceil(num_blocks / whole)
-    assert len(one) == len(two)
-    for a, b in zip(one, two, strict=True):
-        assert a.keys() == b.keys()
-        for name in a.keys() - {"tokens_per_second"}:
-            assert b[name] == pytest.approx(a[name], rel=1e-5), name
-    first, second = (AutoModelForCausalLM.from_pretrained(tmp_path / d).state_dict() for d in ("one", "two"))
-    assert max((first[name] - second[name]).abs().max().item() for name in first) < 1e-5
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert lines_of(two)[-1]["step"] == math.ceil(num_blocks / whole)
+    assert_lines_agree(without_timings(two), without_timings(one))
+    assert largest_difference(weights_of(two), weights_of(one)) < 1e-5
 
 
 def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):

@@ -5,10 +5,9 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import BLOCK, run
+from conftest import BLOCK, TINY, lines_of, run
 from safetensors.torch import load_file
 from test_loop import StopSignalThatNeverComes, make_model
-from test_main import TINY, lines_of
 
 from train_loop import loop
 from train_loop.checkpoint import Checkpoints

@@ -6,8 +6,8 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, run
-from test_hub import ONLINE, TOKEN, healthy, hub  # noqa: F401  a hub with small stand-ins for the recipe's names
+from conftest import ONLINE, ROOT, run
+from test_hub import TOKEN, healthy, hub  # noqa: F401  a hub with small stand-ins for the recipe's names
 from test_launch_configs import documented_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
