@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, TWO, assert_same_run, lines_of, run
+from conftest import ROOT, TINY, TWO, assert_same_run, copy_until, lines_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -66,9 +66,7 @@ def base(text_file, tmp_path_factory):
 def resume_from_step_3(main, arguments, output_dir):
     """Goes on with a copy of a finished run as a kill after step 3 would have left it; returns the copy."""
     resumed = output_dir.with_name("resumed")
-    shutil.copytree(output_dir, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step-000006")
-    (resumed / "all_results.json").unlink()
+    copy_until(3, output_dir, resumed)
     assert main([*arguments, f"--output_dir={resumed}", "--resume_from_checkpoint=auto"]) == 0
     return resumed
 

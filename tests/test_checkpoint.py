@@ -20,6 +20,7 @@ from conftest import (
     TWO,
     assert_lines_agree,
     assert_same_run,
+    copy_until,
     lines_of,
     run,
     without_timings,
@@ -49,11 +50,7 @@ def reference(arguments, tmp_path_factory):
 def interrupted(reference, tmp_path):
     """The same folder as a kill after step 15 would have left it."""
     output_dir = tmp_path / "run"
-    shutil.copytree(reference, output_dir)
-    for name in ("step-000020", "step-000025", "step-000026"):
-        shutil.rmtree(output_dir / "checkpoints" / name)
-    for name in ("model.safetensors", "all_results.json"):
-        (output_dir / name).unlink()
+    copy_until(15, reference, output_dir)
     return output_dir
 
 
@@ -83,10 +80,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
     arguments = [*arguments, "--max_train_steps=10"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
-    shutil.copytree(tmp_path / "alone", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / name_of(10))
-    for name in ("model.safetensors", "all_results.json"):
-        (tmp_path / "resumed" / name).unlink()
+    copy_until(5, tmp_path / "alone", tmp_path / "resumed")
     assert main([*arguments, f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]) == 0
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
 

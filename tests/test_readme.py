@@ -6,8 +6,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ONLINE, ROOT, run
-from test_hub import TOKEN, healthy, hub  # noqa: F401  a hub with small stand-ins for the recipe's names
+from conftest import ONLINE, ROOT, TOKEN, run
 from test_launch_configs import documented_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,7 +32,7 @@ for module, arguments in json.loads(sys.argv[1]):
 """
 
 
-def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):  # noqa: F811
+def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
     """In README's order, in one folder, with the files that it speaks of; two steps of each run."""
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
