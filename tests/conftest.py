@@ -1,6 +1,7 @@
 """What the tests share: tiny models of four families, a small text, and a way to run the real command."""
 
 import atexit
+import contextlib
 import io
 import json
 import os
@@ -261,6 +262,19 @@ def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within it this process can write no larger one: what meets the limit sees a full disk, with EFBIG for ENOSPC."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def lines_of(output_dir):

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from conftest import (
     assert_lines_agree,
     assert_same_run,
     copy_until,
+    largest_file,
     lines_of,
     run,
     without_timings,
@@ -229,61 +229,42 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "--resume_from_checkpoint auto to go on with the run in it" in capsys.readouterr().err
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path):
+def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):
     """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
     arguments += ["--per_device_train_batch_size=4"]
     done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=TWO)
     assert done.returncode == 0, done.stderr
-    shutil.copytree(tmp_path / "two", tmp_path / "one")
-    (tmp_path / "one" / "all_results.json").unlink()
-    for step in (18, 26):
-        shutil.rmtree(tmp_path / "one" / "checkpoints" / name_of(step), ignore_errors=True)
-    shutil.copytree(tmp_path / "two" / "checkpoints" / name_of(18), tmp_path / "one" / "checkpoints" / name_of(18))
+    copy_until(18, tmp_path / "two", tmp_path / "one")
     more = ["--gradient_accumulation_steps=2", "--resume_from_checkpoint=auto"]
-    done = run("train_loop/main.py", *arguments, *more, f"--output_dir={tmp_path}/one")
-    assert done.returncode == 0, done.stderr
-    assert "random states are of 2 processes" in done.stderr
-    assert "gradient_accumulation_steps: 1 -> 2" in done.stderr
+    assert main([*arguments, *more, f"--output_dir={tmp_path}/one"]) == 0
+    said = capsys.readouterr().err
+    assert "random states are of 2 processes" in said and "gradient_accumulation_steps: 1 -> 2" in said
     assert_lines_agree(without_timings(tmp_path / "one"), without_timings(tmp_path / "two"))
 
 
-LIMITED = """
-import resource, sys
-from train_loop.main import main
-import train_loop.checkpoint, train_loop.publish
-module, name, limit = getattr(train_loop, sys.argv[1]), sys.argv[2], int(sys.argv[3])
-plain = getattr(module, name)
-def limited(*arguments, **options):
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    return plain(*arguments, **options)
-setattr(module, name, limited)
-sys.exit(main(sys.argv[4:]))
-"""
-
-
 @pytest.mark.parametrize(
-    "module, function, message",
+    "step, message",
     [
-        ("checkpoint", "write_share", "error: the checkpoint of step 20 cannot be written"),
-        ("publish", "export", "error: the model cannot be exported"),
+        (15, "error: the checkpoint of step 20 cannot be written"),
+        (26, "error: the model cannot be exported"),
     ],
 )
-def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(
-    module, function, message, interrupted, arguments, reference
-):
-    """A limit on the size of files, which the first write beyond it meets as a full disk: EFBIG for ENOSPC."""
-    resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
-    done = run("-c", LIMITED, module, function, 20_000, *resume)
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error")]
+def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(step, message, arguments, reference, tmp_path, capsys):
+    copy_until(step, reference, tmp_path / "run")
+    resume = [*arguments, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]
+    with largest_file(20_000):
+        assert main(resume) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert line.startswith(message), line
-    kept = steps_in(interrupted / "checkpoints")
-    assert kept and all(damage(interrupted / "checkpoints" / name_of(step)) is None for step in kept)
-    assert not list(interrupted.rglob("*.partial")) and not (interrupted / "model.safetensors").exists()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    assert step in steps_in(checkpoints) and all(
+        damage(checkpoints / name_of(s)) is None for s in steps_in(checkpoints)
+    )
+    assert not list((tmp_path / "run").rglob("*.partial")) and not (tmp_path / "run" / "model.safetensors").exists()
     assert main(resume) == 0
-    assert_same_run(interrupted, reference)
+    assert_same_run(tmp_path / "run", reference)
 
 
 NAN_ON_ONE_RANK = """

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import sys
 
 import pytest
 import yaml
@@ -23,7 +22,6 @@ from conftest import (
     weights_of,
     without_timings,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.main import main
@@ -98,7 +96,7 @@ def test_the_model_card_names_the_data_and_shows_the_losses(trained):
     front = yaml.safe_load(card.split("---")[1])
     assert front["pipeline_tag"] == "text-generation"
     last = lines_of(trained)[-1]
-    assert f"{last['eval_loss']:.4f}" in card and "learning_rate: 0.01" in card
+    assert "prose.txt" in card and f"{last['eval_loss']:.4f}" in card and "learning_rate: 0.01" in card
 
 
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
@@ -129,36 +127,45 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
     assert not (tmp_path / "precious.txt").exists()
 
 
-@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
-def test_a_compiled_run_exports_plain_names_and_tied_weights(model_type, text_file, tmp_path):
-    """The eager backend of torch.compile: the wrapper is the same, and no C++ compiler is needed."""
-    overrides = ",".join(f"{name}={value}" for name, value in TINY_CONFIGS[model_type].items())
-    arguments = [*TINY, f"--model_type={model_type}", f"--config_overrides={overrides},tie_word_embeddings=true"]
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--dynamo_backend=eager", "train_loop/main.py")
-    arguments += [f"--train_file={text_file}", "--max_train_steps=3"]
-    done = run(*arguments, f"--output_dir={tmp_path}/compiled", launcher=launcher)
-    assert done.returncode == 0, done.stderr
-    assert main([*arguments, f"--output_dir={tmp_path}/plain"]) == 0
-    compiled, plain = (load_file(tmp_path / d / "model.safetensors") for d in ("compiled", "plain"))
-    assert compiled.keys() == plain.keys() and "lm_head.weight" not in plain
-    assert max((compiled[name] - plain[name]).abs().max().item() for name in plain) < 1e-4
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "compiled")
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+def test_a_compiled_run_exports_plain_names_and_tied_weights(text_file, tmp_path):
+    """The eager backend of torch.compile: the wrapper is the same, and no C++ compiler is needed. Tolerance: a hundredth
+    of the learning rate."""
+    commands = {}
+    for model_type in ("gpt2", "llama"):
+        overrides = ",".join(f"{name}={value}" for name, value in TINY_CONFIGS[model_type].items())
+        shape = [f"--model_type={model_type}", f"--config_overrides={overrides},tie_word_embeddings=true"]
+        commands[model_type] = [*TINY, *shape, f"--train_file={text_file}", "--max_train_steps=3"]
+    compiled = [["train_loop.main", [*words, f"--output_dir={tmp_path}/{name}"]] for name, words in commands.items()]
+    launcher = (*LAUNCH, "--dynamo_backend=eager")
+    done = run("tests/one_after_the_other.py", json.dumps(compiled), launcher=launcher, PYTHONPATH=str(ROOT))
+    assert done.stdout.count("exit status 0") == 2, done.stderr
+    for name, words in commands.items():
+        assert main([*words, f"--output_dir={tmp_path}/plain {name}"]) == 0
+        compiled, plain = weights_of(tmp_path / name), weights_of(tmp_path / f"plain {name}")
+        assert largest_difference(compiled, plain) < 1e-4 and "lm_head.weight" not in plain
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / name)
+        assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def test_tokens_per_second_and_peak_memory_are_those_of_the_process(text_file, tmp_path):
-    """A loss that sleeps in training for 20 ms, and in evaluation for 400 ms, and at the end 200 MiB held for a moment.
+    """A loss that sleeps in training for 20 ms, and in evaluation for 200 ms, and at the end 200 MiB held for a moment.
     Tokens per second must see the first sleep and not the second, peak memory the moment."""
-    arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--eval_steps=4"]
+    arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--eval_steps=4", "--max_eval_samples=8"]
     arguments += [f"--output_dir={tmp_path}/run"]
     script = f"""
 import time, torch
 from train_loop import loss, loop, evaluate
 plain = loss.next_token_loss
 def slow(model, batch):
-    time.sleep(0.02 if model.training else 0.4)
+    time.sleep(0.02 if model.training else 0.2)
     return plain(model, batch)
 loop.next_token_loss = evaluate.next_token_loss = slow
+train = loop.train
+def timed(*arguments):
+    began = time.perf_counter()
+    train(*arguments)
+    print("loop", time.perf_counter() - began)
+loop.train = timed
 from train_loop import metrics
 finish = metrics.Metrics.finish
 def hungry(self, *arguments):
@@ -174,11 +181,12 @@ print("peak", int(status.split("VmHWM:")[1].split()[0]) / 2**20)
     done = run("-c", script)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
-    assert 13 * 0.02 < results["train_runtime"] < 13 * 0.02 + 6  # 5 evaluations of 4 batches each took 8 s
+    measured = {name: float(value) for name, value in re.findall(r"^(loop|peak) (\S+)$", done.stdout, re.MULTILINE)}
+    # 13 steps, and 5 evaluations of a batch
+    assert 13 * 0.02 < results["train_runtime"] < measured["loop"] - 5 * 0.2
     assert results["tokens_per_second"] == results["train_tokens"] / results["train_runtime"]
     assert results["train_tokens"] == 100 * 31
-    peak = float(done.stdout.splitlines()[-1].split()[1])
-    assert results["peak_memory_gib"] == pytest.approx(peak, abs=0.15)
+    assert results["peak_memory_gib"] == pytest.approx(measured["peak"], abs=0.15)  # below the 0.2 that were held
 
 
 def test_the_plain_launch_uses_all_cores(text_file, tmp_path):

@@ -20,16 +20,6 @@ COMMANDS = [
 TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
 INSTALLS = "python -m pip install -e"  # the first command, which test_main.py runs, and the tests' own, which runs now
-ONE_AFTER_THE_OTHER = """
-import importlib, json, os, sys
-from train_loop import compare, run  # once for all
-for module, arguments in json.loads(sys.argv[1]):
-    if not (child := os.fork()):
-        status = importlib.import_module(module).main(arguments)
-        sys.stdout.flush()
-        os._exit(status or 0)
-    print("exit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), arguments, flush=True)
-"""
 
 
 def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
@@ -59,7 +49,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
 
     environment = healthy.environment(tmp_path / "cache", TOKEN) | {"PYTHONPATH": str(ROOT)}
     in_folder = ("env", "-C", tmp_path, *ONLINE, sys.executable)
-    done = run("-c", ONE_AFTER_THE_OTHER, json.dumps(here), launcher=in_folder, **environment)
+    done = run(ROOT / "tests" / "one_after_the_other.py", json.dumps(here), launcher=in_folder, **environment)
     statuses = re.findall(r"^exit status (.*?) ", done.stdout, re.MULTILINE)
     assert statuses == ["0"] * len(here), done.stdout + done.stderr
     assert "is finished" in done.stdout and f"pushed: {healthy.address}/me/" in done.stdout
