@@ -128,8 +128,8 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
 
 
 def test_a_compiled_run_exports_plain_names_and_tied_weights(text_file, tmp_path):
-    """The eager backend of torch.compile: the wrapper is the same, and no C++ compiler is needed. Tolerance: a hundredth
-    of the learning rate."""
+    """The eager backend of torch.compile: the wrapper is the same, and no C++ compiler is needed. Tolerance: a
+    hundredth of the learning rate."""
     commands = {}
     for model_type in ("gpt2", "llama"):
         overrides = ",".join(f"{name}={value}" for name, value in TINY_CONFIGS[model_type].items())
