@@ -55,7 +55,7 @@ TINY_CONFIGS = {
     },
 }
 
-# the arguments of a run of 100 blocks, 13 steps an epoch
+# the arguments of a run of 100 blocks, 13 steps an epoch; threads would only wait for each other
 TINY = [
     "--model_type=gpt2",
     "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
@@ -65,6 +65,7 @@ TINY = [
     "--max_train_samples=100",
     "--max_eval_samples=30",
     "--logging_steps=5",
+    "--num_threads=1",
 ]
 NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
 

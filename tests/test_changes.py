@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### Five changes\n")[1].split("\n## ")[0]
 DIFFS = dict(re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL))
-SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3"]
+SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3", "--num_threads=1"]
 
 
 def test_each_change_has_at_most_twenty_lines_in_one_file():

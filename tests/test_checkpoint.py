@@ -1,5 +1,6 @@
 """A run that cannot be lost: killed, stopped, damaged and resumed, it ends as if nothing had been."""
 
+import contextlib
 import json
 import os
 import re
@@ -339,14 +340,15 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
         stderr=subprocess.PIPE,
         text=True,
     )
-    lines, stopped_at = [], None
+    lines = []
     for line in launched.stderr:
         lines.append(line)
         if line.startswith("error: process 0 lost its peers"):
-            stopped_at = time.monotonic()
             break
-    assert stopped_at, "".join(lines)
+    waited = time.time() - (tmp_path / "pid").stat().st_mtime  # since just before the other one stopped
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # the launcher would after a grace of half a minute
+    assert lines[-1].startswith("error: process 0 lost its peers"), "".join(lines)
+    assert 5 <= waited < 60, "half an hour is torch's own"
     assert launched.wait(60) != 0
     assert damage(tmp_path / "run" / "checkpoints" / "step-000005") is None
 
@@ -400,11 +402,17 @@ sys.exit(main(sys.argv[2:]))
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert any(line == "slow\n" for line in running.stdout)
-    running.send_signal(signal.SIGINT)
-    with pytest.raises(subprocess.TimeoutExpired):
-        running.wait(1.5)
-    running.send_signal(signal.SIGINT)
-    assert running.wait(10) == 130
+    try:
+        assert any(line == "slow\n" for line in running.stdout)
+        running.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            running.wait(1.5)
+        while running.poll() is None:  # at once: but where the first came late, the second counts as the same
+            running.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(1.5)
+    finally:
+        running.kill()
+    assert running.wait() == 130
     assert "stopped by SIGINT" in running.stderr.read()
     assert damage(output_dir / "checkpoints" / "step-000005") is None

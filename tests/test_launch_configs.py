@@ -111,7 +111,6 @@ def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, tex
     on from the hosts' checkpoint of step 18. Without dropout: its random numbers are each process's own."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--learning_rate=1e-3", "--per_device_train_batch_size=4", "--checkpointing_steps=9"]
-    arguments += ["--num_threads=1"]  # the two hosts share this machine's cores
     first, second = launch_on_both(hosts, ON_CPUS, [*arguments, f"--output_dir={tmp_path}/two"])
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "world size 2" in first.stdout and not second.stdout.strip()
@@ -202,7 +201,7 @@ def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file
     """Two processes on each of two hosts, equal to one process."""
     path, environment = script(PREPARES_SLOWLY)
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--max_train_steps=5", "--learning_rate=1e-3"]
-    arguments += ["--num_threads=1", "--logging_steps=1"]
+    arguments += ["--logging_steps=1"]
     batch = ["--per_device_train_batch_size=2", "--ddp_timeout=5", f"--output_dir={tmp_path}/four"]
     flags = ["--num_processes=4", "--mixed_precision=no"]
     environment |= {"CACHES": f"{tmp_path}/caches"}
@@ -220,7 +219,7 @@ def test_gradients_are_exchanged_once_an_optimizer_step(hosts, script, text_file
     size (R. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009)."""
     path, environment = script(COUNTS_BYTES)
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=12", "--per_device_train_batch_size=2"]
-    arguments += ["--config_overrides=n_layer=2,n_head=2,n_embd=192,n_positions=64", "--num_threads=1"]
+    arguments += ["--config_overrides=n_layer=2,n_head=2,n_embd=192,n_positions=64"]
     for accumulation in (1, 4):
         more = [f"--gradient_accumulation_steps={accumulation}", f"--output_dir={tmp_path}/run{accumulation}"]
         first, second = launch_on_both(hosts, ON_CPUS, [*arguments, *more], path, **environment)
@@ -242,7 +241,7 @@ def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, scri
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags = [*ON_CPUS, "--rdzv_backend=c10d", "--max_restarts=3"]
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=2", "--checkpointing_steps=5"]
-    arguments += ["--per_device_train_batch_size=4", "--num_threads=1", "--overwrite_output_dir"]
+    arguments += ["--per_device_train_batch_size=4", "--overwrite_output_dir"]
 
     def launch(rank, dies):
         output_dir = f"--output_dir={tmp_path}/without {dies}"

@@ -44,6 +44,7 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **valu
     output_dir.mkdir()
     splits = [b if isinstance(b, Split) else Split("blocks", b) for b in (train_blocks, eval_blocks)]
     accelerator = accelerator or Accelerator(cpu=True)
+    torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
     torch.manual_seed(settings.seed)
     num_steps = loop.num_steps(len(splits[0].blocks), settings, 1)
     optimizer = build_optimizer(model, settings)

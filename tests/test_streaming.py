@@ -259,6 +259,7 @@ def arguments(texts, tokenizer, tmp_path_factory):
         "--logging_steps=3",
         "--checkpointing_steps=10",
         "--checkpoints_total_limit=9",
+        "--num_threads=1",
     ]
 
 
