@@ -73,7 +73,7 @@ def test_looking_at_a_run_does_not_change_it(watched):
     """Samples, trackers, saves of best models: up to the early end, the lines of a run without, bit for bit."""
     alone, plain = watched["folder"] / "alone", watched["folder"] / "plain"
     lines, without = without_timings(alone), without_timings(plain)
-    assert any(line.pop("samples", None) for line in lines)
+    assert any([line.pop("samples", None) for line in lines])
     assert len(lines) > 20 and lines == without[: len(lines)]
     assert lines_of(plain)[-1]["step"] == 40 and "exported_step" not in (plain / "all_results.json").read_text()
 
