@@ -1,9 +1,12 @@
 """What the tests share: tiny models of four families, a small text, and a way to run the real command."""
 
 import atexit
+import contextlib
+import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -11,6 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from hub_server import HubServer
+from matplotlib.colors import to_rgb
+from safetensors.torch import load_file
 
 # no test reads or fills the user's caches, or asks a hub; the libraries read these when they are imported
 CACHE = tempfile.mkdtemp(prefix="train_loop_tests_")
@@ -49,6 +56,52 @@ TINY_CONFIGS = {
     },
 }
 
+# the arguments of a run of 100 blocks, 13 steps an epoch; threads would only wait for each other
+TINY = [
+    "--model_type=gpt2",
+    "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
+    "--tokenizer_vocab_size=300",
+    "--block_size=32",
+    "--learning_rate=1e-2",
+    "--max_train_samples=100",
+    "--max_eval_samples=30",
+    "--logging_steps=5",
+    "--num_threads=1",
+]
+NO_DROPOUT = "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+
+LAUNCH = (sys.executable, "-m", "accelerate.commands.launch")
+TWO = (*LAUNCH, "--config_file", ROOT / "launch_configs" / "multi_cpu.yaml")
+ONLINE = ("env", "-u", "HF_HUB_OFFLINE")  # a process without the variable that keeps the tests off any hub
+TOKEN, READ_TOKEN = "hf_writewritewrite", "hf_readreadread"
+EXPORTED = {  # what a finished run leaves in its folder, beside its checkpoints
+    "README.md",
+    "all_results.json",
+    "config.json",
+    "generation_config.json",
+    "loss_curve.png",
+    "metrics.jsonl",
+    "model.safetensors",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "train_config.yaml",
+}
+DATA_CARD = """---
+language:
+- en
+license:
+- cc-by-sa-3.0
+- gfdl
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - {split: test, path: wikitext-2-raw-v1/test-*}
+  - {split: train, path: wikitext-2-raw-v1/train-*}
+  - {split: validation, path: wikitext-2-raw-v1/validation-*}
+---
+# A small stand-in
+"""
+
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
@@ -70,6 +123,58 @@ def blocks():
     for t in range(1, BLOCK):
         rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
     return rows
+
+
+def parquet(rows):
+    """The bytes of a file with these rows."""
+    import datasets
+
+    buffer = io.BytesIO()
+    datasets.Dataset.from_list(rows).to_parquet(buffer)
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="session")
+def hub(text_file, tmp_path_factory):
+    """A hub with small stand-ins for what the reference recipe asks for: a GPT-2 with a byte-level BPE tokenizer, which
+    is found under its old name, and some prose in the files and the columns of WikiText."""
+    import datasets
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train_loop.config import Settings
+    from train_loop.model import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("hub")
+    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = [{"text": "" if line.isspace() else f" {line}"} for line in lines]
+    model = folder / "model"
+    load_tokenizer(Settings(tokenizer_vocab_size=400), datasets.Dataset.from_list(rows)).save_pretrained(model)
+    sizes = {**TINY_CONFIGS["gpt2"], "n_positions": 256}
+    config = AutoConfig.for_model("gpt2", vocab_size=400, bos_token_id=0, eos_token_id=0, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A small stand-in\n")
+    splits = {"train": rows[:-80], "validation": rows[-80:-40], "test": rows[-40:]}
+    files = {f"wikitext-2-raw-v1/{name}-00000-of-00001.parquet": parquet(part) for name, part in splits.items()}
+    aliases = {"distilgpt2": "distilbert/distilgpt2"}
+    with HubServer(folder / "hub", {TOKEN: "write", READ_TOKEN: "read"}, aliases) as server:
+        server.add("models", "distilbert/distilgpt2", {path.name: path.read_bytes() for path in model.iterdir()})
+        server.add("datasets", "Salesforce/wikitext", {"README.md": DATA_CARD.encode(), **files})
+        yield server
+
+
+@pytest.fixture
+def healthy(hub):
+    """The hub, which is well again after the test, and without what was pushed."""
+    yield hub
+    hub.reset()
+
+
+@pytest.fixture(scope="session")
+def nobody_there():
+    """The address of a hub out of reach: a port of this machine that is taken, and where nobody listens."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
 WATCHED = """
@@ -148,6 +253,11 @@ def watched(text_file, tmp_path_factory):
     return {"folder": folder, "arguments": arguments, "outputs": outputs, "errors": done.stderr}
 
 
+def shows(picture, colour):
+    """Whether some hundred pixels of a picture, [height, width, 4], have a colour: a line does."""
+    return (np.abs(picture[..., :3] - to_rgb(colour)).max(-1) < 0.02).sum() > 100
+
+
 def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
     """Runs a command from the repository's root; returns the finished process with its output as text."""
     return subprocess.run(
@@ -159,3 +269,61 @@ def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+@contextlib.contextmanager
+def largest_file(size):
+    """Within it this process can write no larger one: what meets the limit sees a full disk, with EFBIG for ENOSPC."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def lines_of(output_dir):
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(output_dir):
+    """The lines of metrics.jsonl, but for what two runs of the same job never share."""
+    lines = lines_of(output_dir)
+    for line in lines:
+        line.pop("tokens_per_second", None)
+    return lines
+
+
+def copy_until(step, reference, folder):
+    """The folder of a finished run as a kill after this step would have left it."""
+    shutil.copytree(reference, folder)
+    for later in folder.glob("checkpoints/step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    for name in ("model.safetensors", "all_results.json"):
+        (folder / name).unlink()
+
+
+def weights_of(output_dir):
+    return load_file(output_dir / "model.safetensors")
+
+
+def largest_difference(first, second):
+    """Of any number in two state dicts."""
+    assert first.keys() == second.keys()
+    return max((first[name] - second[name]).abs().max().item() for name in first)
+
+
+def assert_same_run(output_dir, reference):
+    """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
+    first, second = weights_of(output_dir), weights_of(reference)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert without_timings(output_dir) == without_timings(reference)
+
+
+def assert_lines_agree(lines, expected, rel=1e-5):
+    """Lines of metrics.jsonl with the same names, and each number within `rel`: sums in another order, in float32."""
+    for line, wanted in zip(lines, expected, strict=True):
+        assert line == pytest.approx(wanted, rel=rel)

@@ -12,15 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, run
+from conftest import ROOT, TINY, TWO, assert_same_run, copy_until, lines_of, run
 from safetensors.torch import load_file
-from test_checkpoint import TWO, assert_same_run
-from test_main import TINY, lines_of
 from transformers import AutoModelForCausalLM
 
 SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### Five changes\n")[1].split("\n## ")[0]
 DIFFS = dict(re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL))
-SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3"]
+SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3", "--num_threads=1"]
 
 
 def test_each_change_has_at_most_twenty_lines_in_one_file():
@@ -68,9 +66,7 @@ def base(text_file, tmp_path_factory):
 def resume_from_step_3(main, arguments, output_dir):
     """Goes on with a copy of a finished run as a kill after step 3 would have left it; returns the copy."""
     resumed = output_dir.with_name("resumed")
-    shutil.copytree(output_dir, resumed)
-    shutil.rmtree(resumed / "checkpoints" / "step-000006")
-    (resumed / "all_results.json").unlink()
+    copy_until(3, output_dir, resumed)
     assert main([*arguments, f"--output_dir={resumed}", "--resume_from_checkpoint=auto"]) == 0
     return resumed
 

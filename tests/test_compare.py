@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import yaml
+from conftest import lines_of, shows
 from matplotlib.image import imread
-from test_main import lines_of, shows
 
 from train_loop.compare import main, short_names
 from train_loop.curve import read_lines, smooth

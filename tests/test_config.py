@@ -1,7 +1,7 @@
 """Settings: where they come from, and what is said when they are wrong."""
 
 import dataclasses
-import time
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -195,10 +195,10 @@ def test_the_kind_of_a_file_is_told_by_its_ending(name, kind):
     assert file_kind(name) == kind
 
 
-def test_help_is_in_groups_names_units_and_defaults_and_answers_at_once():
-    started = time.perf_counter()
-    done = run("train_loop/main.py", "--help", COLUMNS="80")
-    assert done.returncode == 0 and time.perf_counter() - started < 5  # no torch is loaded: a fraction of that
+def test_help_is_in_groups_names_units_and_defaults_and_answers_before_torch_is_loaded():
+    done = run("-X", "importtime", "train_loop/main.py", "--help", COLUMNS="80")
+    assert done.returncode == 0 and re.search(r"\| +train_loop$", done.stderr, re.M), "the imports are not listed"
+    assert not re.search(r"\| +(torch|transformers|accelerate|datasets)$", done.stderr, re.M)
     for group in ("model:", "data:", "training:", "evaluation:", "output:"):
         assert f"\n{group}\n" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -226,8 +226,7 @@ def test_any_value_for_any_setting_is_taken_or_named(pairs):
     try:
         settings = read_settings(argv)
     except ValueError as error:
-        names = {name for name, _ in pairs}
-        assert any(name in line for line in str(error).split("\n") for name in (*names, *NAMES))
+        assert all(any(name in line for name in NAMES) for line in str(error).split("\n"))
     else:
         for f in dataclasses.fields(Settings):
             value = getattr(settings, f.name)
@@ -235,6 +234,7 @@ def test_any_value_for_any_setting_is_taken_or_named(pairs):
 
 
 YAML = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers()), st.dates())
+KEYS = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"]))  # a problem is a line
 
 
 @hypothesis.settings(
@@ -243,13 +243,12 @@ YAML = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text()
     derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
-@hypothesis.given(
-    entries=st.dictionaries(st.one_of(st.sampled_from(NAMES), st.text(), st.integers()), YAML, max_size=4)
-)
+@hypothesis.given(entries=st.dictionaries(st.one_of(st.sampled_from(NAMES), KEYS, st.integers()), YAML, max_size=4))
 def test_any_recipe_is_taken_or_its_keys_are_named(tmp_path, entries):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(entries), encoding="utf-8")
     try:
         read_settings(["--config", str(recipe), *MODEL, *DATA])
     except ValueError as error:
-        assert str(error)
+        named = (*map(str, entries), *NAMES)
+        assert all(any(name in line for name in named) for line in str(error).split("\n"))

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONFIGS
-from test_evaluate import make_model
-from test_loop import train
+from conftest import TINY_CONFIGS, VOCAB
+from test_loop import make_model, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.config import Settings
@@ -13,7 +12,7 @@ from train_loop.data import Split, Windows
 from train_loop.loss import next_token_loss
 from train_loop.model import keeps_documents_apart, load_model
 
-VOCAB, END = 97, 0
+END = 0
 
 
 def packed(num_blocks, document_length, seed):
@@ -31,7 +30,8 @@ def nats_of(model, blocks, document_end):
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama", "gpt_neox"])
 def test_a_packed_block_has_the_loss_of_its_documents_alone(model_type):
-    model = make_model(model_type).eval()
+    """Tolerance: float32 rounding."""
+    model = make_model(model_type, dropout=True).eval()
     blocks = packed(3, 9, seed=1)
     both, num_targets, _ = nats_of(model, blocks, END)
     first, num_first, _ = nats_of(model, blocks[:, :9], None)
@@ -44,7 +44,7 @@ def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_pa
 
     def second_copy_loss(document_end, name):
         blocks = packed(4096, 9, seed=2)
-        options = {"num_train_epochs": 4.0, "learning_rate": 5e-3, "per_device_train_batch_size": 32}
+        options = {"num_train_epochs": 2.0, "learning_rate": 1e-2, "per_device_train_batch_size": 32}
         model = make_model("llama")
         splits = [Split("blocks", rows, document_end=document_end) for rows in (blocks, blocks[:64])]
         train(model, *splits, tmp_path / name, eval_steps=1000, logging_steps=1000, **options)
@@ -60,7 +60,7 @@ def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_pa
 
 
 @pytest.mark.parametrize("model_type", ["opt", "bloom", "mamba"])
-def test_a_model_that_cannot_is_refused(model_type, tmp_path):
+def test_a_model_that_cannot_keep_documents_apart_is_refused(model_type, tmp_path):
     """OPT masks by attention_mask alone, Bloom counts distances over the whole block, Mamba carries a state along."""
     sizes = TINY_CONFIGS.get(model_type, {"hidden_size": 32, "num_hidden_layers": 2, "n_layer": 2, "n_head": 2})
     config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **sizes)

@@ -1,6 +1,5 @@
 """What a user's mistake ends with: one sentence, exit status 1, no traceback, nothing written."""
 
-import io
 import json
 import os
 import sys
@@ -8,8 +7,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ROOT, TINY_CONFIGS, run
-from test_main import TINY
+from conftest import ONLINE, ROOT, TINY, TINY_CONFIGS, TWO, parquet, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
@@ -32,13 +30,7 @@ def one_sentence(argv, capsys, folder, said):
     assert sorted(folder.rglob("*")) == before
 
 
-def parquet():
-    buffer = io.BytesIO()
-    datasets.Dataset.from_dict({"text": ["some text\n"] * 50}).to_parquet(buffer)
-    return buffer.getvalue()
-
-
-PARQUET = parquet()
+PARQUET = parquet([{"text": "some text\n"}] * 50)
 BAD_FILES = {
     "empty.txt": (b"", "empty.txt is empty"),
     "blank.txt": (b"\n\n \n", "no tokens"),
@@ -74,7 +66,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file(name, folder, capsys):
+def test_a_bad_file_ends_with_one_sentence(name, folder, capsys):
     content, said = BAD_FILES[name]
     (folder / name).write_bytes(content)
     files = [f"--train_file={name}"]
@@ -96,66 +88,54 @@ BAD_ARGUMENTS = {
 
 
 @pytest.mark.parametrize("name", BAD_ARGUMENTS)
-def test_a_bad_argument(name, folder, text_file, capsys):
+def test_a_bad_argument_ends_with_one_sentence(name, folder, text_file, capsys):
     arguments, said = BAD_ARGUMENTS[name]
     given = [word for word in TINY if not (name.startswith("a tokenizer") and "tokenizer" in word)]
     one_sentence([*given, f"--train_file={text_file}", "--output_dir=out", *arguments], capsys, folder, said)
 
 
-def test_an_unknown_recipe_key(folder, capsys):
+def test_an_unknown_recipe_key_is_named_with_the_one_that_was_meant(folder, capsys):
     (folder / "mine.yaml").write_text("model_type: gpt2\nblok_size: 3\n")
     one_sentence(["--config=mine.yaml"], capsys, folder, "blok_size is not a setting; did you mean block_size?")
 
 
-def test_a_model_that_is_not_there(folder, text_file, capsys):
+def test_a_model_that_is_not_there_ends_with_one_sentence(folder, text_file, capsys):
     arguments = ["--model_name_or_path=none/such", f"--train_file={text_file}", "--output_dir=out"]
     one_sentence(arguments, capsys, folder, "'none/such' cannot be loaded")
 
 
-def test_a_folder_that_is_no_model(folder, text_file, capsys):
+def test_a_folder_that_is_no_model_ends_with_one_sentence(folder, text_file, capsys):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps({"hello": 1}))
     arguments = ["--model_name_or_path=model", f"--train_file={text_file}", "--output_dir=out"]
     one_sentence(arguments, capsys, folder, "holds no usable model config")
 
 
-def test_a_data_set_that_is_not_there(folder, capsys):
+def test_a_data_set_that_is_not_there_is_one_sentence_that_offers_train_file(folder, capsys):
     one_sentence([*TINY, "--dataset_name=none/such", "--output_dir=out"], capsys, folder, "train_file")
 
 
-def test_an_output_dir_that_is_a_file(folder, text_file, capsys):
+def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, capsys):
     (folder / "out").write_text("kept")
     one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file")
     assert (folder / "out").read_text() == "kept"
 
 
-def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder):
-    """A port of this machine where nobody listens stands for the hub; an own empty cache."""
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(folder / "cache")}
-    os.environ.pop("HF_HUB_OFFLINE")
-    try:
-        done = run(
-            "-m",
-            "train_loop.main",
-            "--config",
-            "distilgpt2_wikitext2",
-            timeout=30,
-            launcher=(sys.executable,),
-            **environment,
-        )
-    finally:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_there):
+    """And with an own empty cache."""
+    environment = {"HF_ENDPOINT": nobody_there, "HF_HOME": str(folder / "cache")}
+    arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
+    done = run(*arguments, timeout=60, launcher=(*ONLINE, sys.executable), **environment)
     first, second = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "127.0.0.1:9 cannot be reached" in first
+    assert f"{nobody_there} cannot be reached" in first
     assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second
 
 
 def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/multi_cpu.yaml")
     (folder / "few.txt").write_text("few words")
     files = [f"--train_file={folder}/few.txt", f"--validation_file={folder}/few.txt"]
-    done = run("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", launcher=launcher)
+    done = run("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", launcher=TWO)
     assert done.returncode == 1 and not (folder / "out").exists()
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: the validation data has 2 tokens, less than one block of 32"
@@ -163,15 +143,15 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
 
 
 def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file):
+    """The other one waits for it to join: no longer than ddp_timeout, else until the launcher kills it."""
     script = folder / "script.py"
     script.write_text(
         "import os, sys\nfrom train_loop import main\n"
         "own = ['--train_file=none.txt'] if os.environ['RANK'] == '1' else []\n"
         "main.leave(main.main([*sys.argv[1:], *own]))\n"
     )
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/multi_cpu.yaml")
-    files = [f"--train_file={text_file}", f"--output_dir={folder}/out"]
-    done = run(script, *TINY, *files, launcher=launcher, PYTHONPATH=str(ROOT))
+    arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={folder}/out", "--ddp_timeout=5"]
+    done = run(script, *arguments, launcher=TWO, PYTHONPATH=str(ROOT))
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: process 1: train_file none.txt: no such file"
@@ -225,7 +205,7 @@ def broken_model(folder, what):
         ("pickled weights", "holds no usable model: "),
     ],
 )
-def test_a_broken_model_folder(what, said, folder, text_file, capsys):
+def test_a_broken_model_folder_ends_with_one_sentence(what, said, folder, text_file, capsys):
     broken_model(folder / "model", what)
     capsys.readouterr()
     arguments = ["--model_name_or_path=model", "--block_size=32", f"--train_file={text_file}", "--output_dir=out"]
@@ -233,13 +213,13 @@ def test_a_broken_model_folder(what, said, folder, text_file, capsys):
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is read-only for root")
-def test_an_output_dir_that_is_read_only(folder, text_file, capsys):
+def test_an_output_dir_that_is_read_only_is_refused(folder, text_file, capsys):
     (folder / "kept").mkdir(mode=0o555)
     one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=kept/out"], capsys, folder, "no permission")
 
 
 @pytest.mark.parametrize("output_dir", ["/proc/out", "/dev/null/out"])
-def test_an_output_dir_where_nothing_can_be_made(output_dir, folder, text_file, capsys):
+def test_an_output_dir_where_nothing_can_be_made_is_refused(output_dir, folder, text_file, capsys):
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={output_dir}"]
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()

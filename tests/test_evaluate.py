@@ -6,21 +6,16 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY_CONFIGS
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import TINY_CONFIGS, VOCAB
+from test_loop import make_model
+from transformers import AutoModelForCausalLM
 
 from train_loop.config import Settings
 from train_loop.data import Split
 from train_loop.evaluate import evaluate, named_perplexities
 
-VOCAB, BLOCK = 97, 12
+BLOCK = 12
 BLOCKS = (np.arange(5 * BLOCK) ** 2 * 7 % VOCAB).reshape(5, BLOCK).astype(np.int32)
-
-
-def make_model(model_type):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **TINY_CONFIGS[model_type])
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def evaluated(model, batch_size):
@@ -32,7 +27,7 @@ def evaluated(model, batch_size):
 def test_loss_is_the_mean_over_single_tokens_for_any_batch_size(model_type, tmp_path):
     """Each token predicted by a forward pass of its own; 5 blocks, so that the last batch is a short one.
     Tolerance: float32 rounding of products of another shape."""
-    model = make_model(model_type).train()  # evaluate itself must switch dropout off
+    model = make_model(model_type, dropout=True).train()  # evaluate itself must switch it off
     state = torch.random.get_rng_state()
     results = [evaluated(model, batch_size) for batch_size in (1, 2, 3, 5, 64)]
     assert model.training and torch.equal(state, torch.random.get_rng_state())

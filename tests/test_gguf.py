@@ -5,8 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import TINY_CONFIGS
-from test_main import TINY, lines_of
+from conftest import TINY, TINY_CONFIGS, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.command_line import read_settings

@@ -2,9 +2,7 @@
 
 import re
 
-from conftest import ROOT, run
-from test_checkpoint import LAUNCH
-from test_main import TINY
+from conftest import TINY, TWO, run
 
 SHORT = ["--max_train_steps=4", "--logging_steps=2", "--checkpointing_steps=2"]
 TABLE_HEAD = r"step +epoch train loss +eval loss perplexity +tokens/s"
@@ -22,10 +20,8 @@ def assert_plain(done, *paths):
 def test_two_processes_and_an_evaluation_print_plain_lines_of_80_columns_and_no_warning(text_file, tmp_path):
     """Data and tokens are prepared anew, as they are the first time."""
     out, paths = tmp_path / "run", (str(tmp_path), str(text_file))
-    config = ROOT / "launch_configs" / "multi_cpu.yaml"
     arguments = [*TINY, *SHORT, f"--train_file={text_file}", f"--output_dir={out}", "--resume_from_checkpoint=auto"]
-    launcher = (*LAUNCH, "--config_file", config)
-    trained = run("train_loop/main.py", *arguments, launcher=launcher, HF_HOME=str(tmp_path / "cache"))
+    trained = run("train_loop/main.py", *arguments, launcher=TWO, HF_HOME=str(tmp_path / "cache"))
     assert_plain(trained, *paths)
     assert len(re.findall(TABLE_HEAD, trained.stdout)) == 1 and "world size 2" in trained.stdout
 

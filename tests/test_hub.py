@@ -1,7 +1,5 @@
 """The hub, over HTTP: a real client against a server on loopback (hub_server.py)."""
 
-import io
-import itertools
 import os
 import re
 import shlex
@@ -11,84 +9,15 @@ import threading
 import time
 from pathlib import Path
 
-import datasets
 import pytest
-from conftest import TINY_CONFIGS, run
-from hub_server import HubServer
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run
 from safetensors.torch import load_file
-from test_main import TINY, lines_of
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from train_loop import hub as our_hub
 from train_loop.command_line import read_settings
-from train_loop.config import Settings
 from train_loop.main import main
-from train_loop.model import load_tokenizer
 from train_loop.publish import Publisher
-
-TOKEN, READ_TOKEN = "hf_writewritewrite", "hf_readreadread"
-EXPORTED = {
-    "README.md",
-    "all_results.json",
-    "config.json",
-    "generation_config.json",
-    "loss_curve.png",
-    "metrics.jsonl",
-    "model.safetensors",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "train_config.yaml",
-}
-ONLINE = ("env", "-u", "HF_HUB_OFFLINE")  # a process without the variable that keeps the tests off any hub
-DATA_CARD = """---
-language:
-- en
-license:
-- cc-by-sa-3.0
-- gfdl
-configs:
-- config_name: wikitext-2-raw-v1
-  data_files:
-  - {split: test, path: wikitext-2-raw-v1/test-*}
-  - {split: train, path: wikitext-2-raw-v1/train-*}
-  - {split: validation, path: wikitext-2-raw-v1/validation-*}
----
-# A small stand-in
-"""
-
-
-def parquet(rows):
-    buffer = io.BytesIO()
-    datasets.Dataset.from_list(rows).to_parquet(buffer)
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def hub(text_file, tmp_path_factory):
-    """A hub with small stand-ins for what the reference recipe asks for: a GPT-2 with a byte-level BPE tokenizer, which
-    is found under its old name, and some prose in the files and the columns of WikiText."""
-    folder = tmp_path_factory.mktemp("hub")
-    lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
-    rows = [{"text": "" if line.isspace() else f" {line}"} for line in lines]
-    model = folder / "model"
-    load_tokenizer(Settings(tokenizer_vocab_size=400), datasets.Dataset.from_list(rows)).save_pretrained(model)
-    sizes = {**TINY_CONFIGS["gpt2"], "n_positions": 256}
-    config = AutoConfig.for_model("gpt2", vocab_size=400, bos_token_id=0, eos_token_id=0, **sizes)
-    AutoModelForCausalLM.from_config(config).save_pretrained(model)
-    (model / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\n# A small stand-in\n")
-    splits = {"train": rows[:-80], "validation": rows[-80:-40], "test": rows[-40:]}
-    files = {f"wikitext-2-raw-v1/{name}-00000-of-00001.parquet": parquet(part) for name, part in splits.items()}
-    aliases = {"distilgpt2": "distilbert/distilgpt2"}
-    with HubServer(folder / "hub", {TOKEN: "write", READ_TOKEN: "read"}, aliases) as server:
-        server.add("models", "distilbert/distilgpt2", {path.name: path.read_bytes() for path in model.iterdir()})
-        server.add("datasets", "Salesforce/wikitext", {"README.md": DATA_CARD.encode(), **files})
-        yield server
-
-
-@pytest.fixture
-def healthy(hub):
-    yield hub
-    hub.reset()
 
 
 @pytest.fixture
@@ -129,7 +58,7 @@ print(pipeline("text-generation", model=sys.argv[1])("The value", max_new_tokens
 def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_by_its_name(healthy, tmp_path):
     """The recipe's own names. Then another machine, with a cache of its own and no token, asks for what was pushed."""
     output_dir = tmp_path / "runs" / "distilgpt2-finetuned-wikitext2"
-    launcher = (*ONLINE, sys.executable, "-m", "accelerate.commands.launch", "--quiet", "train_loop/main.py")
+    launcher = (*ONLINE, *LAUNCH, "--quiet", "train_loop/main.py")
     arguments = ["--config=distilgpt2_wikitext2", "--num_train_epochs=1", f"--output_dir={output_dir}", "--push_to_hub"]
     environment = healthy.environment(tmp_path / "cache", TOKEN)
     done = run(*arguments, launcher=launcher, **environment)
@@ -236,11 +165,11 @@ def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, te
 
 
 def test_a_hub_out_of_reach_is_a_warning_and_the_push_is_tried_all_the_same(
-    logged_in, text_file, tmp_path, capsys, monkeypatch
+    logged_in, nobody_there, text_file, tmp_path, capsys, monkeypatch
 ):
     """At the start nobody listens; at the end the hub is there."""
     there = os.environ["HF_ENDPOINT"]
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("HF_ENDPOINT", nobody_there)
     push = our_hub.push
 
     def push_later(*arguments):
@@ -251,7 +180,7 @@ def test_a_hub_out_of_reach_is_a_warning_and_the_push_is_tried_all_the_same(
     assert main(short(text_file, tmp_path / "late")) == 0
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
-    assert "127.0.0.1:9 cannot be reached now" in warning and "pushed:" in out
+    assert f"{nobody_there} cannot be reached now" in warning and "pushed:" in out
     assert 'model="OWNER/late"' in (tmp_path / "late" / "README.md").read_text()
     assert logged_in.files("models", "me/late").keys() == EXPORTED | {".gitattributes"}
 
@@ -330,12 +259,7 @@ def test_each_checkpoint_is_pushed_and_training_does_not_notice(logged_in, text_
 
     monkeypatch.undo()
     assert main([*arguments, f"--output_dir={tmp_path}/never"]) == 0
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("often", "never")]
-    assert all(weights[0][name].equal(weights[1][name]) for name in weights[1])
-    lines = [lines_of(tmp_path / name) for name in ("often", "never")]
-    for line in itertools.chain(*lines):
-        line.pop("tokens_per_second", None)
-    assert lines[0] == lines[1]
+    assert_same_run(tmp_path / "often", tmp_path / "never")
 
 
 def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_path):

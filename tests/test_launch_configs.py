@@ -5,15 +5,23 @@ import json
 import shutil
 import signal
 import socket
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, run
+from conftest import (
+    LAUNCH,
+    NO_DROPOUT,
+    ROOT,
+    TINY,
+    TWO,
+    assert_lines_agree,
+    assert_same_run,
+    lines_of,
+    run,
+    without_timings,
+)
 from hosts import documented_command, launch_on, launch_on_both, missing, two_hosts
 from safetensors.torch import load_file
-from test_checkpoint import NO_DROPOUT, TWO, assert_same_run
-from test_main import TINY, lines_of
 
 from train_loop.durable import name_of, steps_in
 from train_loop.main import main
@@ -84,8 +92,7 @@ def test_each_config_starts_what_it_says(tmp_path):
 )
 def test_the_command_in_a_config_trains(config, says, text_file, tmp_path):
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", *documented_command(config)[2:])
-    done = run(*arguments, launcher=launcher)
+    done = run(*arguments, launcher=(*LAUNCH, *documented_command(config)[2:]))
     assert done.returncode == 0, done.stderr
     assert says in done.stdout
     assert [line["step"] for line in lines_of(tmp_path / "run") if "loss" in line] == [2]
@@ -99,34 +106,24 @@ def hosts():
         yield pair
 
 
-def assert_equal_to_rounding(output_dir, reference):
-    """The lines of metrics.jsonl. Tolerance: sums in another order, in float32."""
-    lines, expected = lines_of(output_dir), lines_of(reference)
-    assert [line["step"] for line in lines] == [line["step"] for line in expected]
-    for a, b in zip(lines, expected, strict=True):
-        for name in a.keys() - {"tokens_per_second"}:
-            assert a[name] == pytest.approx(b[name], rel=1e-5), name
-
-
 def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, text_file, tmp_path):
     """multi_node.yaml with a process on each host against one with two micro-batches to a step; then one process goes
     on from the hosts' checkpoint of step 18. Without dropout: its random numbers are each process's own."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--learning_rate=1e-3", "--per_device_train_batch_size=4", "--checkpointing_steps=9"]
-    arguments += ["--num_threads=1"]  # the two hosts share this machine's cores
     first, second = launch_on_both(hosts, ON_CPUS, [*arguments, f"--output_dir={tmp_path}/two"])
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert "world size 2" in first.stdout and not second.stdout.strip()
     arguments += ["--gradient_accumulation_steps=2"]
     assert main([*arguments, f"--output_dir={tmp_path}/one"]) == 0
-    assert_equal_to_rounding(tmp_path / "two", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
 
     checkpoints = tmp_path / "two" / "checkpoints"
     for step in set(steps_in(checkpoints)) - {18}:
         shutil.rmtree(checkpoints / name_of(step))
     (tmp_path / "two" / "all_results.json").unlink()
     assert main([*arguments, f"--output_dir={tmp_path}/two", "--resume_from_checkpoint=auto"]) == 0
-    assert_equal_to_rounding(tmp_path / "two", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
 
 
 WRAPPED = """
@@ -204,7 +201,7 @@ def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file
     """Two processes on each of two hosts, equal to one process."""
     path, environment = script(PREPARES_SLOWLY)
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--max_train_steps=5", "--learning_rate=1e-3"]
-    arguments += ["--num_threads=1", "--logging_steps=1"]
+    arguments += ["--logging_steps=1"]
     batch = ["--per_device_train_batch_size=2", "--ddp_timeout=5", f"--output_dir={tmp_path}/four"]
     flags = ["--num_processes=4", "--mixed_precision=no"]
     environment |= {"CACHES": f"{tmp_path}/caches"}
@@ -213,7 +210,7 @@ def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file
     prepared = sorted(found.name.split(" by ")[0] for found in tmp_path.glob("* by *"))
     assert prepared == [f"{split} on {host.name}" for split in ("training", "validation") for host in hosts]
     assert main([*arguments, "--per_device_train_batch_size=8", f"--output_dir={tmp_path}/one"]) == 0
-    assert_equal_to_rounding(tmp_path / "four", tmp_path / "one")
+    assert_lines_agree(without_timings(tmp_path / "four"), without_timings(tmp_path / "one"))
 
 
 @pytest.mark.slow
@@ -222,7 +219,7 @@ def test_gradients_are_exchanged_once_an_optimizer_step(hosts, script, text_file
     size (R. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009)."""
     path, environment = script(COUNTS_BYTES)
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=12", "--per_device_train_batch_size=2"]
-    arguments += ["--config_overrides=n_layer=2,n_head=2,n_embd=192,n_positions=64", "--num_threads=1"]
+    arguments += ["--config_overrides=n_layer=2,n_head=2,n_embd=192,n_positions=64"]
     for accumulation in (1, 4):
         more = [f"--gradient_accumulation_steps={accumulation}", f"--output_dir={tmp_path}/run{accumulation}"]
         first, second = launch_on_both(hosts, ON_CPUS, [*arguments, *more], path, **environment)
@@ -244,7 +241,7 @@ def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, scri
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags = [*ON_CPUS, "--rdzv_backend=c10d", "--max_restarts=3"]
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=2", "--checkpointing_steps=5"]
-    arguments += ["--per_device_train_batch_size=4", "--num_threads=1", "--overwrite_output_dir"]
+    arguments += ["--per_device_train_batch_size=4", "--overwrite_output_dir"]
 
     def launch(rank, dies):
         output_dir = f"--output_dir={tmp_path}/without {dies}"

@@ -3,7 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_loop import largest_difference, make_model, train
+from conftest import largest_difference
+from test_loop import make_model, train
 
 from train_loop import lean
 from train_loop.data import Split, Windows

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
-from conftest import BLOCK, TINY_CONFIGS, VOCAB
+from conftest import BLOCK, TINY_CONFIGS, VOCAB, largest_difference
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from train_loop import loop
@@ -19,6 +19,7 @@ from train_loop.loss import count_targets, next_token_loss
 from train_loop.metrics import Metrics
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
+from train_loop.stop import StopSignal
 
 NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
 
@@ -31,14 +32,7 @@ def make_model(model_type="gpt2", dropout=False):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-class StopSignalThatNeverComes:
-    number = 0
-
-    def agreed(self, accelerator):
-        return False
-
-
-def train(model, train_blocks, eval_blocks, output_dir, **values):
+def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **values):
     """The loop's lines of training, its last evaluation, and the final weights."""
     values = {
         "checkpointing_steps": "none",
@@ -49,7 +43,8 @@ def train(model, train_blocks, eval_blocks, output_dir, **values):
     settings = Settings(output_dir=str(output_dir), **values)
     output_dir.mkdir()
     splits = [b if isinstance(b, Split) else Split("blocks", b) for b in (train_blocks, eval_blocks)]
-    accelerator = Accelerator(cpu=True)
+    accelerator = accelerator or Accelerator(cpu=True)
+    torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
     torch.manual_seed(settings.seed)
     num_steps = loop.num_steps(len(splits[0].blocks), settings, 1)
     optimizer = build_optimizer(model, settings)
@@ -57,18 +52,9 @@ def train(model, train_blocks, eval_blocks, output_dir, **values):
     prepared, optimizer = accelerator.prepare(model, optimizer)
     metrics = Metrics(output_dir, num_steps, is_main=True)
     position = Position()
-    loop.train(
-        prepared,
-        optimizer,
-        scheduler,
-        position,
-        *splits,
-        settings,
-        accelerator,
-        metrics,
-        Checkpoints(settings, accelerator),
-        StopSignalThatNeverComes(),
-    )
+    checkpoints = Checkpoints(settings, accelerator)
+    with StopSignal() as stop:
+        loop.train(prepared, optimizer, scheduler, position, *splits, settings, accelerator, metrics, checkpoints, stop)
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
@@ -87,10 +73,6 @@ class RecordingTrainer(Trainer):
         loss = super().training_step(*arguments, **options)
         self.losses.append(loss.item())
         return loss
-
-
-def largest_difference(first, second):
-    return max((first[name] - second[name]).abs().max().item() for name in first)
 
 
 @pytest.mark.parametrize("order", ["one batch", "shuffled"])

@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from conftest import TINY_CONFIGS, VOCAB
-from test_loop import largest_difference, make_model, train
+from conftest import TINY_CONFIGS, VOCAB, largest_difference
+from test_loop import make_model, train
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import loss
+from train_loop.checkpoint import Checkpoints
+from train_loop.config import Settings
 from train_loop.data import IGNORED
 from train_loop.finite import FiniteGuard
 from train_loop.loss import LinearCrossEntropy, next_token_loss, put_loss_in_head
@@ -171,16 +173,11 @@ def test_the_model_is_as_it_was_outside_the_loss(blocks):
     assert torch.equal(model(ids).logits, before)
 
 
-class NoCheckpoints:
-    def say_latest(self):
-        return "there is no checkpoint yet"
-
-
 def test_where_the_host_does_not_wait_a_step_that_is_not_finite_is_held_back_on_the_device():
     weight = torch.nn.Parameter(torch.ones(3))
     accelerator = Accelerator(cpu=True)
     optimizer = accelerator.prepare(torch.optim.AdamW([weight], lr=0.1, fused=True))
-    guard = FiniteGuard(optimizer, accelerator, NoCheckpoints())
+    guard = FiniteGuard(optimizer, accelerator, Checkpoints(Settings(output_dir="unused"), accelerator))
     guard.waits = False  # as on a GPU
 
     def step(number, gradient):

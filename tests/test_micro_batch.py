@@ -10,10 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import ROOT, run
-from test_checkpoint import assert_same_run
+from conftest import ROOT, TINY, TWO, assert_same_run, run
 from test_loop import train
-from test_main import TINY
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.config import Settings
@@ -124,6 +122,5 @@ def test_where_not_even_one_block_fits_it_is_said(tmp_path):
 
 
 def test_processes_divide_together_where_memory_runs_out_on_one_of_them_alone(tmp_path):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--config_file", "launch_configs/multi_cpu.yaml")
-    (_, *first), (_, *second) = limited([8000, 450], tmp_path, launcher)
+    (_, *first), (_, *second) = limited([8000, 450], tmp_path, TWO)
     assert first == second and first[0] < 24 and first[0] * first[1] == 48

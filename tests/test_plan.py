@@ -1,12 +1,10 @@
 """--dry_run: the arithmetic against hand-counted numbers, and what it leaves: nothing."""
 
 import re
-import sys
 
 import pytest
 import torch
-from conftest import run
-from test_main import TINY
+from conftest import LAUNCH, TINY, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
@@ -103,7 +101,7 @@ def test_two_processes_plan_with_the_shares_that_the_launch_config_asks_for(text
     """Without a GPU the steps themselves run as DDP, and a sentence says so."""
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={tmp_path}/run", "--dry_run"]
     config = ("--config_file", "launch_configs/fsdp.yaml", "--num_processes=2", "--mixed_precision=no")
-    done = run("train_loop/main.py", *arguments, launcher=(sys.executable, "-m", "accelerate.commands.launch", *config))
+    done = run("train_loop/main.py", *arguments, launcher=(*LAUNCH, *config))
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("warning: the launch config asks for FSDP") == 1
     lines = plan(done.stdout)

@@ -1,39 +1,29 @@
 """Lower precision in the passes, float32 in weights, optimizer and loss."""
 
-import sys
-
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import BLOCK, run
-from safetensors.torch import load_file
-from test_loop import StopSignalThatNeverComes, make_model
-from test_main import TINY, lines_of
+from conftest import BLOCK, LAUNCH, TINY, largest_difference, lines_of, run, weights_of
+from test_loop import make_model, train
 
-from train_loop import loop
-from train_loop.checkpoint import Checkpoints
-from train_loop.config import Settings
-from train_loop.data import Split
-from train_loop.metrics import Metrics
-from train_loop.optim import build_optimizer, build_scheduler
-from train_loop.position import Position
+from train_loop.main import main
 
 
 def launch(precision, *arguments):
-    launcher = (sys.executable, "-m", "accelerate.commands.launch", "--mixed_precision", precision)
-    return run("train_loop/main.py", *TINY, *arguments, launcher=launcher)
+    return run("train_loop/main.py", *TINY, *arguments, launcher=(*LAUNCH, "--mixed_precision", precision))
 
 
-def test_bf16_keeps_weights_in_float32_and_stays_near_the_float32_run(text_file, tmp_path):
+def test_bf16_keeps_weights_in_float32_and_stays_near_the_float32_run(text_file, tmp_path, capsys):
     arguments = [f"--train_file={text_file}", "--max_train_steps=13", "--logging_steps=1"]
-    for precision in ("no", "bf16"):
-        done = launch(precision, *arguments, f"--output_dir={tmp_path}/{precision}")
-        assert done.returncode == 0, done.stderr
-        assert f"precision {'float32' if precision == 'no' else precision}," in done.stdout
-    exact, rounded = ([line["loss"] for line in lines_of(tmp_path / p) if "loss" in line] for p in ("no", "bf16"))
+    done = launch("bf16", *arguments, f"--output_dir={tmp_path}/bf16")
+    assert done.returncode == 0, done.stderr
+    assert "precision bf16," in done.stdout
+    assert main([*TINY, *arguments, f"--output_dir={tmp_path}/float32"]) == 0
+    assert "precision float32," in capsys.readouterr().out
+    exact, rounded = ([line["loss"] for line in lines_of(tmp_path / p) if "loss" in line] for p in ("float32", "bf16"))
     assert exact != rounded, "autocast was not on"
     assert rounded == pytest.approx(exact, rel=2e-2)  # bf16 has 8 bits
-    assert {t.dtype for t in load_file(tmp_path / "bf16" / "model.safetensors").values()} == {torch.float32}
+    assert {t.dtype for t in weights_of(tmp_path / "bf16").values()} == {torch.float32}
 
 
 def test_fp16_on_a_cpu_is_refused(text_file, tmp_path):
@@ -42,56 +32,38 @@ def test_fp16_on_a_cpu_is_refused(text_file, tmp_path):
     assert "error: mixed precision fp16 needs a GPU: on a CPU use bf16 or no" in done.stderr.splitlines()
 
 
+class Float16(Accelerator):
+    """Float16's scaler without float16's passes, which no CPU has."""
+
+    def __init__(self, scaler):
+        super().__init__(cpu=True)
+        self.scaler = scaler
+
+    def prepare(self, *objects):
+        prepared = super().prepare(*objects)
+        self.native_amp = True  # gradients are unscaled before they are clipped only where Accelerate knows of fp16
+        self.state._mixed_precision = "fp16"
+        return prepared
+
+
 def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(blocks, tmp_path):
     """torch's own GradScaler works on a CPU too. It begins at a scale that overflows float32, and halves it with each
-    overflow until gradients fit; the steps after that equal those of a run that had no scaler."""
-
-    def train(output_dir, scaler):
-        accelerator = Accelerator(cpu=True)
-        accelerator.scaler = scaler
-        settings = Settings(
-            output_dir=str(output_dir),
-            checkpointing_steps="none",
-            max_grad_norm=0.5,
-            logging_steps=1,
-            max_train_steps=4,
-            learning_rate=1e-3,
-        )
-        settings.per_device_train_batch_size = len(blocks)  # one batch, so that a skipped one is seen again
-        model = make_model()
-        optimizer = build_optimizer(model, settings)
-        scheduler = build_scheduler(optimizer, settings, 4)
-        prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
-        if scaler is not None:  # gradients are unscaled before they are clipped only where Accelerate knows of fp16
-            accelerator.native_amp = True
-            accelerator.state._mixed_precision = "fp16"
-        output_dir.mkdir()
-        metrics = Metrics(output_dir, 4, is_main=True)
-        try:
-            splits = Split("training", blocks), Split("validation", blocks[:2])
-            loop.train(
-                prepared,
-                prepared_optimizer,
-                scheduler,
-                Position(),
-                *splits,
-                settings,
-                accelerator,
-                metrics,
-                Checkpoints(settings, accelerator),
-                StopSignalThatNeverComes(),
-            )
-        finally:
-            accelerator.state._mixed_precision = "no"
-        return [line for line in lines_of(output_dir) if "loss" in line], metrics, model.state_dict()
-
-    plain, _, weights = train(tmp_path / "plain", None)
-    scaled, metrics, scaled_weights = train(tmp_path / "scaled", torch.amp.GradScaler("cpu", init_scale=2.0**127))
-    assert metrics.num_skipped_steps > 0
+    overflow until gradients fit; the steps after that equal those of a run that had no scaler. Tolerances: float32
+    rounding."""
+    splits = blocks, blocks[:2]
+    options = {"max_grad_norm": 0.5, "max_train_steps": 4, "per_device_train_batch_size": len(blocks)}
+    # one batch, so that a skipped one is seen again
+    plain, _, weights = train(make_model(), *splits, tmp_path / "plain", **options)
+    accelerator = Float16(torch.amp.GradScaler("cpu", init_scale=2.0**127))
+    try:
+        scaled, _, scaled_weights = train(make_model(), *splits, tmp_path / "scaled", accelerator, **options)
+    finally:
+        accelerator.state._mixed_precision = "no"  # every Accelerator of this process has the same
+    assert accelerator.scaler.get_scale() < 2.0**127, "no step was skipped"
     assert [line["step"] for line in scaled] == [1, 2, 3, 4]
     assert [line["learning_rate"] for line in scaled] == [line["learning_rate"] for line in plain]
     assert scaled[-1]["tokens_seen"] == 4 * len(blocks) * (BLOCK - 1)
     for a, b in zip(plain, scaled, strict=True):
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5), "norms are of unscaled gradients"
-    assert max((weights[name] - scaled_weights[name]).abs().max().item() for name in weights) < 1e-5
+    assert largest_difference(scaled_weights, weights) < 1e-5

@@ -5,11 +5,9 @@ import re
 import sys
 
 import pytest
-from conftest import run
+from conftest import ONLINE, TINY, lines_of, run
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
-from test_hub import ONLINE
-from test_main import TINY, lines_of
 
 from train_loop.main import main
 

@@ -8,8 +8,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT, run
-from test_hub import ONLINE, TOKEN, healthy, hub  # noqa: F401  a hub with small stand-ins for the recipe's names
+from conftest import ONLINE, ROOT, TOKEN, run
 from test_launch_configs import documented_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -23,19 +22,9 @@ COMMANDS = [
 TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
 INSTALLS = "python -m pip install -e"  # the first command, which test_main.py runs, and the tests' own, which runs now
-ONE_AFTER_THE_OTHER = """
-import importlib, json, os, sys
-from train_loop import compare, run  # once for all
-for module, arguments in json.loads(sys.argv[1]):
-    if not (child := os.fork()):
-        status = importlib.import_module(module).main(arguments)
-        sys.stdout.flush()
-        os._exit(status or 0)
-    print("exit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), arguments, flush=True)
-"""
 
 
-def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):  # noqa: F811
+def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
     """In README's order, in one folder, with the files that it speaks of; two steps of each run."""
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
@@ -62,7 +51,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
 
     environment = healthy.environment(tmp_path / "cache", TOKEN) | {"PYTHONPATH": str(ROOT)}
     in_folder = ("env", "-C", tmp_path, *ONLINE, sys.executable)
-    done = run("-c", ONE_AFTER_THE_OTHER, json.dumps(here), launcher=in_folder, **environment)
+    done = run(ROOT / "tests" / "one_after_the_other.py", json.dumps(here), launcher=in_folder, **environment)
     statuses = re.findall(r"^exit status (.*?) ", done.stdout, re.MULTILINE)
     assert statuses == ["0"] * len(here), done.stdout + done.stderr
     assert "is finished" in done.stdout and f"pushed: {healthy.address}/me/" in done.stdout

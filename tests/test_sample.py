@@ -8,13 +8,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.command_line import read_settings
 from train_loop.config import Settings
-from train_loop.model import END_OF_TEXT, _train_tokenizer
+from train_loop.model import END_OF_TEXT, load_tokenizer
+from train_loop.rows import Rows
 from train_loop.sample import NUM_NEW_TOKENS, Samples
+
+
+def make_tokenizer():
+    rows = Rows.of(["the value of the name is the value of a class\n" * 20])
+    return load_tokenizer(Settings(tokenizer_vocab_size=280), rows)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return _train_tokenizer([{"text": "the value of the name is the value of a class\n" * 20}], 280)
+    return make_tokenizer()
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -54,7 +60,7 @@ def test_a_prompt_longer_than_the_context_goes_on_from_its_end(model, tokenizer)
 
 def test_an_end_of_text_that_the_tokenizer_adds_is_not_gone_on_from(tokenizer):
     plain = Samples(Settings(sample_prompt=["the value"]), tokenizer).prompts["the value"]
-    added = _train_tokenizer([{"text": "the value of the name is the value of a class\n" * 20}], 280)
+    added = make_tokenizer()
     template = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, added.eos_token_id)])
     added.backend_tokenizer.post_processor = template
     assert added("the value")["input_ids"] == [*plain, added.eos_token_id]

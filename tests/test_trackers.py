@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from test_main import lines_of
+from conftest import lines_of
 
 from train_loop.config import TRACKERS
 from train_loop.main import main
