@@ -161,6 +161,15 @@ def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, argumen
     assert json.loads((interrupted / "all_results.json").read_text())["step"] == 39
 
 
+def test_a_finished_run_whose_checkpoints_are_gone_is_left_as_it_was(arguments, reference, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    assert main([*arguments, f"--output_dir={run_dir}", "--resume_from_checkpoint=auto"]) == 1
+    assert "a finished run without checkpoints: there is nothing to go on from" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
 def test_a_run_stopped_in_its_last_evaluation_keeps_that_line_however_often_it_is_resumed(
     arguments, reference, tmp_path, monkeypatch
 ):

@@ -10,7 +10,7 @@ from conftest import lines_of, shows
 from matplotlib.image import imread
 
 from train_loop.compare import main, short_names
-from train_loop.curve import read_lines, smooth
+from train_loop.curve import draw_run, draw_runs, read_lines, smooth
 
 
 def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, capsys):
@@ -92,3 +92,15 @@ def test_smoothing_keeps_a_line_straight_where_it_has_neighbours_on_both_sides()
     values = smooth([3.0] * 50)
     assert values == pytest.approx([3.0] * 50)
     assert smooth([float(i) for i in range(100)])[20:80] == pytest.approx(range(20, 80))
+
+
+@pytest.mark.parametrize("draw", [draw_run, lambda lines, path: draw_runs({"one": lines}, path)])
+def test_the_thickest_line_of_the_training_losses_is_smooth(draw, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # the figure can be looked at
+    draw([{"step": step, "loss": 3.0 + 0.5 * (-1) ** step} for step in range(1, 41)], tmp_path / "curve.png")
+    thickest = max(pyplot.gcf().axes[0].lines, key=lambda line: line.get_linewidth() * len(line.get_ydata()))
+    monkeypatch.undo()
+    pyplot.close("all")
+    assert thickest.get_ydata()[3:-3] == pytest.approx([3.0] * 34, abs=0.05)

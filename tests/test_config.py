@@ -161,6 +161,7 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         (["--config_name", "c", "--tokenizer_name", "t", "--tokenizer_vocab_size", "300", *DATA], "not both"),
         (["--model_type", "gpt2", "--model_revision", "r", *DATA], "model_revision goes with"),
         ([*MODEL, *DATA, "--train_file", "x.txt"], "give dataset_name or files, not both"),
+        ([*MODEL, *DATA, "--validation_file", "x.txt"], "give dataset_name or files, not both"),
         ([*MODEL, *DATA, "--dry_run", "--eval_only"], "give dry_run or eval_only, not both"),
         ([*MODEL, *DATA, "--eval_stride", "65", "--block_size", "64"], "eval_stride is 65, more than block_size 64"),
         ([*MODEL, *DATA, "--dataset_name", "python_docs", "--streaming"], "not with python_docs"),

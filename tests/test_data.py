@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -322,6 +323,26 @@ def test_tokens_equal_the_tokenizers_own_row_by_row(make):
     plain = make()
     expected = [token for row in ODD_ROWS * 50 for token in plain(row)["input_ids"]]
     assert tokenize_rows(Rows.of(ODD_ROWS * 50), make(), "test")[0].tolist() == expected
+
+
+class OneAtATime(PreTrainedTokenizerFast):
+    """A class whose Python code does not bear two threads."""
+
+    busy = threading.Lock()
+
+    def _encode_plus(self, *args, **options):
+        assert self.busy.acquire(blocking=False), "two threads are in it"
+        try:
+            time.sleep(0.02)
+            return super()._encode_plus(*args, **options)
+        finally:
+            self.busy.release()
+
+
+def test_a_tokenizer_with_code_of_its_own_is_called_by_one_thread_at_a_time():
+    tokenizer = OneAtATime(tokenizer_object=byte_level_bpe().backend_tokenizer, eos_token="<|endoftext|>")
+    texts = ["a"] * (4 * ROWS_PER_BATCH)
+    assert len(tokenize_rows(Rows.of(texts), tokenizer, "test")[0]) >= len(texts)
 
 
 def test_tokens_are_those_of_the_tokenizer_however_little_of_it_changes():

@@ -220,6 +220,14 @@ def test_logged_loss_is_the_token_weighted_mean_since_the_line_before(blocks, tm
     assert not some
 
 
+def test_lines_of_training_and_evaluation_say_how_much_of_the_epochs_is_done(blocks, tmp_path):
+    """22 blocks, 8 at a time: three steps an epoch."""
+    train(make_model(), blocks, blocks[:2], tmp_path / "run", num_train_epochs=2.0, eval_steps=2)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6]
+    assert [line["epoch"] for line in lines] == [round(line["step"] / 3, 6) for line in lines]
+
+
 @pytest.mark.parametrize(
     "schedule, expected",
     [

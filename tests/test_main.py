@@ -90,6 +90,17 @@ def test_the_exported_folder_evaluates_to_the_last_loss_exactly(trained, text_fi
     assert evaluated["eval_loss"] == last["eval_loss"]
 
 
+def test_the_banner_says_what_is_held_out_and_how_a_step_comes_about(trained, text_file, tmp_path, capsys):
+    arguments = [f"--model_name_or_path={trained}", f"--train_file={text_file}", "--block_size=32"]
+    arguments += ["--max_eval_samples=2", f"--output_dir={tmp_path}/run"]
+    more = ["--per_device_train_batch_size=3", "--gradient_accumulation_steps=2", "--max_train_steps=1"]
+    for extra in ["--eval_only"], [*more, "--overwrite_output_dir"]:
+        assert main([*arguments, *extra]) == 0
+        banner = " ".join(capsys.readouterr().out.split())
+        assert re.search(r"held out the last \d+ of [\d,]+ training rows", banner)
+    assert "micro-batch 3 x accumulation 2 x processes 1 = 6 blocks = 192 tokens" in banner
+
+
 def test_train_config_runs_the_same_job_again(trained, tmp_path):
     again = tmp_path / "again"
     assert main(["--config", str(trained / "train_config.yaml"), f"--output_dir={again}"]) == 0

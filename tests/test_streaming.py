@@ -198,6 +198,16 @@ def test_a_file_that_changes_or_vanishes_is_named(kind, deed, said, texts, token
         list(windows)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_no_chunk_comes_from_a_file_once_it_has_changed(kind, texts, tokenizer, tmp_path):
+    path = write(kind, tmp_path, texts)
+    chunks = open_stream(path, tokenizer)[0].source.chunks(None)
+    next(chunks)
+    os.utime(path, ns=(0, 0))  # as an editor would that saves: written at another time
+    with pytest.raises(ValueError, match=f"training file .*{path.name} was changed"):
+        next(chunks)
+
+
 @pytest.mark.parametrize(
     "content, said",
     [

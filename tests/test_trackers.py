@@ -97,3 +97,8 @@ def test_trackers_are_off_unless_asked_for_and_all_means_those_installed():
     assert {"tensorboard", "mlflow"} <= set(wanted_trackers(read_settings([*data, "--report_to=all"])))
     with pytest.raises(ValueError, match="must be text, all, none"):
         read_settings([*data, "--report_to", "tensorboard", "abacus"])
+
+
+def test_a_tracker_is_given_nothing_that_it_cannot_keep(watched):
+    """Samples are text, which MLflow has no place for among its metrics: Accelerate warns of what it leaves out."""
+    assert "MLflowTracker is attempting to log" not in watched["errors"]
