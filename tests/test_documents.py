@@ -59,6 +59,13 @@ def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_pa
     assert leaked < 0.5 * kept, f"the test shows nothing: {leaked:.2f} nats with the first copy in sight"
 
 
+@pytest.mark.parametrize("model_type", ["gpt2", "llama"])
+def test_a_model_that_keeps_documents_apart_is_taken(model_type, tmp_path):
+    make_model(model_type).save_pretrained(tmp_path)
+    settings = Settings(model_name_or_path=str(tmp_path), document_attention=True, add_eos_token=True)
+    load_model(settings, AutoConfig.from_pretrained(tmp_path), [])
+
+
 @pytest.mark.parametrize("model_type", ["opt", "bloom", "mamba"])
 def test_a_model_that_cannot_keep_documents_apart_is_refused(model_type, tmp_path):
     """OPT masks by attention_mask alone, Bloom counts distances over the whole block, Mamba carries a state along."""

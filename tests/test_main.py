@@ -46,6 +46,7 @@ def test_a_run_leaves_every_file_that_is_promised(trained):
     assert results["train_tokens"] == 2 * 100 * 31
     assert results["perplexity"] == math.exp(results["eval_loss"])
     assert 0.1 < results["peak_memory_gib"] < 24
+    assert 0 < results["checkpoint_runtime"] < 60  # seconds, of four saves
     picture = imread(trained / "loss_curve.png")  # training, validation, learning rate
     assert all(shows(picture, colour) for colour in ("tab:blue", "tab:orange", "tab:gray"))
 
@@ -241,6 +242,21 @@ def test_several_processes_give_the_losses_and_weights_of_one(
     assert lines_of(two)[-1]["step"] == math.ceil(num_blocks / whole)
     assert_lines_agree(without_timings(two), without_timings(one))
     assert largest_difference(weights_of(two), weights_of(one)) < 1e-5
+
+
+def test_dropout_differs_from_process_to_process(tmp_path):
+    """Blocks that are all the same, so that the first step of two processes has the loss of one, but for dropout."""
+    (tmp_path / "same.txt").write_text("a" * 2000)
+    arguments = ["--model_type=gpt2", "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64"]
+    arguments += ["--tokenizer_vocab_size=257", "--block_size=32", "--max_train_steps=1", "--logging_steps=1"]
+    arguments += ["--per_device_train_batch_size=1", "--num_threads=1"]
+    arguments += [f"--{name}_file={tmp_path}/same.txt" for name in ("train", "validation")]
+    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=TWO)
+    assert done.returncode == 0, done.stderr
+    assert main([*arguments, f"--output_dir={tmp_path}/one"]) == 0
+    two, one = (lines_of(tmp_path / name) for name in ("two", "one"))
+    assert two[0]["eval_loss"] == pytest.approx(one[0]["eval_loss"], rel=1e-6)
+    assert abs(two[1]["loss"] - one[1]["loss"]) > 1e-4
 
 
 NUM_THREADS = """

@@ -225,6 +225,13 @@ def test_json_that_cannot_be_read_is_an_error_that_says_where(content, said, tok
         list(windows_of(*open_stream(path, tokenizer)))
 
 
+def test_a_null_in_a_table_is_an_error(texts, tokenizer, tmp_path):
+    path = tmp_path / "rows.parquet"
+    datasets.Dataset.from_dict({"text": [*texts, None]}).to_parquet(path)
+    with pytest.raises(ValueError, match="a row of the training data is null"):
+        list(windows_of(*open_stream(path, tokenizer)))
+
+
 @pytest.mark.parametrize(
     "change, said",
     [

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from conftest import lines_of
+from conftest import TINY, lines_of
 
 from train_loop.config import TRACKERS
 from train_loop.main import main
@@ -73,6 +73,16 @@ def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(watched):
     assert len(warnings) == 1 and warnings[0].startswith("warning: mlflow gets nothing from here on (")
     losses = [line["loss"] for line in lines_of(watched["folder"] / "plain") if "loss" in line]
     assert len(losses) == 40 and all(map(math.isfinite, losses))
+
+
+def test_a_tracker_that_does_not_start_costs_one_warning_and_nothing_else(text_file, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file:{tmp_path}/file/store")  # in no folder
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
+    assert main([*arguments, "--report_to=mlflow"]) == 0
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: mlflow")]
+    assert len(warnings) == 1 and "gets nothing from here on (" in warnings[0]
 
 
 def test_a_library_that_is_missing_is_one_sentence_before_anything_is_asked_for(capsys, tmp_path, monkeypatch):
