@@ -34,8 +34,6 @@ def create_output_dir(settings, resuming=False):
     """output_dir with the settings in it, and empty but for them unless `resuming`. Called once the model and the data
     are known to be good."""
     path = Path(settings.output_dir)
-    if settings.resume_from_checkpoint and not resuming and is_finished(path):
-        raise ValueError(f"output_dir {path} holds a finished run without checkpoints: there is nothing to go on from")
     if settings.resume_from_checkpoint and not resuming:  # what a run left that was killed before its first checkpoint
         (path / "metrics.jsonl").unlink(missing_ok=True)
     if settings.overwrite_output_dir and path.is_dir():

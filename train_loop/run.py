@@ -90,6 +90,9 @@ def run(settings, stop, repository=None):
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True
             checkpoints.restore(path, position, model, optimizer, scheduler, log)
+        elif settings.resume_from_checkpoint and output_dir.is_finished(settings.output_dir):
+            where = f"output_dir {settings.output_dir}"
+            raise ValueError(f"{where} holds a finished run without checkpoints: there is nothing to go on from")
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
             print(banner, flush=True)
