@@ -198,7 +198,7 @@ def harness(folder):
         preempt(cluster)
         check("preempted while loading", job, 1)
 
-        job = submit(cluster, arguments, folder / "out of time", "--time=1", "--signal=TERM@20")
+        job = submit(cluster, arguments, folder / "out of time", "--time=1", "--signal=TERM@35")
         check("out of time", job)
 
         job = submit(cluster, arguments, folder / "cancelled")
