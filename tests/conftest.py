@@ -141,8 +141,8 @@ def hub(text_file, tmp_path_factory):
     import datasets
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from train_loop.config import Settings
     from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
 
     folder = tmp_path_factory.mktemp("hub")
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
@@ -182,7 +182,8 @@ import json, os, shutil, signal, sys
 from pathlib import Path
 import mlflow
 from torch.utils import tensorboard
-from train_loop import compare, metrics, run
+from train_loop import compare, run
+from train_loop.report import metrics
 from train_loop.main import main
 plain = metrics.Metrics.count_step
 for attempt in json.loads(sys.argv[1]):

@@ -11,11 +11,11 @@ from conftest import ROOT, TWO, assert_same_run, lines_of, run, weights_of, with
 from safetensors.torch import load_file
 
 from train_loop import best
-from train_loop.config import Settings
-from train_loop.durable import name_of, steps_in
+from train_loop.checkpoint.durable import name_of, steps_in
 from train_loop.main import main
-from train_loop.metrics import Metrics
 from train_loop.position import Position
+from train_loop.report.metrics import Metrics
+from train_loop.settings.settings import Settings
 
 
 def losses_of(output_dir):

@@ -182,8 +182,10 @@ def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file,
         assert main([*arguments, f"--per_device_eval_batch_size={size}", f"--output_dir={tmp_path}/{size}"]) == 0
         found.append(json.loads((tmp_path / str(size) / "all_results.json").read_text()))
 
-    from train_loop import data, model, rows
-    from train_loop.command_line import read_settings
+    from train_loop import model
+    from train_loop.data import blocks as data
+    from train_loop.data import rows
+    from train_loop.settings.command_line import read_settings
 
     settings = read_settings([*arguments, "--output_dir=out"])
     eval_rows = rows.load_rows(settings)[1]

@@ -29,9 +29,9 @@ from conftest import (
 )
 
 from train_loop import loop
-from train_loop.durable import damage, name_of, steps_in
+from train_loop.checkpoint.durable import damage, name_of, steps_in
+from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.main import main
-from train_loop.random_state import rng_state, set_rng_state
 
 
 @pytest.fixture(scope="module")
@@ -311,7 +311,7 @@ DIES_ONCE = """
 import os, signal, sys
 from pathlib import Path
 from train_loop import optim, loop
-from train_loop.metrics import Metrics
+from train_loop.report.metrics import Metrics
 plain = Metrics.count_step
 def dying(self, step, *arguments):
     if step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":

@@ -10,7 +10,7 @@ from conftest import lines_of, shows
 from matplotlib.image import imread
 
 from train_loop.compare import main, short_names
-from train_loop.curve import draw_run, draw_runs, read_lines, smooth
+from train_loop.report.curve import draw_run, draw_runs, read_lines, smooth
 
 
 def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, capsys):

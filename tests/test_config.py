@@ -9,9 +9,9 @@ import pytest
 import yaml
 from conftest import run
 
-from train_loop.command_line import RECIPES, read_settings
-from train_loop.config import Settings
 from train_loop.files import file_kind, text_files
+from train_loop.settings.command_line import RECIPES, read_settings
+from train_loop.settings.settings import Settings
 
 MODEL = ["--model_name_or_path", "some/model"]
 DATA = ["--dataset_name", "some/data", "--output_dir", "out"]

@@ -20,22 +20,18 @@ from conftest import ROOT, largest_file, run
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.config import Settings
-from train_loop.data import (
-    CHARACTERS_PER_BATCH,
-    ROWS_PER_BATCH,
+from train_loop.data.blocks import (
     Windows,
     block_order,
-    cache_folder,
-    count_words,
     group_texts,
     load_split,
     load_windows,
     positions_in_documents,
-    tokenize_rows,
 )
+from train_loop.data.rows import Rows, cache_folder, load_rows
+from train_loop.data.tokens import CHARACTERS_PER_BATCH, ROWS_PER_BATCH, count_words, tokenize_rows
 from train_loop.model import load_tokenizer
-from train_loop.rows import Rows, load_rows
+from train_loop.settings.settings import Settings
 
 LINES = ["one two\n", "\n", 'three, "four"\n', "  \n", "zwölf\n"]
 
@@ -374,9 +370,9 @@ def test_a_text_file_that_changes_while_it_is_read_is_an_error_and_leaves_no_tok
 
 PREPARE = """
 import sys
-from train_loop.config import Settings
-from train_loop.data import load_split
-from train_loop.rows import Rows, load_rows
+from train_loop.settings.settings import Settings
+from train_loop.data.blocks import load_split
+from train_loop.data.rows import Rows, load_rows
 from train_loop.model import load_tokenizer
 settings = Settings(train_file=sys.argv[1], validation_split_percentage=50, tokenizer_vocab_size=280, block_size=8)
 train, validation, _ = load_rows(settings)
@@ -411,7 +407,7 @@ def test_a_full_disk_ends_with_a_sentence_and_the_next_run_does_the_work(tokeniz
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
     rows, _, _ = load_rows(Settings(train_file=str(text_file), validation_file=str(text_file)))
     said = f"tokens of the training data cannot be written to {tmp_path}.*: File too"
-    with largest_file(10_000), pytest.raises(OSError, match=said):
+    with largest_file(10_000), pytest.raises(ValueError, match=said):
         tokenize_rows(rows, tokenizer, "training")
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.int32"))
     assert tokenizer.decode(tokenize_rows(rows, tokenizer, "training")[0]).startswith('The "assert" statement\n***')

@@ -7,10 +7,10 @@ from conftest import TINY_CONFIGS, VOCAB
 from test_loop import make_model, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop.config import Settings
-from train_loop.data import Split, Windows
+from train_loop.data.blocks import Split, Windows
 from train_loop.loss import next_token_loss
 from train_loop.model import keeps_documents_apart, load_model
+from train_loop.settings.settings import Settings
 
 END = 0
 

@@ -160,8 +160,8 @@ def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file
 
 def broken_model(folder, what):
     """A tiny model's folder with its tokenizer, and something wrong with it."""
-    from train_loop.config import Settings
     from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
 
     vocab_size = 200 if what == "tokenizer too large" else 300
     config = AutoConfig.for_model("gpt2", vocab_size=vocab_size, bos_token_id=0, eos_token_id=0, **TINY_CONFIGS["gpt2"])

@@ -10,9 +10,9 @@ from conftest import TINY_CONFIGS, VOCAB
 from test_loop import make_model
 from transformers import AutoModelForCausalLM
 
-from train_loop.config import Settings
-from train_loop.data import Split
+from train_loop.data.blocks import Split
 from train_loop.evaluate import evaluate, named_perplexities
+from train_loop.settings.settings import Settings
 
 BLOCK = 12
 BLOCKS = (np.arange(5 * BLOCK) ** 2 * 7 % VOCAB).reshape(5, BLOCK).astype(np.int32)

@@ -8,11 +8,11 @@ import torch
 from conftest import TINY, TINY_CONFIGS, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from train_loop.command_line import read_settings
-from train_loop.config import Settings
+from train_loop.data.rows import load_rows
 from train_loop.main import main
 from train_loop.model import load_config, load_model, load_tokenizer
-from train_loop.rows import load_rows
+from train_loop.settings.command_line import read_settings
+from train_loop.settings.settings import Settings
 
 gguf = pytest.importorskip("gguf")
 

@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from train_loop import hub as our_hub
-from train_loop.command_line import read_settings
+from train_loop import publish
 from train_loop.main import main
-from train_loop.publish import Publisher
+from train_loop.publish.publisher import Publisher
+from train_loop.settings.command_line import read_settings
 
 
 @pytest.fixture
@@ -113,7 +114,7 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     path, how, said = TROUBLE[trouble]
     logged_in.fail(path, how)
     if how == "hang":
-        monkeypatch.setattr(our_hub, "PUSH_SECONDS", 4)
+        monkeypatch.setattr("train_loop.publish.upload.PUSH_SECONDS", 4)
     output_dir = tmp_path / trouble.replace(" ", "-")
     began = time.perf_counter()
     assert main(short(text_file, output_dir)) == 0
@@ -170,13 +171,13 @@ def test_a_hub_out_of_reach_is_a_warning_and_the_push_is_tried_all_the_same(
     """At the start nobody listens; at the end the hub is there."""
     there = os.environ["HF_ENDPOINT"]
     monkeypatch.setenv("HF_ENDPOINT", nobody_there)
-    push = our_hub.push
+    push = publish.push
 
     def push_later(*arguments):
         monkeypatch.setenv("HF_ENDPOINT", there)
         push(*arguments)
 
-    monkeypatch.setattr(our_hub, "push", push_later)
+    monkeypatch.setattr(publish, "push", push_later)
     assert main(short(text_file, tmp_path / "late")) == 0
     out, err = capsys.readouterr()
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]

@@ -23,7 +23,7 @@ from conftest import (
 from hosts import documented_command, launch_on, launch_on_both, missing, two_hosts
 from safetensors.torch import load_file
 
-from train_loop.durable import name_of, steps_in
+from train_loop.checkpoint.durable import name_of, steps_in
 from train_loop.main import main
 
 ON_CPUS = ["--num_processes=2", "--mixed_precision=no"]  # multi_node.yaml with one process on each host
@@ -137,16 +137,16 @@ leave(main(sys.argv[1:]))
 PREPARES_SLOWLY = WRAPPED.format("""
 if "CACHES" in os.environ:  # a disk of its own for each host
     os.environ["HF_HOME"] = f"{os.environ['CACHES']}/{os.uname().nodename}"
-from train_loop import data
-plain = data._write_tokens
+from train_loop.data import tokens
+plain = tokens._write_tokens
 def slow(path, rows, tokenizer, name, *options):
     (folder / f"{name} on {os.uname().nodename} by {os.environ['RANK']}").touch(exist_ok=False)
     time.sleep(7 if name == "training" else 0)
     plain(path, rows, tokenizer, name, *options)
-data._write_tokens = slow
+tokens._write_tokens = slow
 """)
 COUNTS_BYTES = WRAPPED.format("""
-from train_loop.metrics import Metrics
+from train_loop.report.metrics import Metrics
 plain, sent = Metrics.count_step, Path("/sys/class/net/eth0/statistics/tx_bytes")
 def counted(self, step, *values):
     plain(self, step, *values)
@@ -155,7 +155,7 @@ def counted(self, step, *values):
 Metrics.count_step = counted
 """)
 DIES_ONCE = WRAPPED.format("""
-from train_loop.metrics import Metrics
+from train_loop.report.metrics import Metrics
 plain, dead = Metrics.count_step, folder / "dead"
 def dying(self, step, *values):
     rank = os.environ["RANK"]

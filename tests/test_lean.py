@@ -7,7 +7,7 @@ from conftest import largest_difference
 from test_loop import make_model, train
 
 from train_loop import lean
-from train_loop.data import Split, Windows
+from train_loop.data.blocks import Split, Windows
 from train_loop.lean import DropoutAttention, use_lean_modules
 from train_loop.loss import next_token_loss
 

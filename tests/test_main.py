@@ -184,7 +184,7 @@ def timed(*arguments):
     train(*arguments)
     print("loop", time.perf_counter() - began)
 loop.train = timed
-from train_loop import metrics
+from train_loop.report import metrics
 finish = metrics.Metrics.finish
 def hungry(self, *arguments):
     held = torch.ones(50 << 20)

@@ -14,10 +14,10 @@ from conftest import ROOT, TINY, TWO, assert_same_run, run
 from test_loop import train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop.config import Settings
-from train_loop.data import Split
+from train_loop.data.blocks import Split
 from train_loop.main import main
 from train_loop.micro_batch import fit_micro_batch
+from train_loop.settings.settings import Settings
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's address space is Linux's")
 

@@ -8,10 +8,10 @@ import torch
 from conftest import TINY_CONFIGS
 from transformers import AutoConfig, Trainer
 
-from train_loop.config import Settings
 from train_loop.main import main
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer
+from train_loop.settings.settings import Settings
 
 ROWS = datasets.Dataset.from_dict({"text": ["Naïve café, 日本語: one two three.\n" * 5]})
 

@@ -6,11 +6,11 @@ from conftest import TINY_CONFIGS
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop.command_line import read_settings
-from train_loop.config import Settings
+from train_loop.data.rows import Rows
 from train_loop.model import END_OF_TEXT, load_tokenizer
-from train_loop.rows import Rows
-from train_loop.sample import NUM_NEW_TOKENS, Samples
+from train_loop.report.sample import NUM_NEW_TOKENS, Samples
+from train_loop.settings.command_line import read_settings
+from train_loop.settings.settings import Settings
 
 
 def make_tokenizer():

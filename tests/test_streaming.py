@@ -26,14 +26,15 @@ from conftest import (
 )
 from hub_server import HubServer
 
-from train_loop import data, sources, streaming
-from train_loop.command_line import read_settings
-from train_loop.config import Settings
-from train_loop.durable import steps_in
+from train_loop.checkpoint.durable import steps_in
+from train_loop.data import blocks as data
+from train_loop.data import sources, streaming
+from train_loop.data.rows import Rows, load_rows
 from train_loop.main import main
 from train_loop.model import load_tokenizer
 from train_loop.position import Position
-from train_loop.rows import Rows, load_rows
+from train_loop.settings.command_line import read_settings
+from train_loop.settings.settings import Settings
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
 T = 16
@@ -87,7 +88,7 @@ def open_stream(path, tokenizer, shuffle_buffer_size=0, **more):
         gradient_accumulation_steps=2,
         **more,
     )
-    return streaming.Stream(sources.load_rows(settings)[0], tokenizer, settings), settings
+    return streaming.Stream(sources.load_source(settings)[0], tokenizer, settings), settings
 
 
 def windows_of(stream, settings, position=None, accelerator=ALONE):
@@ -311,7 +312,11 @@ def small_chunks_script(tmp_path):
     """The command with chunks so small that several processes have many each."""
     script = tmp_path / "script.py"
     script.write_text(
-        "from train_loop import main, sources\nsources.CHUNK_BYTES = 500\nmain.leave(main.main())\n", encoding="utf-8"
+        "from train_loop import main\n"
+        "from train_loop.data import sources\n"
+        "sources.CHUNK_BYTES = 500\n"
+        "main.leave(main.main())\n",
+        encoding="utf-8",
     )
     return script
 

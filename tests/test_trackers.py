@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from conftest import TINY, lines_of
 
-from train_loop.config import TRACKERS
 from train_loop.main import main
-from train_loop.trackers import wanted_trackers
+from train_loop.report.trackers import wanted_trackers
+from train_loop.settings.settings import TRACKERS
 
 
 def expected(output_dir):
@@ -100,7 +100,7 @@ def test_a_library_that_is_missing_is_one_sentence_before_anything_is_asked_for(
 
 
 def test_trackers_are_off_unless_asked_for_and_all_means_those_installed():
-    from train_loop.command_line import read_settings
+    from train_loop.settings.command_line import read_settings
 
     data = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
     assert wanted_trackers(read_settings(data)) == wanted_trackers(read_settings([*data, "--report_to=none"])) == []

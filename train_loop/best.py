@@ -9,9 +9,8 @@ import math
 
 from accelerate.utils import broadcast_object_list
 
-from train_loop.checkpoint import load_weights
-from train_loop.durable import damage, name_of
-from train_loop.messages import tell
+from train_loop.checkpoint import damage, load_weights, name_of
+from train_loop.errors import tell
 
 
 def take_evaluation(position, evaluation, num_steps, settings):

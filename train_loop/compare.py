@@ -10,7 +10,8 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.curve import draw_runs, points, read_lines
+from train_loop.errors import UserError
+from train_loop.report import draw_runs, points, read_lines
 
 SAY_NOTHING = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "traceback")
 COLUMNS = 80  # of the table
@@ -33,13 +34,13 @@ def main(argv=None):
 
 
 def read_run(folder):
-    """(settings, lines) of the run in a folder. Raises ValueError where it is none."""
+    """(settings, lines) of the run in a folder. Raises UserError where it is none."""
     lines = read_lines(folder / "metrics.jsonl")
     try:
         settings = yaml.safe_load((folder / "train_config.yaml").read_text(encoding="utf-8"))
         return dict(settings), lines
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
-        raise ValueError(f"{folder / 'train_config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
+        raise UserError(f"{folder / 'train_config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def short_names(folders):

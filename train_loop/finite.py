@@ -2,11 +2,13 @@
 
 import torch
 
+from train_loop.errors import UserError
+
 SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at any scale
 
 
 class FiniteGuard:
-    """Keeps the weights from a step that is not finite, and raises FloatingPointError on all processes alike.
+    """Keeps the weights from a step that is not finite, and raises UserError on all processes alike.
 
     On a CPU, with float16's scaler, and with an optimizer that is not fused, the numbers are looked at before each
     step. Elsewhere that would make the host wait for the device at each step: there the fused optimizer is held still
@@ -35,7 +37,7 @@ class FiniteGuard:
     def look(self):
         step, nll_sum, grad_norm = self.first.tolist()
         if step:
-            raise FloatingPointError(
+            raise UserError(
                 f"step {step:.0f}: the loss ({nll_sum} nats) or the gradient norm ({grad_norm}) is not finite; "
                 f"the step was not taken, and {self.checkpoints.say_latest()}. Try a lower learning_rate, or more "
                 "num_warmup_steps"

@@ -6,7 +6,7 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 import argparse
 import sys
 
-from train_loop.messages import one_line
+from train_loop.errors import one_line
 
 
 def main(argv=None):

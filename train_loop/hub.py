@@ -6,7 +6,6 @@ for it must come before; and its requests have no time limit, but a process can 
 
 import os
 import re
-import shlex
 import signal
 import socket
 import subprocess
@@ -17,11 +16,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
-from train_loop.messages import warn
+from train_loop.errors import UserError, warn
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question
-PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size
 WHOAMI = """
 import huggingface_hub
 who = huggingface_hub.whoami()
@@ -62,7 +60,7 @@ def check_push(settings, unreachable):
     """The repository that the run will be pushed to, as owner/name where the owner can be known, or None if it is not
     to be pushed. Called on the main process before anything slow.
 
-    Raises ValueError where no push can succeed. A hub that is in trouble is a warning: it may be well again by then.
+    Raises UserError where no push can succeed. A hub that is in trouble is a warning: it may be well again by then.
     """
     if not settings.push_to_hub:
         return None
@@ -73,11 +71,11 @@ def check_push(settings, unreachable):
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ValueError(f"push_to_hub: {name!r} is no name for a repository; give hub_model_id") from error
+        raise UserError(f"push_to_hub: {name!r} is no name for a repository; give hub_model_id") from error
     if not unreachable and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
-        raise ValueError("give push_to_hub or set HF_HUB_OFFLINE, not both")
+        raise UserError("give push_to_hub or set HF_HUB_OFFLINE, not both")
     if get_token() is None:
-        raise ValueError("push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`")
+        raise UserError("push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`")
     if unreachable:
         warn(f"{hub_address()} cannot be reached now: the push will be tried all the same when all is done")
         return name
@@ -90,27 +88,6 @@ def check_push(settings, unreachable):
     if role == "read":
         warn("the token may only read: the push will fail, and can be repeated with one that may write")
     return name if "/" in name else f"{owner}/{name}"
-
-
-def upload(folder, repository, settings, message=None):
-    """Begins to push the files in `folder` but for its checkpoints, and returns the `Client` that does. The repository
-    is made if there is none."""
-    size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
-    words = ["upload", repository, str(folder), "--exclude", "checkpoints/*"]
-    words += ["--private"] if settings.hub_private_repo else []
-    words += ["--commit-message", message] if message else []
-    return Client(["-m", "huggingface_hub.cli.hf", *words], PUSH_SECONDS + size / PUSH_BYTES_PER_SECOND, ["hf", *words])
-
-
-def push(settings, repository, stop):
-    """Pushes what a finished run left in output_dir. Nothing that goes wrong here is an error: all of it is on the
-    disk, and the warning says how to repeat the push. A stop signal ends it."""
-    client = upload(settings.output_dir, repository, settings)
-    client.wait(stop)
-    if problem := client.problem():
-        warn(f"not pushed: {problem}. The model is in {settings.output_dir}. To push it: {shlex.join(client.words)}")
-    else:
-        print(f"pushed: {hub_address().rstrip('/')}/{repository}", flush=True)
 
 
 class Client:

@@ -12,13 +12,14 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
+from train_loop.errors import UserError
 from train_loop.tuning import num_threads
 
 
 def build_accelerator(settings):
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
-    Raises ValueError where the launcher started several processes that would each train alone, or where the device
+    Raises UserError where the launcher started several processes that would each train alone, or where the device
     cannot do the precision asked for. Says on stderr where FSDP was asked for and does not come.
     """
     has_device = torch.accelerator.is_available()
@@ -32,9 +33,7 @@ def build_accelerator(settings):
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if launched != accelerator.num_processes:
-        raise ValueError(
-            f"the launcher started {launched} processes, but Accelerate formed {accelerator.num_processes}"
-        )
+        raise UserError(f"the launcher started {launched} processes, but Accelerate formed {accelerator.num_processes}")
     if accelerator.distributed_type == DistributedType.FSDP:
         _sum_in_float32(accelerator)
     elif asks_for_fsdp() and accelerator.is_main_process:
@@ -46,10 +45,10 @@ def build_accelerator(settings):
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     if accelerator.device.type == "cpu":
         if settings.tf32:
-            raise ValueError("tf32 needs a GPU: a CPU has no TF32")
+            raise UserError("tf32 needs a GPU: a CPU has no TF32")
         if accelerator.mixed_precision not in ("no", "bf16"):
             # Accelerate takes the setting without a word, and would train with neither autocast nor scaler
-            raise ValueError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
+            raise UserError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
         torch.set_num_threads(num_threads(settings))
     return accelerator
 
@@ -76,7 +75,7 @@ def _sum_in_float32(accelerator):
     """Under FSDP with bf16, Accelerate would round what the model returns to bfloat16, and that is the sum of nats here
     (29,696 for 29,655.5), and sum up the processes' gradients in it, where DDP does in float32."""
     if not accelerator.is_fsdp2:
-        raise ValueError("the launch config asks for FSDP 1: set fsdp_version: 2")
+        raise UserError("the launch config asks for FSDP 1: set fsdp_version: 2")
     plugin = accelerator.state.fsdp_plugin
     if plugin.mixed_precision_policy is not None:
         plugin.mixed_precision_policy = dataclasses.replace(

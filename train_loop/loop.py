@@ -11,10 +11,10 @@ import math
 import torch
 
 from train_loop import best
+from train_loop.checkpoint import unsharded
 from train_loop.evaluate import evaluate
 from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
-from train_loop.sharded import whole
 from train_loop.stop import Stopped
 
 
@@ -49,7 +49,7 @@ def train(
     """Trains `model` in place, from `position` on, which moves along. `model` and `optimizer` come from Accelerate's
     `prepare`, `scheduler` does not. A `publisher` is told of each checkpoint; `samples` are written at each evaluation.
 
-    Raises, on all processes alike: FloatingPointError, before the weights are touched, when a loss or a gradient norm
+    Raises, on all processes alike: UserError, before the weights are touched, when a loss or a gradient norm
     is not finite; Stopped, with a checkpoint written, when `stop` came.
     """
     W, device = accelerator.num_processes, accelerator.device
@@ -95,7 +95,7 @@ def train(
             for name, value in {"loss": nll.detach(), **extras}.items():
                 sums[name] = sums.get(name, 0) + value
 
-        grad_norm = whole(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
+        grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
         sums = accelerator.reduce(sums, "sum")
         finite.check(position.step + 1, sums["loss"], grad_norm)
         optimizer.step()

@@ -20,9 +20,10 @@ from pathlib import Path
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-from train_loop import hub, trackers, tuning
-from train_loop.command_line import read_settings
-from train_loop.messages import tell
+from train_loop import hub, tuning
+from train_loop.errors import UserError, tell
+from train_loop.report import wanted_trackers
+from train_loop.settings import read_settings
 from train_loop.stop import Stopped, StopSignal
 
 
@@ -34,15 +35,16 @@ def main(argv=None):
     with StopSignal() as stop:
         try:
             settings = read_settings(argv)
-            trackers.wanted_trackers(settings)  # raises where a library is missing
+            wanted_trackers(settings)  # raises where a library is missing
             unreachable = set_surroundings(settings, is_main)
             repository = hub.check_push(settings, unreachable) if is_main else None
             with tuning.uncollected():  # imported here, not above: --help and a typo answer before torch is loaded
+                from train_loop.publish import push
                 from train_loop.run import run
             is_finished = run(settings, stop, repository)
             if is_finished and repository:  # all processes have let go of each other
-                hub.push(settings, repository, stop)
-        except (ValueError, OSError, FloatingPointError) as error:
+                push(settings, repository, stop)
+        except UserError as error:
             if "--traceback" in argv:
                 raise
             say(error)

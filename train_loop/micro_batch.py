@@ -6,7 +6,9 @@ import gc
 import torch
 
 from train_loop.data import Windows
+from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
+from train_loop.memory import is_out_of_memory
 
 
 def fit_micro_batch(model, split, settings, accelerator):
@@ -19,7 +21,7 @@ def fit_micro_batch(model, split, settings, accelerator):
     there a failure of one alone ends in a time-out). A CPU's memory only counts where a limit makes allocations fail;
     the kernel's out-of-memory killer cannot be caught.
 
-    Raises ValueError where not even one block fits.
+    Raises UserError where not even one block fits.
     """
     size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:
@@ -27,15 +29,10 @@ def fit_micro_batch(model, split, settings, accelerator):
         if num_fitting == accelerator.num_processes:
             break
         if size == 1:
-            raise ValueError(f"not even one block of {settings.block_size} tokens fits into memory: lower block_size")
+            raise UserError(f"not even one block of {settings.block_size} tokens fits into memory: lower block_size")
         factor = next(f for f in range(2, size + 1) if size % f == 0)
         size, accumulation = size // factor, accumulation * factor
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
-
-
-def is_out_of_memory(error):
-    """Whether memory ran out, of a device or of the host: torch has a class of its own for devices alone."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
 def _fits(model, split, micro_batch_size, accelerator):

@@ -19,23 +19,23 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from train_loop.errors import UserError, one_line
 from train_loop.hub import hub_address
 from train_loop.lean import use_lean_modules
-from train_loop.messages import one_line
 
 END_OF_TEXT = "<|endoftext|>"
 
 
 def load_config(settings):
-    """The model's `PretrainedConfig`. Raises ValueError where there is none, or where a block is longer than the
+    """The model's `PretrainedConfig`. Raises UserError where there is none, or where a block is longer than the
     positions that the model has."""
     if settings.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise ValueError('gguf_file needs the package gguf: python -m pip install "gguf>=0.19"')
+        raise UserError('gguf_file needs the package gguf: python -m pip install "gguf>=0.19"')
     if settings.model_type:
         try:
             config = AutoConfig.for_model(settings.model_type)
         except ValueError as error:
-            raise ValueError(f"model_type {settings.model_type} is not an architecture of transformers") from error
+            raise UserError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
@@ -43,14 +43,14 @@ def load_config(settings):
         _override(config, settings.config_overrides)
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     if positions and settings.block_size > positions:
-        raise ValueError(f"block_size is {settings.block_size}, but the model has {positions} positions")
+        raise UserError(f"block_size is {settings.block_size}, but the model has {positions} positions")
     return config
 
 
 def load_tokenizer(settings, train_rows):
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
-    Raises ValueError where there is none, or it is a slow one.
+    Raises UserError where there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
         return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
@@ -64,9 +64,9 @@ def load_tokenizer(settings, train_rows):
     origin = {} if settings.tokenizer_name else _origin(settings)
     tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", **origin)
     if not tokenizer.is_fast:
-        raise ValueError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
+        raise UserError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
     if not tokenizer("text")["input_ids"]:  # transformers makes an empty one out of a config without its files
-        raise ValueError(f"{name} holds no usable tokenizer: it has no vocabulary")
+        raise UserError(f"{name} holds no usable tokenizer: it has no vocabulary")
     return tokenizer
 
 
@@ -74,7 +74,7 @@ def load_model(settings, config, tokenizer):
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's.
-    Raises ValueError where weights are missing or do not fit, or the tokenizer has tokens that the model lacks.
+    Raises UserError where weights are missing or do not fit, or the tokenizer has tokens that the model lacks.
     """
     torch.manual_seed(settings.seed)
     if settings.model_name_or_path:
@@ -91,7 +91,7 @@ def load_model(settings, config, tokenizer):
             **_origin(settings),
         )
         if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
-            raise ValueError(
+            raise UserError(
                 f"model {settings.model_name_or_path} lacks {len(missing)} of its weights, e.g. {missing[0]}"
             )
     else:
@@ -105,9 +105,9 @@ def load_model(settings, config, tokenizer):
         use_lean_modules(model)
     vocab_size = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > vocab_size:
-        raise ValueError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
+        raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
     if settings.document_attention and not keeps_documents_apart(model):
-        raise ValueError(
+        raise UserError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
         )
     model.config.use_cache = False  # keys and values are for generation; put back by `save_model`
@@ -153,12 +153,12 @@ def _load(loader, name, settings, what, **options):
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
         if "trust_remote_code=True" in str(error):
-            raise ValueError(
+            raise UserError(
                 f"{name} comes with Python code of its own: read it, and give --trust_remote_code to run it"
             ) from error
         if Path(name).is_dir():
-            raise ValueError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
-        raise ValueError(
+            raise UserError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
+        raise UserError(
             f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and could not be had from "
             f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a "
             "machine that reaches it and set HF_HUB_OFFLINE=1"
@@ -174,7 +174,7 @@ def _override(config, overrides):
         except ValueError:
             value = text
         if not hasattr(config, name) or (isinstance(old, (int, float)) and not isinstance(value, (int, float))):
-            raise ValueError(f"config_overrides: {part.strip()!r} does not fit a {config.model_type} config")
+            raise UserError(f"config_overrides: {part.strip()!r} does not fit a {config.model_type} config")
         setattr(config, name, value)
 
 

@@ -6,28 +6,29 @@ import os
 import shutil
 from pathlib import Path
 
-from train_loop.config import as_recipe
-from train_loop.durable import write_whole
+from train_loop.checkpoint import write_whole
+from train_loop.errors import UserError
+from train_loop.settings import as_recipe
 
 
 def check_output_dir(settings):
-    """Raises ValueError where output_dir cannot take a new run. Changes nothing."""
+    """Raises UserError where output_dir cannot take a new run. Changes nothing."""
     if not settings.output_dir:
         return
     path = Path(settings.output_dir)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"output_dir {path} is a file")
+        raise UserError(f"output_dir {path} is a file")
     is_run = (path / "train_config.yaml").is_file()
     resuming = settings.resume_from_checkpoint and is_run
     if path.is_dir() and any(path.iterdir()) and not settings.overwrite_output_dir and not resuming:
         way_on = "--resume_from_checkpoint auto to go on with the run in it, or " if is_run else ""
-        raise ValueError(
+        raise UserError(
             f"output_dir {path} is not empty: choose another, or give {way_on}--overwrite_output_dir to delete what "
             "is in it"
         )
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK):
-        raise ValueError(f"output_dir {path} cannot be written: no permission in {place}")
+        raise UserError(f"output_dir {path} cannot be written: no permission in {place}")
 
 
 def create_output_dir(settings, resuming=False):
@@ -42,7 +43,7 @@ def create_output_dir(settings, resuming=False):
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"output_dir {path} cannot be made: {error.strerror}") from error
+        raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from error
     write_whole(path / "train_config.yaml", as_recipe(settings))
 
 

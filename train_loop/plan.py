@@ -9,10 +9,8 @@ and with several processes the exchange's copy of the gradients 4 P. FSDP: a sha
 
 import dataclasses
 import math
-import os
 import time
 import weakref
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -24,8 +22,9 @@ from train_loop.checkpoint import Checkpoints
 from train_loop.data import Windows
 from train_loop.evaluate import evaluate
 from train_loop.loss import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE, next_token_loss
-from train_loop.metrics import Metrics, peak_memory_gib
+from train_loop.memory import available_bytes, peak_memory_gib, resident_bytes
 from train_loop.position import Position
+from train_loop.report import Metrics
 
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
@@ -115,19 +114,6 @@ def working_bytes(model, split, settings, accelerator):
         peaks.append(counted.peak)
     per_block = (peaks[1] - peaks[0]) / size
     return peaks[0] - size * per_block, per_block, peaks[1]
-
-
-def available_bytes(device):
-    """Memory that this process may still take: of its GPU, or its part of what the machine, or a limit, leaves."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (meminfo := Path("/proc/meminfo")).is_file():
-        available = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        available = min(available, int(text) - int(used.read_text()))
-    return available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def measure(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop):
@@ -241,9 +227,3 @@ def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, a
     )
     bound = "communication" if share > 0.5 else "compute"
     say(f"limit       {bound}" + (f": the exchange by itself takes {share:.1%} of a step's time" if W > 1 else ""))
-
-
-def resident_bytes():
-    """Bytes of memory that this process holds now; 0 where the system does not say."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0

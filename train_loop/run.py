@@ -8,25 +8,25 @@ import time
 
 from accelerate.utils import set_seed
 
-from train_loop import best, checkpoint, data, launch, loop, metrics, output_dir, rows, sources
+from train_loop import best, launch, loop, memory, output_dir
+from train_loop.checkpoint import Checkpoints, run_identity
+from train_loop.data import Stream, load_rows, load_source, load_split
+from train_loop.errors import UserError
 from train_loop.evaluate import evaluate
-from train_loop.identity import identity
 from train_loop.loss import put_loss_in_head
 from train_loop.micro_batch import fit_micro_batch
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
 from train_loop.publish import Publisher
-from train_loop.sample import Samples
-from train_loop.streaming import Stream
-from train_loop.trackers import Trackers
+from train_loop.report import Metrics, Samples, Trackers, banner, table
 
 
 def run(settings, stop, repository=None):
     """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
 
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
-    pushed. Raises ValueError, OSError and FloatingPointError for what the user can mend, and Stopped.
+    pushed. Raises UserError for what the user can mend, and Stopped.
     """
     launch.stop_with_launcher()
     accelerator = launch.build_accelerator(settings)
@@ -38,13 +38,13 @@ def run(settings, stop, repository=None):
 
         # settings -> rows -> blocks
         config = load_config(settings)
-        train_rows, eval_rows, held_out = (sources if settings.streaming else rows).load_rows(settings)
+        train_rows, eval_rows, held_out = (load_source if settings.streaming else load_rows)(settings)
         tokenizer = load_tokenizer(settings, train_rows)
-        eval_split = data.load_split(eval_rows, tokenizer, "validation", settings, show_progress)
+        eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
         if settings.streaming and not settings.eval_only:
             train_split = Stream(train_rows, tokenizer, settings)
         elif not settings.eval_only:
-            train_split = data.load_split(train_rows, tokenizer, "training", settings, show_progress)
+            train_split = load_split(train_rows, tokenizer, "training", settings, show_progress)
         samples = Samples(settings, tokenizer) if settings.sample_prompt else None
 
         # -> model
@@ -61,24 +61,24 @@ def run(settings, stop, repository=None):
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
         scheduler = build_scheduler(optimizer, settings, num_steps)
-        decides = identity(settings, model, train_split, eval_split, num_steps, accelerator)
+        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator)
         model, optimizer = launch.prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
         whole, splits = accelerator.unwrap_model(model), [train_split, eval_split]
-        banner = metrics.banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
+        arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
         if settings.dry_run:
             from train_loop.plan import print_plan
 
-            accelerator.print(banner, flush=True)
+            accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
             print_plan(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
             return False
 
         # -> where an earlier run was
-        checkpoints, position = checkpoint.Checkpoints(settings, accelerator, decides), Position()
-        log = metrics.Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
+        checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
+        log = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
         at_the_end.callback(log.trackers.finish)
         path = checkpoints.find()
         if path:
@@ -92,10 +92,10 @@ def run(settings, stop, repository=None):
             checkpoints.restore(path, position, model, optimizer, scheduler, log)
         elif settings.resume_from_checkpoint and output_dir.is_finished(settings.output_dir):
             where = f"output_dir {settings.output_dir}"
-            raise ValueError(f"{where} holds a finished run without checkpoints: there is nothing to go on from")
+            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to go on from")
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
-            print(banner, flush=True)
+            print(arithmetic, flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
             log.trackers.start(log.lines, position.step if path else None)
@@ -126,7 +126,7 @@ def run(settings, stop, repository=None):
         step, evaluation = best.load_best(checkpoints, position, model)
         if settings.load_best_model_at_end:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
-        results = log.finish(evaluation, checkpoints.seconds)
+        results = log.finish(evaluation, checkpoints.seconds) | memory.peaks()
         publisher.export_model(model, log.lines, results)
         if is_main:
             output_dir.write_results(settings.output_dir, results)
@@ -137,12 +137,12 @@ def run(settings, stop, repository=None):
 
 def evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress):
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
-    accelerator.print(metrics.banner(settings, accelerator, model, [eval_split], held_out), flush=True)
+    accelerator.print(banner(settings, accelerator, model, [eval_split], held_out), flush=True)
     model, began = launch.prepare(accelerator, model), time.perf_counter()
     results = evaluate(model, eval_split, settings, accelerator, show_progress)
     results["eval_runtime"] = time.perf_counter() - began  # seconds
-    results |= metrics.peak_device_memory_gib()
-    accelerator.print(metrics.table(results))
+    results |= memory.peak_device_memory_gib()
+    accelerator.print(table(results))
     if accelerator.is_main_process and settings.output_dir:
         output_dir.create_output_dir(settings)
         output_dir.write_results(settings.output_dir, results)

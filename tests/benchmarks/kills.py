@@ -26,7 +26,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from train_loop import checkpoint, durable, main, sources  # noqa: E402
+from train_loop import main  # noqa: E402
+from train_loop.checkpoint import checkpoint, durable  # noqa: E402
+from train_loop.data import sources  # noqa: E402
 
 TIMINGS = ("tokens_per_second",)
 
@@ -43,8 +45,9 @@ def prepare(folder, streaming=False):
         sources.CHUNK_BYTES = 700  # a hundredth of an epoch
         (folder / "stream.txt").write_text(prose[:7_000], encoding="utf-8")
         if not (pid := os.fork()):  # a tokenizer's threads do not outlive a fork: this process shall not start them
-            from train_loop import config, model
-            from train_loop.rows import Rows
+            from train_loop import model
+            from train_loop.data.rows import Rows
+            from train_loop.settings import settings as config
 
             rows = Rows.of([prose])
             model.load_tokenizer(config.Settings(tokenizer_vocab_size=300), rows).save_pretrained(folder / "tokenizer")

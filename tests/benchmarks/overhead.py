@@ -25,13 +25,13 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 
 from train_loop import loop, tuning  # noqa: E402
-from train_loop.checkpoint import Checkpoints  # noqa: E402
-from train_loop.config import Settings  # noqa: E402
-from train_loop.data import Split, Windows, block_order  # noqa: E402
+from train_loop.checkpoint.checkpoint import Checkpoints  # noqa: E402
+from train_loop.data.blocks import Split, Windows, block_order  # noqa: E402
 from train_loop.loss import next_token_loss, put_loss_in_head  # noqa: E402
-from train_loop.metrics import Metrics  # noqa: E402
 from train_loop.optim import build_optimizer, build_scheduler  # noqa: E402
 from train_loop.position import Position  # noqa: E402
+from train_loop.report.metrics import Metrics  # noqa: E402
+from train_loop.settings.settings import Settings  # noqa: E402
 
 VOCAB, BLOCK, BATCH = 512, 128, 8
 

@@ -71,9 +71,9 @@ def digest_of(arrays):
 
 
 def ours(text, load_tokenizer, result):
-    from train_loop.config import Settings
-    from train_loop.data import load_split
-    from train_loop.rows import load_rows
+    from train_loop.data.blocks import load_split
+    from train_loop.data.rows import load_rows
+    from train_loop.settings.settings import Settings
 
     settings = Settings(validation_file=str(text), eval_only=True, block_size=BLOCK)
     tokenizer = load_tokenizer()
@@ -154,9 +154,9 @@ def prepare(arguments, folder):
     """The text and the tokenizer's folder that are asked for."""
     from transformers import GPT2TokenizerFast
 
-    from train_loop.config import Settings
+    from train_loop.data.rows import load_rows
     from train_loop.model import load_tokenizer
-    from train_loop.rows import load_rows
+    from train_loop.settings.settings import Settings
 
     text, given = folder / "prose.txt", arguments.tokenizer
     if arguments.text:

@@ -27,7 +27,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
 from hosts import missing, two_hosts  # noqa: E402
 from kills import prepare, result  # noqa: E402
 
-from train_loop.durable import steps_in  # noqa: E402
+from train_loop.checkpoint.durable import steps_in  # noqa: E402
 
 SLURM_CONF = """
 ClusterName=little

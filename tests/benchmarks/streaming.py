@@ -70,11 +70,13 @@ def go_through(arguments):
 
     import torch
 
-    from train_loop import command_line, model, sources, streaming
+    from train_loop import model
+    from train_loop.data import sources, streaming
     from train_loop.position import Position
+    from train_loop.settings import command_line
 
     settings = command_line.read_settings(arguments)
-    source = sources.load_rows(settings)[0]
+    source = sources.load_source(settings)[0]
     stream = streaming.Stream(source, model.load_tokenizer(settings, None), settings)
     position, points, tokens, began = Position(), [], 0, time.perf_counter()
     size = sum(size for size, _ in source.files.seen.values())
@@ -93,7 +95,9 @@ def train(arguments, every=50):
     """A run of train_loop in this process; with streaming off its blocks are in the order of the data."""
     import numpy as np
 
-    from train_loop import data, main, metrics
+    from train_loop import main
+    from train_loop.data import blocks as data
+    from train_loop.report import metrics
 
     data.block_order = lambda blocks, seed, epoch: np.arange(len(blocks))
     points, count_step = [], metrics.Metrics.count_step
@@ -142,8 +146,9 @@ def main_(options, folder):
     valid.write_text("".join(some[:60]), encoding="utf-8")
     tokenizer = options.tokenizer
     if not tokenizer:
-        from train_loop import config, model
-        from train_loop.rows import Rows
+        from train_loop import model
+        from train_loop.data.rows import Rows
+        from train_loop.settings import settings as config
 
         tokenizer = folder / "tokenizer"
         rows = Rows.of(some)

@@ -36,7 +36,7 @@ import json, os, sys, time
 from pathlib import Path
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from train_loop.metrics import Metrics
+from train_loop.report.metrics import Metrics
 plain, sent = Metrics.count_step, Path("/sys/class/net/eth0/statistics/tx_bytes")
 num_steps = 0
 

@@ -10,7 +10,7 @@
     5. windows   Stream.windows       the micro-batches of an optimizer step, as from prepared blocks
 
 Neither W nor the size of a chunk has any influence on the blocks or their order, and without shuffling they are those
-of `data.group_texts`. Where a window ends is data, `Position.stream`: the place of the chunk in which the first block
+of `blocks.group_texts`. Where a window ends is data, `Position.stream`: the place of the chunk in which the first block
 of the group begins, the token in it, the number of the group, and how many of its blocks are done. To go on from
 there the source goes to that place, and two groups at most are tokenised again.
 """
@@ -23,8 +23,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from accelerate.utils import gather_object
 
-from train_loop import data
-from train_loop.rows import digest_of
+from train_loop.data.blocks import Windows, end_of_documents
+from train_loop.data.rows import digest_of
+from train_loop.data.tokens import encode, tokenizer_recipe
+from train_loop.errors import UserError
 
 NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
 BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
@@ -62,16 +64,16 @@ def shuffle_in_groups(blocks, size, seed, epoch, group=0):
 
 
 class Stream:
-    """The training blocks of a source, not counted, with all that is asked of a training `data.Split`."""
+    """The training blocks of a source, not counted, with all that is asked of a training `blocks.Split`."""
 
     name, num_blocks = "training", None
 
     def __init__(self, source, tokenizer, settings):
-        """Raises ValueError where the data has not one block."""
+        """Raises UserError where the data has not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
-        self.end_of_text = data.end_of_documents(tokenizer, settings)
+        self.end_of_text = end_of_documents(tokenizer, settings)
         self.document_end = self.end_of_text if settings.document_attention else None
-        recipe = [*data.tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
+        recipe = [*tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
         self._identity = {
             "training blocks": f"streamed, {digest_of([*recipe, source.column])}",
             "shuffle_buffer_size": settings.shuffle_buffer_size,
@@ -81,7 +83,7 @@ class Stream:
             self.blocks = block[None]  # [1, T], for whoever wants to try one
             break
         else:
-            raise ValueError(f"the training data has less than one block of {settings.block_size} tokens")
+            raise UserError(f"the training data has less than one block of {settings.block_size} tokens")
 
     def identity(self):
         return self._identity
@@ -93,9 +95,9 @@ class Stream:
 
     def windows(self, settings, accelerator, position):
         """This process's windows of the epoch in which `position` is, from there to the epoch's end, as those of
-        `data.Windows`. With each, `position.stream` is moved to its end; with the last, `position.per_epoch` is known.
+        `Windows`. With each, `position.stream` is moved to its end; with the last, `position.per_epoch` is known.
 
-        Raises ValueError, on all processes alike, where a process cannot read the data.
+        Raises UserError, on all processes alike, where a process cannot read the data.
         """
         if position.ends_epoch():
             return
@@ -111,7 +113,7 @@ class Stream:
         blocks = itertools.islice(blocks, at["index"], None)
         window = list(itertools.islice(blocks, per_window))
         if not window:
-            raise ValueError("the training data ends before the place that the run had come to")
+            raise UserError("the training data ends before the place that the run had come to")
         while window:
             following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
             _, (place, token), group, index = window[-1]
@@ -119,7 +121,7 @@ class Stream:
             if not following:
                 position.per_epoch = position.window + 1
             window = np.stack([block for block, *_ in window])
-            batch = data.Windows(window, np.arange(len(window)), *shape, document_end=self.document_end)[0]
+            batch = Windows(window, np.arange(len(window)), *shape, document_end=self.document_end)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
             yield batch
@@ -138,7 +140,7 @@ class Stream:
                     if i == rank:
                         texts = self.source.texts(place, chunk)
                         texts = ["" if text.isspace() else text for text in texts]
-                        tokens = data.encode(texts, self.tokenizer, self.end_of_text)
+                        tokens = encode(texts, self.tokenizer, self.end_of_text)
             except Exception as error:  # whatever it is, the others are waiting to hear of it
                 return places, tokens, error
             return places, tokens, None
@@ -154,7 +156,7 @@ class Stream:
                     raise error
                 for _, problem in results:
                     if problem:
-                        raise ValueError(problem)
+                        raise UserError(problem)
                 if not places:
                     return
                 yield from zip(places, (tokens for tokens, _ in results), strict=False)

@@ -31,7 +31,7 @@ def flush(path):
 def flushed(path):
     """The manifest's entry for a file, when that is on the disk."""
     flush(path)
-    return {"size": path.stat().st_size, "blake2b": digest_of(path)}
+    return {"size": path.stat().st_size, "blake2b": digest_of_file(path)}
 
 
 def write_manifest(folder, entries, files):
@@ -87,7 +87,7 @@ def damage(path):
         for name, entry in manifest["files"].items():
             if (path / name).stat().st_size != entry["size"]:
                 return f"{name} has {(path / name).stat().st_size:,} bytes instead of {entry['size']:,}"
-            if digest_of(path / name) != entry["blake2b"]:
+            if digest_of_file(path / name) != entry["blake2b"]:
                 return f"{name} is not as it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
@@ -96,7 +96,7 @@ def damage(path):
     return None
 
 
-def digest_of(path):
+def digest_of_file(path):
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):

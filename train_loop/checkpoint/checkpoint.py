@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from train_loop.durable import (
+from train_loop.checkpoint.durable import (
     damage,
     discard,
     flushed,
@@ -34,12 +34,12 @@ from train_loop.durable import (
     steps_in,
     write_manifest,
 )
-from train_loop.identity import differences
-from train_loop.messages import tell
+from train_loop.checkpoint.identity import differences
+from train_loop.checkpoint.random_state import rng_state, set_rng_state
+from train_loop.checkpoint.sharded import Shares, is_sharded, named_tensors, write_share
+from train_loop.errors import UserError, tell
 from train_loop.optim import move_scheduler
 from train_loop.position import Position
-from train_loop.random_state import rng_state, set_rng_state
-from train_loop.sharded import Shares, is_sharded, named_tensors, write_share
 
 
 class Checkpoints:
@@ -61,7 +61,7 @@ class Checkpoints:
         return position.ends_epoch() if every == "epoch" else step % int(every) == 0
 
     def save(self, position, model, optimizer, metrics):
-        """Raises OSError on every process where it cannot be written; the checkpoints before it stay."""
+        """Raises UserError on every process where it cannot be written; the checkpoints before it stay."""
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
@@ -94,7 +94,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
 
     def _together(self, step, does_it, deed):
-        """Runs `deed` where `does_it`, and returns what it returned there. Raises OSError on all processes where it
+        """Runs `deed` where `does_it`, and returns what it returned there. Raises UserError on all processes where it
         did on one."""
         result = problem = None
         if does_it:
@@ -105,7 +105,7 @@ class Checkpoints:
         outcomes = gather_object([(result, problem)])
         for _, problem in outcomes:
             if problem:
-                raise OSError(problem)
+                raise UserError(problem)
         return [result for result, _ in outcomes if result is not None]
 
     def _snapshot(self, model, optimizer):
@@ -163,7 +163,7 @@ class Checkpoints:
 
     def find(self):
         """The checkpoint to go on from, or None for a new run; the same on every process. Says on stderr which
-        damaged ones were skipped. Raises ValueError where there are only damaged ones, or the one named is."""
+        damaged ones were skipped. Raises UserError where there are only damaged ones, or the one named is."""
         found, problem = None, None
         if self.accelerator.is_main_process:
             try:
@@ -172,7 +172,7 @@ class Checkpoints:
                 problem = str(error)
         found, problem = broadcast_object_list([found, problem])
         if problem:
-            raise ValueError(problem)
+            raise UserError(problem)
         self.latest = found and Path(found)
         return self.latest
 
@@ -182,7 +182,7 @@ class Checkpoints:
             return None
         if wanted != "auto":
             if reason := damage(Path(wanted)):
-                raise ValueError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
+                raise UserError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
             return wanted
         steps = steps_in(self.folder)
         for step in reversed(steps):
@@ -192,11 +192,11 @@ class Checkpoints:
                 return str(path)
             tell(f"{path} is damaged ({reason}): looking for the one before it")
         if steps:
-            raise ValueError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
+            raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
         return None
 
     def position_of(self, path):
-        """The `Position` of the checkpoint `path`. Raises ValueError where the run would go another way from there than
+        """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         position = Position(**state["position"])
@@ -234,15 +234,15 @@ class Checkpoints:
     def _compare(self, state, position):
         fixed, changed, others = differences(state, self.identity, self.settings)
         if fixed:
-            raise ValueError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
+            raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
         if changed and not self.settings.resume_with_changes:
-            raise ValueError(
+            raise UserError(
                 f"since the checkpoint of step {position.step} settings changed that change the result: "
                 f"{'; '.join(changed)}. --resume_with_changes goes on with the new ones"
             )
         num_steps = self.identity["num_steps"]
         if num_steps < position.step:
-            raise ValueError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
+            raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
         if self.accelerator.is_main_process and changed + others:
             tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
 
@@ -252,11 +252,11 @@ class Checkpoints:
 
 
 def load_weights(path, model):
-    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises ValueError where they do not
+    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
     fit."""
     tensors, saved = named_tensors(model), Shares(path, "model")
     if saved.pieces.keys() != tensors.keys():
-        raise ValueError(f"{path} holds other weights than this model has")
+        raise UserError(f"{path} holds other weights than this model has")
     for name, tensor in tensors.items():
         saved.read_into(tensor, name)
 

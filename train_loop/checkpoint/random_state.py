@@ -5,6 +5,8 @@ import random
 import numpy as np
 import torch
 
+from train_loop.errors import UserError
+
 
 def rng_state():
     """The random states of this process, as JSON takes them."""
@@ -19,7 +21,7 @@ def rng_state():
 
 
 def set_rng_state(state):
-    """Raises ValueError where a state does not fit: going on with other random numbers would be another run."""
+    """Raises UserError where a state does not fit: going on with other random numbers would be another run."""
     try:
         version_, keys, gauss = state["python"]
         random.setstate((version_, tuple(keys), gauss))
@@ -31,4 +33,4 @@ def set_rng_state(state):
             device = torch.accelerator.current_accelerator()
             torch.get_device_module(device).set_rng_state(torch.tensor(state["device"], dtype=torch.uint8))
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
-        raise ValueError(f"the checkpoint's random state cannot be restored: {error}") from error
+        raise UserError(f"the checkpoint's random state cannot be restored: {error}") from error

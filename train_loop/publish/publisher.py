@@ -5,15 +5,15 @@ import shutil
 import time
 from pathlib import Path
 
-from train_loop import hub
-from train_loop.messages import one_line, warn
+from train_loop.checkpoint import Shares, unsharded_tensors
+from train_loop.errors import UserError, one_line, warn
 from train_loop.model import save_model
-from train_loop.model_card import inherited_metadata, model_card
-from train_loop.sharded import Shares, whole_tensors
+from train_loop.publish.model_card import inherited_metadata, model_card
+from train_loop.publish.upload import upload
 
 
 def export(folder, model, state_dict, tokenizer, card):
-    """Writes everything that `from_pretrained(folder)` needs, and the model card. Raises OSError.
+    """Writes everything that `from_pretrained(folder)` needs, and the model card. Raises UserError.
 
     The files are written to a folder of their own first and then renamed, so that a full disk leaves none half-written.
     """
@@ -29,7 +29,7 @@ def export(folder, model, state_dict, tokenizer, card):
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
     except Exception as error:  # safetensors has an error class of its own for a full disk
-        raise OSError(f"the model cannot be exported to {folder}: {one_line(error)}") from error
+        raise UserError(f"the model cannot be exported to {folder}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -54,7 +54,7 @@ class Publisher:
     def export_model(self, model, lines, results):
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process."""
         is_main, model = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
-        state_dict = whole_tensors(model, keep=is_main)
+        state_dict = unsharded_tensors(model, keep=is_main)
         if is_main:
             card = model_card(self, model, lines, results)
             export(Path(self.settings.output_dir), model, state_dict, self.tokenizer, card)
@@ -78,7 +78,7 @@ class Publisher:
             export(self.pushed_folder, model, state_dict, self.tokenizer, card)
             for name in ("metrics.jsonl", "train_config.yaml"):
                 shutil.copy(Path(self.settings.output_dir) / name, self.pushed_folder)
-            self.client = hub.upload(self.pushed_folder, self.repository, self.settings, f"step {step}")
+            self.client = upload(self.pushed_folder, self.repository, self.settings, f"step {step}")
             self.step = step
         except Exception as error:
             warn(f"step {step} is not pushed: {one_line(error)}")

@@ -18,7 +18,7 @@ def is_sharded(tensor):
     return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
 
 
-def whole(tensor):
+def unsharded(tensor):
     """`tensor` itself, or put together of every process's share: then to be called on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
@@ -30,11 +30,11 @@ def named_tensors(model):
     return dict(model.named_parameters()) | buffers
 
 
-def whole_tensors(model, keep):
+def unsharded_tensors(model, keep):
     """`named_tensors`, whole and on the CPU; {} where `keep` is false. To be called on every process."""
     gathered = {}
     for name, tensor in named_tensors(model).items():
-        tensor = whole(tensor.detach())
+        tensor = unsharded(tensor.detach())
         if keep:
             gathered[name] = tensor.cpu().contiguous()
     return gathered

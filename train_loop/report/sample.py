@@ -1,12 +1,12 @@
 """What the model writes while it trains (`--sample_prompt`)."""
 
-import torch
+from train_loop.errors import UserError
 
 NUM_NEW_TOKENS = 40
 
 
 class Samples:
-    """The prompts of a run as tokens. Raises ValueError for a prompt without any."""
+    """The prompts of a run as tokens. Raises UserError for a prompt without any."""
 
     def __init__(self, settings, tokenizer):
         self.tokenizer, self.context = tokenizer, settings.block_size
@@ -19,10 +19,9 @@ class Samples:
         if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]
         if not ids:
-            raise ValueError(f"sample_prompt {prompt!r} is no token of this tokenizer")
+            raise UserError(f"sample_prompt {prompt!r} is no token of this tokenizer")
         return ids
 
-    @torch.no_grad()
     def write(self, model, device):
         """{prompt: its continuation, always by the likeliest token, up to an end of text}, from the last `block_size`
         tokens each time.
@@ -30,17 +29,20 @@ class Samples:
         Training is left as it was: the model's mode is put back and no random number is drawn. All processes write, and
         take the same number of passes whatever comes out: of a sharded model each has a part only.
         """
+        import torch  # loaded long ago by whoever has a model
+
         was_training = model.training
         model.eval()
         written = {}
-        for prompt, ids in self.prompts.items():
-            ids = torch.tensor([ids], device=device)
-            for _ in range(NUM_NEW_TOKENS):
-                logits = model(input_ids=ids[:, -self.context :], use_cache=False).logits  # [1, T, V]
-                ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
-            new = ids[0, -NUM_NEW_TOKENS:].tolist()
-            if self.tokenizer.eos_token_id in new:
-                new = new[: new.index(self.tokenizer.eos_token_id)]
-            written[prompt] = self.tokenizer.decode(new, skip_special_tokens=True)
+        with torch.no_grad():
+            for prompt, ids in self.prompts.items():
+                ids = torch.tensor([ids], device=device)
+                for _ in range(NUM_NEW_TOKENS):
+                    logits = model(input_ids=ids[:, -self.context :], use_cache=False).logits  # [1, T, V]
+                    ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
+                new = ids[0, -NUM_NEW_TOKENS:].tolist()
+                if self.tokenizer.eos_token_id in new:
+                    new = new[: new.index(self.tokenizer.eos_token_id)]
+                written[prompt] = self.tokenizer.decode(new, skip_special_tokens=True)
         model.train(was_training)
         return written

@@ -7,16 +7,14 @@ Only the main process prints and writes; the others carry the same object and ca
 
 import json
 import os
-import resource
 import sys
-import textwrap
 import time
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
-from train_loop.curve import draw_run
+from train_loop.errors import UserError
+from train_loop.report.curve import draw_run
 
 STATE = ("sums", "tokens", "train_nats", "train_tokens", "train_seconds", "num_skipped_steps", "train_loss", "latest")
 COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
@@ -149,7 +147,7 @@ class Metrics:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # a full disk may show only when the file is closed, and then names no file
-                raise OSError(f"{path} cannot be written: {error.strerror}") from error
+                raise UserError(f"{path} cannot be written: {error.strerror}") from error
             if self.trackers:
                 self.trackers.log(line)
 
@@ -171,56 +169,7 @@ class Metrics:
             "train_runtime": self.train_seconds,
             "tokens_per_second": self.train_tokens / self.train_seconds,
             "checkpoint_runtime": checkpoint_seconds,
-            "peak_memory_gib": peak_memory_gib(),
-        } | peak_device_memory_gib()
-
-
-def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
-    """The arithmetic of the run, a line each. `splits` are each a `data.Split` or a `streaming.Stream`; without
-    steps, it is of an evaluation."""
-    s, world_size = settings, accelerator.num_processes
-    num_parameters = sum(p.numel() for p in model.parameters())
-    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    trained = f", {num_trained:,} of them trained" if num_trained < num_parameters else ""
-    source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
-    lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters{trained}, float32"]
-    for split in splits:
-        lines.append(f"{split.name:<12}{split.summary()}")
-    if held_out:
-        lines.append(f"held out    {held_out}")
-    if s.trust_remote_code:
-        origin = s.model_name_or_path or s.config_name
-        lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
-    if num_steps:
-        blocks = s.blocks_per_step(world_size)
-        lines += [
-            f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
-            f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
-            f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}"
-            if steps_per_epoch
-            else f"steps       {num_steps:,} (max_train_steps); how many an epoch has shows at its end",
-        ]
-    lines.append(
-        f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
-        f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
-    )
-    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(line, **wrap) for line in lines)
-
-
-def peak_memory_gib():
-    """The largest resident set that this process ever had, in GiB."""
-    if sys.platform == "linux":  # what getrusage says there begins with the size of the process that started this one
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-def peak_device_memory_gib():
-    """{"peak_device_memory_gib": the most that torch had allocated on this process's GPU}, {} without one."""
-    if not torch.cuda.is_available():
-        return {}
-    return {"peak_device_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+        }
 
 
 def table(results):

@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind, open_file, text_files
 from train_loop.hub import hub_address
-from train_loop.messages import one_line
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def load_rows(settings):
     """(training rows, validation rows, note): each `Rows`; training rows are None when only evaluating a validation
     file. The note says where the validation rows come from.
 
-    Raises ValueError where the data cannot be found or read, has no text column, or is empty.
+    Raises UserError where the data cannot be found or read, has no text column, or is empty.
     """
     if settings.dataset_name == "python_docs":
         from pydoc_data.topics import topics  # the language reference's help texts: prose, and in every Python
@@ -60,13 +60,13 @@ def load_rows(settings):
         splits = {split: load_file(path) for split, path in files.items() if path}
     train, validation = splits.get("train"), splits.get("validation", splits.get("test"))
     if train is None and not (settings.eval_only and validation is not None):
-        raise ValueError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
+        raise UserError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
     train, validation = (rows if rows is None else only_text(rows, settings) for rows in (train, validation))
     note = ""
     if validation is None:
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
         if num_held_out >= len(train):
-            raise ValueError(f"{len(train)} training row(s): too few to hold out some; give validation_file")
+            raise UserError(f"{len(train)} training row(s): too few to hold out some; give validation_file")
         note = f"the last {num_held_out:,} of {len(train):,} training rows (validation_split_percentage)"
         validation = replace(train, span=train.span[-num_held_out:])
         train = replace(train, span=train.span[:-num_held_out])
@@ -74,14 +74,14 @@ def load_rows(settings):
 
 
 def load_dataset(settings, function):
-    """What this function of `datasets` makes of the settings' data set. Raises ValueError where there is none."""
+    """What this function of `datasets` makes of the settings' data set. Raises UserError where there is none."""
     import datasets  # imported where it is needed alone: that takes a second
 
     name, config = settings.dataset_name, settings.dataset_config_name
     try:
         return getattr(datasets, function)(name, config)
     except Exception as error:  # the loader's errors have no common class
-        raise ValueError(
+        raise UserError(
             f"data set {name}{f' ({config})' if config else ''} cannot be loaded: {one_line(error)}. It was looked for "
             f"as a folder here, in the cache ({cache_folder()}), and on {hub_address()}. "
             "Without the hub: fill the cache on a machine that reaches it and set HF_HUB_OFFLINE=1, or give train_file "
@@ -109,10 +109,10 @@ def load_file(path):
             cache_dir=str(cache_folder() / "train_loop" / digest),
         )
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} cannot be read as {kind}: it is not UTF-8 text ({error.reason})") from error
+        raise UserError(f"{path} cannot be read as {kind}: it is not UTF-8 text ({error.reason})") from error
     except Exception as error:  # as above
         where = _broken_line(path) if kind == "json" else ""
-        raise ValueError(f"{path} cannot be read as {kind}: {where or one_line(error)}") from error
+        raise UserError(f"{path} cannot be read as {kind}: {where or one_line(error)}") from error
     return datasets.Dataset(rows.data, info=rows.info, fingerprint=digest)
 
 
@@ -123,7 +123,7 @@ def _whole_files(files):
         try:
             digests.append(_scan(path)[0])
         except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} cannot be read as text: {one_line(error)}") from error
+            raise UserError(f"{path} cannot be read as text: {one_line(error)}") from error
     texts = lambda: map("".join, map(_lines, files, digests))  # noqa: E731
     return Rows(texts, digest_of(digests), range(len(files)))
 
@@ -144,12 +144,12 @@ def _scan(path, is_text=True):
 
 
 def _lines(path, digest):
-    """A file's lines, each with its newline as \\n. Raises ValueError at the end if the file is no longer the one that
+    """A file's lines, each with its newline as \\n. Raises UserError at the end if the file is no longer the one that
     had this digest: what was read then belongs to no content that could be named."""
     with open_file(path, "rt", encoding="utf-8") as file:
         yield from file
     if _scan(path)[0] != digest:
-        raise ValueError(f"{path} was changed while it was read: start again")
+        raise UserError(f"{path} was changed while it was read: start again")
 
 
 def _broken_line(path):
@@ -180,7 +180,7 @@ def only_text(rows, settings):
         texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
     column = text_column(texts, texts, settings)
     if not len(rows):
-        raise ValueError("the data has no rows")
+        raise UserError("the data has no rows")
     if isinstance(rows, Rows):
         return rows
     rows = rows.select_columns([column])
@@ -191,11 +191,11 @@ def only_text(rows, settings):
 
 def text_column(columns, texts, settings):
     """The name of the column that is meant, one of `columns`; `texts`: those of them that are known to hold text.
-    Raises ValueError where there is none, or not just one."""
+    Raises UserError where there is none, or not just one."""
     column = settings.text_column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
     if column not in columns:
         wanted = f"no column {column!r} of text" if column else "not just one column of text"
-        raise ValueError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
+        raise UserError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
     return column
 
 

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import numpy as np
 
+from train_loop.errors import UserError
+
 MIN_POINTS_TO_SMOOTH = 20
 WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 
 def read_lines(path):
-    """The lines of a metrics.jsonl; a last one that is still being written is left out. Raises ValueError where there
+    """The lines of a metrics.jsonl; a last one that is still being written is left out. Raises UserError where there
     is no such file, or it is damaged."""
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not text.endswith("\n"):
@@ -29,10 +31,10 @@ def read_lines(path):
             line = json.loads(text)
             line["step"]
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged: line {number} is no line of metrics") from error
+            raise UserError(f"{path} is damaged: line {number} is no line of metrics") from error
         lines.append(line)
     if not lines:
-        raise ValueError(f"{path} is empty: nothing was logged yet")
+        raise UserError(f"{path} is empty: nothing was logged yet")
     return lines
 
 

@@ -13,21 +13,21 @@ import importlib.util
 import os
 from pathlib import Path
 
-from train_loop.config import TRACKERS
-from train_loop.messages import one_line, warn
+from train_loop.errors import UserError, one_line, warn
+from train_loop.settings import TRACKERS
 
 PROJECT = "train_loop"  # where trackers collect several runs
 
 
 def wanted_trackers(settings):
-    """The names of the trackers that `report_to` asks for. Raises ValueError where one's library is not installed."""
+    """The names of the trackers that `report_to` asks for. Raises UserError where one's library is not installed."""
     names = settings.report_to or ["none"]
     if names == ["all"]:
         return [name for name in TRACKERS if _is_installed(name)]
     names = [name for name in TRACKERS if name in names]
     if missing := [name for name in names if not _is_installed(name)]:
         them = " ".join(missing).replace("_", "-")
-        raise ValueError(f"report_to: {', '.join(missing)} is not installed; python -m pip install {them}")
+        raise UserError(f"report_to: {', '.join(missing)} is not installed; python -m pip install {them}")
     return names
 
 

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.config import Settings, as_recipe
-from train_loop.contradictions import contradictions
+from train_loop.errors import UserError
+from train_loop.settings.contradictions import contradictions
+from train_loop.settings.settings import Settings, as_recipe
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(__file__).parent.parent / "recipes"
 # where none of these is given, and no recipe either, the run is the quickstart
 MODEL_OR_DATA = {
     "model_name_or_path",
@@ -32,7 +33,7 @@ MODEL_OR_DATA = {
 def read_settings(argv):
     """The settings that the command line `argv` (a list of words) asks for.
 
-    Raises ValueError with one line for each problem: unknown keys, wrong types, values out of range, settings that
+    Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, settings that
     contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
     those that came out, as a recipe, and both leave with SystemExit.
     """
@@ -47,7 +48,7 @@ def read_settings(argv):
     settings = Settings(**values)
     problems = problems or contradictions(settings)
     if problems:
-        raise ValueError("\n".join(problems))
+        raise UserError("\n".join(problems))
     if print_config:
         if int(os.environ.get("RANK", 0)) == 0:
             print(as_recipe(settings), end="")

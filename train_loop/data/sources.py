@@ -13,17 +13,17 @@ import os
 import re
 import zlib
 
-from train_loop.data import ROWS_PER_BATCH
+from train_loop.data.rows import Rows, digest_of, load_dataset, load_file, only_text, text_column
+from train_loop.data.tokens import ROWS_PER_BATCH
+from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind, open_file, text_files, train_files
-from train_loop.messages import one_line
-from train_loop.rows import Rows, digest_of, load_dataset, load_file, only_text, text_column
 
 CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising; -1 reads a file to its end
 
 
-def load_rows(settings):
+def load_source(settings):
     """(training rows, validation rows, ""): a source of chunks, `Lines` or `Table`, None when only evaluating; and
-    prepared `Rows`. Raises ValueError as `rows.load_rows` does."""
+    prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
     eval_rows = only_text(load_file(settings.validation_file), settings)
@@ -43,7 +43,7 @@ def _load_dataset(settings):
     splits = builder.as_streaming_dataset()
     name = next((name for name in ("validation", "test") if name in splits), None)
     if name is None or ("train" not in splits and not settings.eval_only):
-        raise ValueError(
+        raise UserError(
             f"streaming needs splits 'train' and 'validation' or 'test'; {settings.dataset_name} has "
             f"{', '.join(splits)}"
         )
@@ -79,14 +79,14 @@ class Files:
         try:
             status = os.stat(path)
         except OSError as error:
-            raise ValueError(f"training file {path} cannot be read: {error.strerror}") from error
+            raise UserError(f"training file {path} cannot be read: {error.strerror}") from error
         return status.st_size, status.st_mtime_ns
 
     def check(self, *paths):
-        """Raises ValueError where a file, by default any, is no longer the one that it was."""
+        """Raises UserError where a file, by default any, is no longer the one that it was."""
         for path in paths or self.paths:
             if self._look(path) != self.seen[path]:
-                raise ValueError(
+                raise UserError(
                     f"training file {path} was changed while the run was reading it: what was read since belongs to "
                     "no data that could be named. The last checkpoint goes on with the file as it was"
                 )
@@ -145,7 +145,7 @@ class Lines:
         self.column = _column_of(row, settings)
 
     def chunks(self, place):
-        """(place, bytes) of each chunk, from a place on, or from the beginning. Raises ValueError where a file cannot
+        """(place, bytes) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
         be read, or is no longer the one that it was."""
         first, byte = place or (0, 0)
         for index in range(first, len(self.files.paths)):
@@ -158,24 +158,24 @@ class Lines:
                         yield [index, byte], chunk
                         byte += len(chunk)
             except (OSError, EOFError, zlib.error) as error:
-                raise ValueError(f"training file {path} cannot be read: {one_line(error)}") from error
+                raise UserError(f"training file {path} cannot be read: {one_line(error)}") from error
             byte = 0
 
     def texts(self, place, chunk):
-        """The rows of a chunk. Raises ValueError where they are no text, or no JSON with text in it."""
+        """The rows of a chunk. Raises UserError where they are no text, or no JSON with text in it."""
         if self.files.kind == "json":
             texts = []
             for where, row in self._parse(place, chunk):
                 texts.append(row.get(self.column))
                 if not isinstance(texts[-1], str):
-                    raise ValueError(f"{where}: {self.column!r} is no text")
+                    raise UserError(f"{where}: {self.column!r} is no text")
             return texts
         try:
             lines = list(io.StringIO(chunk.decode(), newline=None))
             return lines if self.chunk_bytes > 0 else ["".join(lines)]
         except UnicodeDecodeError as error:
             where = f"{self.files.paths[place[0]]}, byte {place[1] + error.start:,}"
-            raise ValueError(f"{where}: it is not UTF-8 text ({error.reason})") from error
+            raise UserError(f"{where}: it is not UTF-8 text ({error.reason})") from error
 
     def _parse(self, place, chunk):
         """(where it is, in words, the object) of each line of JSON."""
@@ -189,7 +189,7 @@ class Lines:
             except ValueError as error:
                 row, problem = None, str(error)
             if not isinstance(row, dict):
-                raise ValueError(f"{where}: {problem}; streaming reads JSON of one object a line")
+                raise UserError(f"{where}: {problem}; streaming reads JSON of one object a line")
             yield where, row
 
 
@@ -220,14 +220,14 @@ class Table:
                     texts, num_characters, place = [], 0, rows.state_dict()
         except Exception as error:  # the loader's errors have no common class
             self.files.check()
-            raise ValueError(f"the training data cannot be read: {one_line(error)}") from error
+            raise UserError(f"the training data cannot be read: {one_line(error)}") from error
         if texts:
             self.files.check()
             yield place, texts
 
     def texts(self, place, texts):
         if None in texts:
-            raise ValueError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
+            raise UserError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
         return texts
 
 

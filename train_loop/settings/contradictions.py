@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from train_loop.config import Settings
 from train_loop.files import FILE_KINDS, file_kind, text_files, train_files
+from train_loop.settings.settings import Settings
 
 
 def contradictions(s):

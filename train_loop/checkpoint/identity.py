@@ -24,7 +24,7 @@ SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stoppin
 CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
 
 
-def identity(settings, model, split, eval_split, num_steps, accelerator):
+def run_identity(settings, model, split, eval_split, num_steps, accelerator):
     """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
     not: the blocks themselves and the model's config do."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}

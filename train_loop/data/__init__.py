@@ -1,0 +1,24 @@
+"""Rows of text become windows of equal blocks. The loop needs what is named here, and nothing behind it.
+
+rows.py       rows from files, folders, data sets     sources.py    the same in chunks, from any place on
+tokens.py     rows -> one file of tokens on disk      streaming.py  chunks -> blocks, while training runs
+blocks.py     tokens -> blocks -> windows, and the order of an epoch
+"""
+
+from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_split, load_windows
+from train_loop.data.rows import Rows, load_rows
+from train_loop.data.sources import load_source
+from train_loop.data.streaming import Stream
+
+__all__ = [
+    "IGNORED",
+    "Rows",
+    "Split",
+    "Stream",
+    "Windows",
+    "block_order",
+    "load_rows",
+    "load_source",
+    "load_split",
+    "load_windows",
+]

@@ -1,0 +1,26 @@
+"""What is said to whoever runs this, on stderr, and the one class of errors that is said in a sentence."""
+
+import sys
+
+
+class UserError(ValueError):
+    """Something that the user can mend: one sentence that says what is wrong, where, and what to do.
+
+    `main.py` prints it without a traceback and exits with 1. Whatever else is raised keeps its class and its traceback:
+    the reader of that is changing the code.
+    """
+
+
+def tell(sentence):
+    print(sentence, file=sys.stderr, flush=True)
+
+
+def warn(sentence):
+    tell(f"warning: {sentence}")
+
+
+def one_line(error):
+    """The innermost reason of an exception, on one line, at most 300 characters."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")

@@ -1,0 +1,38 @@
+"""The arithmetic of a run, printed before it begins."""
+
+import textwrap
+
+
+def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
+    """The arithmetic of the run, a line each. `splits` are each a `data.Split` or a `streaming.Stream`; without
+    steps, it is of an evaluation."""
+    import torch  # loaded long ago by whoever has a model; whoever only draws need not wait for it
+
+    s, world_size = settings, accelerator.num_processes
+    num_parameters = sum(p.numel() for p in model.parameters())
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = f", {num_trained:,} of them trained" if num_trained < num_parameters else ""
+    source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
+    lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters{trained}, float32"]
+    for split in splits:
+        lines.append(f"{split.name:<12}{split.summary()}")
+    if held_out:
+        lines.append(f"held out    {held_out}")
+    if s.trust_remote_code:
+        origin = s.model_name_or_path or s.config_name
+        lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
+    if num_steps:
+        blocks = s.blocks_per_step(world_size)
+        lines += [
+            f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
+            f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
+            f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}"
+            if steps_per_epoch
+            else f"steps       {num_steps:,} (max_train_steps); how many an epoch has shows at its end",
+        ]
+    lines.append(
+        f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
+        f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
+    )
+    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
+    return "\n".join(textwrap.fill(line, **wrap) for line in lines)

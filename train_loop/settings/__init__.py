@@ -1,0 +1,11 @@
+"""The settings of a run. Nothing heavy is imported, so that `--help` and a mistyped flag answer at once.
+
+settings.py        every setting: name, type, default, what it means
+command_line.py    defaults, then a recipe (YAML), then the command line
+contradictions.py  settings that do not go together, files that are not usable
+"""
+
+from train_loop.settings.command_line import read_settings
+from train_loop.settings.settings import TRACKERS, Settings, as_recipe
+
+__all__ = ["TRACKERS", "Settings", "as_recipe", "read_settings"]
