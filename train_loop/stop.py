@@ -16,7 +16,8 @@ class StopSignal:
     does; within a second of the first it counts as the same one, which a launcher passes on beside the terminal.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    # Windows lacks the last one
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
 
     def __enter__(self):
         self.number, self.since, self.deferred = 0, 0.0, False

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 
@@ -21,7 +22,10 @@ def write_whole(path, text):
 
 def flush(path):
     """Waits until a file's or a folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = sys.platform == "win32"
+    if on_windows and path.is_dir():  # it opens no folders; its NTFS keeps a journal of names
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

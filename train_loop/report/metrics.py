@@ -75,7 +75,7 @@ class Metrics:
         self._fetch()
         size = 0
         if self.lines and self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "rb") as file:
+            with open(self.output_dir / "metrics.jsonl", "r+b") as file:
                 os.fsync(file.fileno())
                 size = file.seek(0, os.SEEK_END)
         counts = {name: getattr(self, name) for name in STATE}
