@@ -8,7 +8,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
 from train_loop.data import Windows, load_windows
-from train_loop.loss import next_token_loss
+from train_loop.loss import plain_next_token_loss
 
 
 def perplexity(loss):
@@ -37,7 +37,8 @@ def named_perplexities(loss, split):
 def evaluate(model, split, settings, accelerator, show_progress=False, stop=None):
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
-    request the `named_perplexities`.
+    request the `named_perplexities`. "eval_objective", what training minimises per target, stands beside the loss where
+    it is not plain cross entropy.
 
     Windows of T tokens move on by the stride, which is T if the settings say nothing else; the targets of a window are
     its tokens that the window before did not have, so each sees at least T - stride tokens of context, except in the
@@ -68,12 +69,14 @@ def evaluate(model, split, settings, accelerator, show_progress=False, stop=None
             model.train(was_training)
             return None
         batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
-        nll, num_targets, extras = next_token_loss(model, batch)
+        nll, num_targets, extras = plain_next_token_loss(model, batch)
         for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
             sums[name] = sums.get(name, 0) + value.double()
     model.train(was_training)
     sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
     num_targets = sums.pop("tokens")
+    if sums["objective"] == sums["loss"]:  # plain cross entropy is what is trained
+        del sums["objective"]
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
     result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
     if settings.named_perplexities:
