@@ -121,7 +121,7 @@ def test_all_problems_are_told_at_once_with_key_value_and_what_is_allowed(tmp_pa
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps"),
-        (["--lr_scheduler_type", "polynomial"], "linear, cosine"),
+        (["--lr_scheduler_type", "stepwise"], "linear, cosine"),
         (["--num_warmup_steps", "-1"], "--num_warmup_steps"),
         (["--logging_steps", "0"], "--logging_steps"),
         (["--eval_steps", "0"], "--eval_steps"),

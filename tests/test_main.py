@@ -179,9 +179,9 @@ def slow(model, batch):
     return plain(model, batch)
 loop.next_token_loss = evaluate.next_token_loss = slow
 train = loop.train
-def timed(*arguments):
+def timed(**arguments):
     began = time.perf_counter()
-    train(*arguments)
+    train(**arguments)
     print("loop", time.perf_counter() - began)
 loop.train = timed
 from train_loop.report import metrics

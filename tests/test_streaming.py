@@ -1,5 +1,6 @@
 """Training data that is streamed: the same blocks as prepared ones, from any place on, in a run that cannot be lost."""
 
+import dataclasses
 import glob
 import gzip
 import json
@@ -94,9 +95,9 @@ def open_stream(path, tokenizer, shuffle_buffer_size=0, **more):
 def windows_of(stream, settings, position=None, accelerator=ALONE):
     """The windows of `position`'s epoch from there on, each with the position that the loop has after it, as JSON."""
     position = position or Position()
-    for window in stream.windows(settings, accelerator, position):
-        position.window += 1
-        yield window, json.dumps(vars(position))
+    for window in stream.windows(dataclasses.replace(position), settings, accelerator):
+        position.move_to(window.end)
+        yield window.tensors, json.dumps(vars(position))
 
 
 def blocks_of(windows):

@@ -1,14 +1,18 @@
 """The loss of a model on the whole validation split, the same number for any batch size and number of processes."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from numpy.lib.stride_tricks import sliding_window_view
 from tqdm import tqdm
 
-from train_loop.data import Windows, load_windows
+from train_loop.data import Split, Windows, load_windows
 from train_loop.loss import plain_next_token_loss
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 
 def perplexity(loss):
@@ -84,4 +88,23 @@ def evaluate(model, split, settings, accelerator, show_progress=False, stop=None
     if settings.named_perplexities or settings.eval_stride:
         num_dropped = split.num_dropped + (len(tokens) - block_size) % stride
         result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": num_dropped}
+    return result
+
+
+def evaluate_splits(
+    model: torch.nn.Module,
+    splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    show_progress: bool = False,
+    stop: StopSignal | None = None,
+) -> dict[str, Any] | None:
+    """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
+    None where a stop came in between."""
+    result = {}
+    for name, split in splits.items():
+        found = evaluate(model, split, settings, accelerator, show_progress, stop)
+        if found is None:
+            return None
+        result |= {f"eval_{name}_{key.removeprefix('eval_')}": found[key] for key in found} if result else found
     return result

@@ -38,7 +38,6 @@ from train_loop.checkpoint.identity import differences
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Shares, is_sharded, named_tensors, write_share
 from train_loop.errors import UserError, tell
-from train_loop.optim import move_scheduler
 from train_loop.position import Position
 
 
@@ -199,11 +198,11 @@ class Checkpoints:
         """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        position = Position(**state["position"])
+        position = Position.from_dict(state["position"], self.accelerator.is_main_process)
         self._compare(state, position)
         return position
 
-    def restore(self, path, position, model, optimizer, scheduler, metrics):
+    def restore(self, path, position, model, optimizer, metrics):
         """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if self.settings.load_best_model_at_end and position.best:
@@ -216,7 +215,6 @@ class Checkpoints:
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
         load_optimizer(path, model, optimizer, state["optimizer"])
-        move_scheduler(scheduler, position.step)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         metrics.load_state_dict(state["metrics"])

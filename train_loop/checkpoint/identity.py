@@ -9,7 +9,9 @@ CHANGEABLE = {
     "num_steps",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "num_warmup_steps",
+    "warmup_ratio",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
@@ -22,7 +24,7 @@ CHANGEABLE = {
 }
 # what decides about the model that is exported, where it need not be the last of all steps
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
-CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
+CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
 
 
 def run_identity(settings, model, split, eval_split, num_steps, accelerator):
@@ -33,7 +35,7 @@ def run_identity(settings, model, split, eval_split, num_steps, accelerator):
     if settings.load_best_model_at_end or settings.early_stopping_patience:
         values["validation blocks"] = eval_split.digest()
     else:  # evaluations decide about nothing
-        del values["eval_steps"], values["eval_stride"]
+        del values["eval_delay"], values["eval_steps"], values["eval_stride"]
     return {
         **values,
         **split.identity(),

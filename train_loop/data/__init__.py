@@ -5,7 +5,7 @@ tokens.py     rows -> one file of tokens on disk      streaming.py  chunks -> bl
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
 """
 
-from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_split, load_windows
+from train_loop.data.blocks import IGNORED, Split, TrainingData, Window, Windows, block_order, load_split, load_windows
 from train_loop.data.rows import Rows, load_rows
 from train_loop.data.sources import load_source
 from train_loop.data.streaming import Stream
@@ -15,6 +15,8 @@ __all__ = [
     "Rows",
     "Split",
     "Stream",
+    "TrainingData",
+    "Window",
     "Windows",
     "block_order",
     "load_rows",

@@ -4,21 +4,56 @@
     2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
                                  on request with the end-of-text token after each row that is not empty
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
-    4. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
+    4. order     block_order     which blocks an epoch takes, and in which order
+    5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
 B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError
+from train_loop.errors import UserError, tell
+from train_loop.position import Place
+from train_loop.settings import Settings
 
 IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one process trains on in one optimizer step, and where the run is in the data after it."""
+
+    tensors: dict[str, torch.Tensor]  # {"input_ids", "labels", ...}, each [M, B, T]
+    end: Place
+
+
+class TrainingData(Protocol):
+    """What the loop asks of its training data: `Split` (prepared) and `streaming.Stream` have it."""
+
+    name: str
+    blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
+    num_blocks: int | None  # None: not known
+    document_end: int | None  # the token after which attention and positions begin anew
+
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
+        """How many blocks an epoch takes; None: not known."""
+
+    def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+        """This process's windows from `start` to the end of its epoch."""
+
+    def identity(self) -> dict[str, Any]:
+        """What stands for the training data in a checkpoint's identity."""
+
+    def summary(self) -> str:
+        """A line about the data."""
 
 
 @dataclass
@@ -35,30 +70,60 @@ class Split:
     document_end: int | None = None  # the token after which attention and positions begin anew
 
     @property
-    def num_blocks(self):
+    def num_blocks(self) -> int:
         return len(self.blocks)
 
-    def windows(self, settings, accelerator, position):
-        """This process's windows of the epoch in which `position` is, from there to the epoch's end."""
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError where it names a block
+        that there is not, or one more than once."""
+        order = np.asarray(block_order(self.blocks, seed, epoch))
+        where = f"block_order (train_loop/data/blocks.py), epoch {epoch}"
+        if order.ndim != 1 or order.dtype.kind not in "iu" or not len(order):
+            raise ValueError(
+                f"{where}: it must give the indices of blocks, but gave {order.dtype} of shape {order.shape}"
+            )
+        if order.min() < 0 or order.max() >= self.num_blocks:
+            wrong = order[(order < 0) | (order >= self.num_blocks)][0]
+            raise ValueError(f"{where}: it names block {wrong}, but there are blocks 0 to {self.num_blocks - 1}")
+        counts = np.bincount(order)
+        if counts.max() > 1:
+            raise ValueError(
+                f"{where}: it names block {counts.argmax()} {counts.max()} times, and {(counts > 1).sum()} blocks more "
+                "than once. An epoch takes each block at most once"
+            )
+        return order
+
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int:
+        return len(self.order(seed, epoch))
+
+    def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+        """This process's windows from `start` to the end of its epoch."""
         windows = Windows(
             self.blocks,
-            block_order(self.blocks, settings.seed, position.epoch),
+            self.order(settings.seed, start.epoch),
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
             document_end=self.document_end,
         )
-        return load_windows(windows, first=position.window, pin_memory=accelerator.device.type == "cuda")
+        if start.per_epoch not in (None, len(windows)) and accelerator.is_main_process:
+            tell(
+                f"epoch {start.epoch + 1} has {len(windows):,} optimizer steps, the one before it {start.per_epoch:,}: "
+                "the number of steps of the run was worked out from the length of its first epoch"
+            )
+        loaded = load_windows(windows, first=start.window, pin_memory=accelerator.device.type == "cuda")
+        for number, tensors in enumerate(loaded, start=start.window + 1):
+            yield Window(tensors, end=Place(start.epoch, number, per_epoch=len(windows)))
 
-    def digest(self):
+    def digest(self) -> str:
         return hashlib.blake2b(np.ascontiguousarray(self.blocks), digest_size=16).hexdigest()
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """What stands for the training data in a checkpoint's identity."""
         return {"training blocks": self.digest()}
 
-    def summary(self):
+    def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
         first = f"the first {self.num_blocks:,} of " if self.num_blocks < num_blocks else ""
@@ -96,9 +161,12 @@ def group_texts(rows, block_size):
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size), len(tokens) - num_blocks * block_size
 
 
-def block_order(blocks, seed, epoch):
-    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled, [n]. Must be a pure function of
-    what it is given: a run that is resumed asks again."""
+def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled.
+
+    It may leave blocks out, but must name none twice. Must be a pure function of what it is given: a run that is
+    resumed calls it again. The first epoch's length decides how many steps the run has.
+    """
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 
 
