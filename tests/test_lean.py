@@ -101,7 +101,9 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("of_module, of_call", [(True, None), (False, None), (True, False), (False, True)])
-@pytest.mark.parametrize("more", [{}, {"position_bias": torch.linspace(0, 3, 72).view(1, 2, 6, 6)}], ids=str)
+@pytest.mark.parametrize(
+    "more", [{}, {"position_bias": torch.linspace(0, 3, 72).view(1, 2, 6, 6)}], ids=["plain", "biased"]
+)
 def test_attention_is_causal_where_transformers_is(mask, of_module, of_call, more):
     """Whatever the module, the call, a mask and a bias on positions say together. Tolerance: float32 rounding."""
     module = torch.nn.Module().train()

@@ -176,8 +176,8 @@ def _pretrained_model(settings, config, tokenizer):
     if beyond:
         some = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (", ..." if len(beyond) > 5 else "")
         raise UserError(
-            f"the tokenizer has {len(beyond):,} tokens that the model's vocabulary of {vocab_size:,} does not have: "
-            f"{some}. Give the model's own tokenizer as tokenizer_name; or, where no text needs these tokens, save the "
+            f"the tokenizer has tokens beyond the model's vocabulary of {vocab_size:,}: {some}. Give the model's own "
+            "tokenizer as tokenizer_name; or, where your text does not need these tokens, save the "
             "tokenizer in a folder, delete them from added_tokens in its tokenizer.json and from "
             "tokenizer_config.json, and give that folder"
         )
