@@ -7,7 +7,6 @@ from pathlib import Path
 
 from train_loop.checkpoint import Shares, unsharded_tensors
 from train_loop.errors import UserError, one_line, warn
-from train_loop.model import save_model
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
 
@@ -19,7 +18,7 @@ def export(folder, model, state_dict, tokenizer, card):
     """
     partial = folder / ".export.partial"
     try:
-        save_model(model, state_dict, partial)
+        model.save_pretrained(partial, state_dict=state_dict)
         tokenizer.save_pretrained(partial)
         (partial / "README.md").write_text(card, encoding="utf-8")
         mode = (partial / "README.md").stat().st_mode  # of any new file; safetensors lets nobody else read its own
