@@ -3,9 +3,20 @@
 rows.py       rows from files, folders, data sets     sources.py    the same in chunks, from any place on
 tokens.py     rows -> one file of tokens on disk      streaming.py  chunks -> blocks, while training runs
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
+text.py       the words and bytes of the text that tokens stand for
 """
 
-from train_loop.data.blocks import IGNORED, Split, TrainingData, Window, Windows, block_order, load_split, load_windows
+from train_loop.data.blocks import (
+    IGNORED,
+    Split,
+    TrainingData,
+    Window,
+    Windows,
+    block_order,
+    load_split,
+    load_windows,
+    positions_in_documents,
+)
 from train_loop.data.rows import Rows, load_rows
 from train_loop.data.sources import load_source
 from train_loop.data.streaming import Stream
@@ -23,4 +34,5 @@ __all__ = [
     "load_source",
     "load_split",
     "load_windows",
+    "positions_in_documents",
 ]

@@ -12,13 +12,14 @@ B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 
+from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
 from train_loop.errors import UserError, tell
 from train_loop.position import Place
@@ -63,11 +64,11 @@ class Split:
     name: str
     blocks: np.ndarray
     num_rows: int = 0
-    num_tokens: int = 0
-    num_words: int = 0
-    num_bytes: int = 0
-    num_dropped: int = 0  # tokens left over at the end
+    num_tokens: int = 0  # of all rows
+    num_dropped: int = 0  # tokens after the last block that are not used, where all blocks are
     document_end: int | None = None  # the token after which attention and positions begin anew
+    tail: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # those that eval_stride reaches
+    text: CoveredText | None = None  # what the tokens of blocks and tail stand for, with named_perplexities
 
     @property
     def num_blocks(self) -> int:
@@ -126,24 +127,32 @@ class Split:
     def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        first = f"the first {self.num_blocks:,} of " if self.num_blocks < num_blocks else ""
-        return (
-            f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {first}{num_blocks:,} blocks of {block_size}; "
-            f"{self.num_dropped:,} tokens dropped"
-        )
+        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        if self.num_blocks < num_blocks:
+            cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
+        elif len(self.tail):
+            rest = f" and {len(self.tail):,} tokens"
+        return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
 
 
 def load_split(rows, tokenizer, name, settings, show_progress=False):
     """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
     end_of_text = end_of_documents(tokenizer, settings)
-    tokens, num_words, num_bytes = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
+    tokens, _, _ = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
         raise UserError(f"the {name} data has {len(tokens):,} tokens, less than one block of {settings.block_size}")
     max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
     document_end = end_of_text if settings.document_attention else None
-    return Split(name, blocks[:max_blocks], len(rows), len(tokens), num_words, num_bytes, num_dropped, document_end)
+    split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, document_end)
+    if split.num_blocks < len(blocks):
+        split.num_dropped = 0
+    elif name != "training" and settings.eval_stride:
+        split.tail, split.num_dropped = tokens[blocks.size :], 0
+    if name != "training" and settings.named_perplexities:
+        split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
+    return split
 
 
 def end_of_documents(tokenizer, settings):

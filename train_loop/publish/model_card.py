@@ -16,6 +16,7 @@ METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
     "perplexity": "perplexity",
     "word_perplexity": "word_perplexity",
+    "word_eos_perplexity": "word_eos_perplexity",
     "bits_per_byte": "bits_per_byte",
 }  # in the order of the card
 
@@ -53,7 +54,7 @@ def model_card(publisher, model, lines, results=None):
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
     metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
-    digits = {"perplexity": 2, "word_perplexity": 2}
+    digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
 
     title = Path(repository or Path(s.output_dir).resolve()).name
@@ -66,7 +67,16 @@ def model_card(publisher, model, lines, results=None):
         origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
     data = s.dataset_name or Path(s.train_file).name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
-    held_out = f" on {publisher.held_out}," if publisher.held_out else ""
+    most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
+    validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
+    validated = f" on{validated}" if validated else ""
+    named = ""
+    if s.named_perplexities:
+        words, ends, size = (f"{last[name]:,}" for name in ("eval_words", "eval_line_ends", "eval_bytes"))
+        named = f"""
+Word perplexity and bits per byte are of the text of the evaluated blocks: {words} words, {size} bytes.
+Word eos perplexity also counts its {ends} line ends as words.
+Special tokens that stand for no text are not counted in them."""
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
@@ -79,9 +89,9 @@ def model_card(publisher, model, lines, results=None):
 
 A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
 
-Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+Validation{validated} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
-compare them only with numbers that were measured in the same way.{choice}
+compare them only with numbers that were measured in the same way.{named}{choice}
 
 | step | epoch | training loss | validation loss | perplexity |
 |---:|---:|---:|---:|---:|
