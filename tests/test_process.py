@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, TINY, TWO, lines_of, run, without_timings
+from conftest import ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, without_timings
 
 from train_loop.console import printable
 from train_loop.main import main
@@ -164,8 +164,7 @@ def test_a_run_resumed_from_a_folder_of_another_name_can_be_resumed_again(argume
     monkeypatch.setattr("train_loop.stop.StopSignal.defer", stopped_at_once)
     capsys.readouterr()
     assert main(resumed) == 75
-    told = capsys.readouterr().err
-    assert f"--resume_from_checkpoint '{named}'" in told or "--resume_from_checkpoint auto" in told
+    assert f"--resume_from_checkpoint '{named}'" in capsys.readouterr().err
 
 
 def shell(command, **environment):
@@ -246,3 +245,105 @@ def test_a_password_in_the_hubs_address_is_never_printed(nobody_there, tmp_path)
     )
     assert done.returncode == 1 and f"{nobody_there} cannot be reached" in done.stderr
     assert "secret" not in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("what", ["code of its own", "pickled weights", "nothing"])
+def test_generate_runs_no_foreign_code_and_asks_nothing(what, tmp_path, monkeypatch, capsys):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train_loop.generate import main as generate
+
+    folder = tmp_path / "mo\x1b[2Jdel"
+    folder.mkdir()
+    if what == "pickled weights":
+        AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **TINY_CONFIGS["gpt2"])).save_pretrained(folder)
+        (folder / "model.safetensors").unlink()
+        torch.save({"code": print}, folder / "pytorch_model.bin")
+    elif what == "code of its own":
+        code = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+        (folder / "config.json").write_text(json.dumps({"model_type": "own", "auto_map": code}))
+        (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.setattr("builtins.input", lambda *question: "y")
+    capsys.readouterr()
+    assert generate([str(folder), "The value"]) == 1
+    out, err = capsys.readouterr()
+    assert not (tmp_path / "ran").exists() and "[y/N]" not in out + err
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert "mo\\x1b[2Jdel is no folder or hub name of a usable model: " in line and "Traceback" not in err
+
+
+def test_a_resumed_run_says_what_may_change_its_last_bits(arguments, tmp_path, monkeypatch, capsys):
+    import torch
+
+    from train_loop.checkpoint import identity
+
+    assert killed_by(signal.SIGTERM, 2, arguments, monkeypatch) == 75
+    capsys.readouterr()
+    assert killed_by(signal.SIGTERM, 4, [*arguments, "--resume_from_checkpoint=auto"], monkeypatch) == 75
+    assert "last bits" not in capsys.readouterr().err  # nothing differs
+    monkeypatch.setattr(identity, "version", lambda package: "0.0")
+    (tmp_path / "loss.py").write_text("changed")
+    monkeypatch.setattr(identity, "CODE", (str(tmp_path / "loss.py"),))
+    before = torch.get_num_threads()
+    changed = ["--num_threads=2", "--tuning=false"]
+    try:
+        assert main([*arguments, "--resume_from_checkpoint=auto", *changed]) == 0
+    finally:
+        torch.set_num_threads(before)
+    told = capsys.readouterr().err
+    assert "may differ in its last bits" in told and "CPU threads of a process: 1 -> 2" in told
+    assert "tuning: True -> False" in told and "-> 0.0" in told and "code of " in told
+
+
+def test_an_optimizer_of_another_class_is_refused(arguments, monkeypatch, capsys):
+    import torch
+
+    assert killed_by(signal.SIGTERM, 2, arguments, monkeypatch) == 75
+    monkeypatch.setattr(
+        "train_loop.run.build_optimizer", lambda model, s: torch.optim.NAdam(model.parameters(), s.learning_rate)
+    )
+    assert main([*arguments, "--resume_from_checkpoint=auto"]) == 1
+    told = capsys.readouterr().err
+    assert "optimizer: torch.optim.adamw.AdamW -> torch.optim.nadam.NAdam" in told and "optimizer's options: " in told
+    assert "--resume_with_changes" in told
+
+
+def test_a_checkpoint_of_another_format_is_refused_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):
+    from train_loop.checkpoint import checkpoint
+
+    assert killed_by(signal.SIGTERM, 2, arguments, monkeypatch) == 75
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    assert main([*arguments, "--resume_from_checkpoint=auto"]) == 1
+    told = capsys.readouterr().err
+    assert "is a checkpoint of format 2, and this version of train_loop reads format 3" in told
+
+
+def test_a_run_records_the_code_that_it_was_made_with(unbroken):
+    from train_loop.version import code_version
+
+    state = json.loads((unbroken / "checkpoints" / "step-000005" / "state.json").read_text())
+    assert state["train_loop"] == code_version()
+    assert json.loads((unbroken / "all_results.json").read_text())["train_loop"] == code_version()
+    assert f"# written by train_loop {code_version()}" in (unbroken / "train_config.yaml").read_text()
+    assert f"train_loop {code_version()}, torch" in (unbroken / "README.md").read_text()
+
+
+def test_the_version_names_the_commit_and_whether_it_was_changed(tmp_path):
+    from train_loop import __version__
+    from train_loop.version import code_version
+
+    def git(*words):
+        own = ["-c", "user.name=me", "-c", "user.email=me@example.org"]
+        done = subprocess.run(["git", "-C", tmp_path, *own, *words], capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    plain = code_version.__wrapped__
+    assert plain(tmp_path) == __version__
+    git("init")
+    (tmp_path / "loop.py").write_text("one")
+    git("add", "loop.py")
+    git("commit", "-m", "one")
+    assert plain(tmp_path) == f"{__version__}, commit {git('rev-parse', '--short=12', 'HEAD')}"
+    (tmp_path / "loop.py").write_text("two")
+    assert plain(tmp_path) == f"{__version__}, commit {git('rev-parse', '--short=12', 'HEAD')}, changed"

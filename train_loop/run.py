@@ -60,7 +60,7 @@ def run(settings, stop, repository=None):
         per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
         scheduler = build_scheduler(optimizer, settings, num_steps)
-        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator)
+        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
         model, optimizer = launch.prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
