@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, without_timings
@@ -15,16 +16,14 @@ from train_loop.main import main
 # a change of the loop that goes wrong on one process of two, at a moment
 FAILS = """
 import os, sys
-from train_loop import main, run
+from train_loop import main
 from train_loop.report import Metrics
 def fail(*arguments, **options):
     raise RuntimeError("size mismatch in skip_connection.weight")
 def fail_on_1(plain):
     return fail if os.environ["RANK"] == "1" else plain
 moment = sys.argv.pop(1)
-if moment == "data":
-    run.load_split = fail_on_1(run.load_split)
-elif moment == "training":
+if moment == "training":
     plain = Metrics.count_step
     Metrics.count_step = lambda self, step, *rest: (fail_on_1(plain) if step == 3 else plain)(self, step, *rest)
 elif moment == "end":
@@ -111,7 +110,7 @@ def test_traceback_shows_an_error_of_the_settings_too(capsys):
         assert ("Traceback" in capsys.readouterr().err) == shown
 
 
-@pytest.mark.parametrize("moment", ["data", "training", "end"])
+@pytest.mark.parametrize("moment", ["training", "end"])
 def test_the_process_with_the_error_is_heard(moment, arguments, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(FAILS)
@@ -121,6 +120,56 @@ def test_the_process_with_the_error_is_heard(moment, arguments, tmp_path):
     assert told.startswith("process 1:\nTraceback (most recent call last):\n")
     assert "script.py" in told and "\nRuntimeError: size mismatch in skip_connection.weight\n" in told
     assert "process 0:\n" not in done.stderr
+
+
+# the second process never joins: the first one waits for it, in C code
+LATE = """
+import os, sys, time
+from train_loop import launch, main
+plain = launch.build_accelerator
+def build_accelerator(settings):
+    with open(f"{settings.output_dir}.{os.environ['RANK']}", "w") as file:
+        file.write(str(os.getpid()))
+    time.sleep(300 if os.environ["RANK"] == "1" else 0)
+    return plain(settings)
+launch.build_accelerator = build_accelerator
+main.leave(main.main())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_that_wait_for_each_other_end_with_their_launcher(number, arguments, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(LATE)
+    pid_files = [tmp_path / f"run.{rank}" for rank in range(2)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([*TWO, script, *arguments], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as launcher:
+        while not all(path.is_file() and path.read_text() for path in pid_files):
+            assert launcher.poll() is None
+            time.sleep(0.1)
+        pids = [int(path.read_text()) for path in pid_files]
+        time.sleep(1)
+        launcher.send_signal(number)
+        ends = time.monotonic() + 10
+        while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
+            if time.monotonic() > ends:
+                for pid in left:
+                    os.kill(pid, signal.SIGKILL)
+                pytest.fail(f"{len(left)} of 2 processes are left")
+            time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
+def test_a_launcher_that_died_before_its_process_looked_is_noticed(arguments, tmp_path):
+    """A shell in the launcher's place, which is gone at once. Nothing of the run is begun."""
+    words = " ".join(f"'{word}'" for word in [sys.executable, "train_loop/main.py", *arguments])
+    assert shell(f"setsid sh -c \"(sleep 0.5; exec {words} > '{tmp_path}/told' 2>&1) &\"", **LAUNCHED).returncode == 0
+    ends = time.monotonic() + 60
+    while "stopped by SIGTERM" not in ((tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""):
+        assert time.monotonic() < ends
+        time.sleep(0.1)
+    assert not (tmp_path / "run").exists()
 
 
 def killed_by(number, step, arguments, monkeypatch):
@@ -167,6 +216,9 @@ def test_a_run_resumed_from_a_folder_of_another_name_can_be_resumed_again(argume
     assert f"--resume_from_checkpoint '{named}'" in capsys.readouterr().err
 
 
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "no"}  # how a process knows that a launcher started it
+
+
 def shell(command, **environment):
     """A finished command of bash, whose status is that of the first one in a pipe."""
     command = f"set -o pipefail; {command}"
@@ -177,8 +229,7 @@ def shell(command, **environment):
 BROKEN_CONSOLES = {
     "a pipe that ended": "{} 2>&1 | true",
     "a full disk": "{} > /dev/full 2> /dev/full",
-    "closed": "{} >&- 2>&-",
-    "closed with its input": "{} <&- >&- 2>&-",
+    "closed": "{} <&- >&- 2>&-",
 }
 
 

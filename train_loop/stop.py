@@ -24,6 +24,8 @@ class StopSignal:
 
     Until `deferred` is set there is nothing to save, and the signal raises `Stopped` at once. A second Ctrl-C always
     does; within a second of the first it counts as the same one, which a launcher passes on beside the terminal.
+    One of several processes is then ended by the system itself: a process that waits in C code for its peers to join
+    runs no handler, and the launcher would wait for it half a minute.
     A SIGHUP that was ignored (nohup) stays ignored.
     """
 
@@ -33,7 +35,8 @@ class StopSignal:
         self.number, self.since, self.deferred = 0, 0.0, False
         self.group, self.timeout = None, None
         listened = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
-        self.previous = {number: signal.signal(number, self._receive) for number in listened}
+        handler = signal.SIG_DFL if int(os.environ.get("WORLD_SIZE", 1)) > 1 else self._receive
+        self.previous = {number: signal.signal(number, handler) for number in listened}
         return self
 
     def __exit__(self, *error):
@@ -50,6 +53,8 @@ class StopSignal:
     def defer(self, timeout: float):
         """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""
         self.deferred, self.timeout = True, timeout
+        for number in self.previous:
+            signal.signal(number, self._receive)
         end_with_launcher(signal.SIGTERM)  # from now on there is something to save
 
     def agreed(self, accelerator) -> bool:
