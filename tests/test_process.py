@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import pytest
 from conftest import ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, without_timings
 
+from train_loop.compare import main as compare
 from train_loop.console import printable
 from train_loop.main import main
 
@@ -267,6 +269,8 @@ def test_what_comes_from_outside_is_printed_without_control_characters(capsys):
     assert main(["--model_type=\x1b[2Jgpt\u202e\x9b", "--train_file=\rno\x07.txt", "--output_dir=x"]) == 1
     told = capsys.readouterr().err
     assert not set(told) & set("\x1b\u202e\x9b\r\x07") and "\\rno\\x07.txt" in told
+    with pytest.raises(SystemExit, match=re.escape("error: \\x1b[2J/metrics.jsonl")):
+        compare(["\x1b[2J"])
 
 
 def test_a_progress_bar_keeps_its_line(capsys):

@@ -2,11 +2,13 @@
 
 python tests/benchmarks/launchers.py --kills 30
 
-The instants begin with the first millisecond, and reach into training. SIGKILL and SIGTERM take turns, so do one and
-two processes. Ends with 1 where a process is left, which it then ends. Needs Linux.
+Half of the instants are counted from the launcher's start, from the first millisecond on and mostly early; half from
+the moment when its first process is there, and reach into training. SIGKILL and SIGTERM take turns, so do one and two
+processes. Ends with 1 where a process is left, which it then ends. Needs Linux.
 """
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -44,7 +46,7 @@ def processes_of(mark):
     return found
 
 
-def outlived(num_processes, number, seconds, output_dir):
+def outlived(num_processes, number, seconds, from_first_process, output_dir):
     """(seconds until the run's last process ended, None where one was left; how far the run had come)"""
     config = ROOT / "launch_configs" / ("cpu.yaml" if num_processes == 1 else "multi_cpu.yaml")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "train_loop/main.py"]
@@ -52,6 +54,8 @@ def outlived(num_processes, number, seconds, output_dir):
         launcher = subprocess.Popen(
             [*command, *ARGUMENTS, f"--output_dir={output_dir}"], cwd=ROOT, stdout=log, stderr=log
         )
+        while from_first_process and len(processes_of(str(output_dir))) < 2:  # the launcher is one
+            time.sleep(0.005)
         time.sleep(seconds)
         stage = (
             "training" if (output_dir / "metrics.jsonl").exists() else f"{len(processes_of(str(output_dir)))} started"
@@ -72,7 +76,7 @@ def outlived(num_processes, number, seconds, output_dir):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--latest", type=float, default=16, help="seconds after which the last ones are killed")
+    parser.add_argument("--latest", type=float, default=12, help="seconds after which the last ones are killed")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     random.seed(arguments.seed)
@@ -80,9 +84,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for i in range(arguments.kills):
             num_processes, number = 1 + i // 2 % 2, (signal.SIGKILL, signal.SIGTERM)[i % 2]
-            seconds = random.uniform(0.001, arguments.latest)
-            took, stage = outlived(num_processes, number, seconds, Path(folder) / f"run{i}")
-            what = f"{num_processes} process(es), {number.name} after {seconds:6.3f} s ({stage})"
+            from_first_process = i % 8 >= 4
+            seconds = math.exp(random.uniform(math.log(0.001), math.log(arguments.latest)))
+            if from_first_process:
+                seconds = random.uniform(0, arguments.latest)
+            took, stage = outlived(num_processes, number, seconds, from_first_process, Path(folder) / f"run{i}")
+            since = "first process" if from_first_process else "launcher"
+            what = f"{num_processes} process(es), {number.name} {seconds:6.3f} s after the {since}'s start ({stage})"
             print(f"{what}: {'A PROCESS IS LEFT' if took is None else f'all ended in {took:.1f} s'}", flush=True)
             num_left, longest = num_left + (took is None), max(longest, took or 0)
     print(f"{arguments.kills} launchers killed, {num_left} left a process behind; the longest took {longest:.1f} s")
