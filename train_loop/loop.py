@@ -106,7 +106,7 @@ def train(
             metrics.log_training()
 
     if services.stop.number and (position.step < last_step or position.evaluated_step != position.step):
-        raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")
+        raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}", checkpoints.latest)
 
 
 def forward_backward(

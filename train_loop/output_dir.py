@@ -9,6 +9,7 @@ from pathlib import Path
 from train_loop.checkpoint import write_whole
 from train_loop.errors import UserError
 from train_loop.settings import as_recipe
+from train_loop.version import code_version
 
 
 def check_output_dir(settings):
@@ -44,11 +45,12 @@ def create_output_dir(settings, resuming=False):
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from error
-    write_whole(path / "train_config.yaml", as_recipe(settings))
+    write_whole(path / "train_config.yaml", f"# written by train_loop {code_version()}\n{as_recipe(settings)}")
 
 
 def write_results(output_dir, results):
     """all_results.json, which says that a run is finished, or what an evaluation gave."""
+    results = {**results, "train_loop": code_version()}
     write_whole(Path(output_dir) / "all_results.json", json.dumps(results, indent=2) + "\n")
 
 

@@ -30,11 +30,10 @@ def run(settings, stop, repository=None):
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
     pushed. Raises UserError for what the user can mend, and Stopped.
     """
-    launch.stop_with_launcher()
     accelerator = launch.build_accelerator(settings)
     is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
     with contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(accelerator.end_training)  # without it a run of several CPU processes aborts at exit
+        at_the_end.push(launch.end_training(accelerator))
         settings = launch.after_restart(settings, accelerator)
         output_dir.check_output_dir(settings)
 
@@ -63,7 +62,7 @@ def run(settings, stop, repository=None):
         run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
-        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator)
+        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
         model, optimizer = launch.prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)

@@ -4,7 +4,7 @@
         model.safetensors       every parameter and buffer by its name; a tied weight once
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
-        state.json              position, metrics, random states of every process, scaler, settings, versions
+        state.json              format, position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
 A checkpoint is written to a folder of another name, flushed to the disk, and renamed; only then are older ones removed.
@@ -39,6 +39,9 @@ from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Shares, is_sharded, named_tensors, write_share
 from train_loop.errors import UserError, tell
 from train_loop.position import Position
+from train_loop.version import code_version
+
+FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know
 
 
 class Checkpoints:
@@ -66,6 +69,8 @@ class Checkpoints:
         rng = gather_object([rng_state()])
         scaler = self.accelerator.scaler
         state = {
+            "format": FORMAT,
+            "train_loop": code_version(),
             "position": dataclasses.asdict(position),
             "metrics": metrics.state_dict(),
             "rng": rng,
@@ -198,6 +203,11 @@ class Checkpoints:
         """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is a checkpoint of format {state.get('format', 1)}, and this version of train_loop reads "
+                f"format {FORMAT}: resume it with the version that wrote it ({state.get('train_loop', 'an older one')})"
+            )
         position = Position.from_dict(state["position"], self.accelerator.is_main_process)
         self._compare(state, position)
         return position
@@ -230,7 +240,7 @@ class Checkpoints:
                     discard(self.folder / name_of(step))
 
     def _compare(self, state, position):
-        fixed, changed, others = differences(state, self.identity, self.settings)
+        fixed, changed, bits, others = differences(state, self.identity, self.settings)
         if fixed:
             raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
         if changed and not self.settings.resume_with_changes:
@@ -243,6 +253,10 @@ class Checkpoints:
             raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
         if self.accelerator.is_main_process and changed + others:
             tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
+        if self.accelerator.is_main_process and bits:
+            tell(
+                f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"
+            )
 
     def say_latest(self):
         """A clause for messages about a run that ends here."""

@@ -11,6 +11,7 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
+from train_loop.version import code_version
 
 METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
@@ -179,5 +180,6 @@ def _how_it_was_made(publisher, results):
     if results:
         made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
     packages = "torch", "transformers", "accelerate", "datasets"
-    made["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    versions = [f"train_loop {code_version()}", *(f"{package} {version(package)}" for package in packages)]
+    made["versions"] = ", ".join(versions)
     return "\n".join(f"- {name}: {value}" for name, value in made.items())
