@@ -46,9 +46,10 @@ def model_card(publisher, model, lines, results=None):
     """
     s, repository = publisher.settings, publisher.repository
     evaluations = [line for line in lines if "eval_loss" in line]
-    last, choice = evaluations[-1], ""
-    if exported_step := (results or {}).get("exported_step"):
-        last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
+    exported_step, choice = (results or {}).get("exported_step"), ""
+    # {}: the record was lost, which must not keep a model from being exported
+    last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
+    if exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
@@ -67,6 +68,9 @@ def model_card(publisher, model, lines, results=None):
     data = s.dataset_name or Path(s.train_file).name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
     held_out = f" on {publisher.held_out}," if publisher.held_out else ""
+    validation = "There is no record of an evaluation."
+    if last:
+        validation = f"Validation{held_out} after {last['step']:,} optimizer steps: {shown}, over {last['eval_tokens']:,} tokens."
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
@@ -79,7 +83,7 @@ def model_card(publisher, model, lines, results=None):
 
 A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
 
-Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+{validation}
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
 compare them only with numbers that were measured in the same way.{choice}
 
