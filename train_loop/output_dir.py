@@ -15,7 +15,7 @@ from train_loop import lock
 from train_loop.errors import UserError, tell
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.settings import Settings, as_recipe
-from train_loop.whole import cannot_be_written, partial_of, read_object, remove, write_whole
+from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
 
 MARK = "train_config.yaml"  # the first file of a run, and the last that is removed
 RECORDS = ("metrics.jsonl", "all_results.json", "loss_curve.png")
@@ -65,12 +65,8 @@ def check_output_dir(settings: Settings) -> None:
     if not settings.output_dir:
         return
     path = Path(settings.output_dir)
-    try:
-        str(path.absolute()).encode()
-    except UnicodeEncodeError as error:
-        raise UserError(
-            f"output_dir {path} is no UTF-8, and safetensors reads no such folder: choose another name"
-        ) from error
+    if (name := utf8(str(path.absolute())).decode()) != str(path.absolute()):
+        raise UserError(f"output_dir {name} is no UTF-8, and safetensors reads no such folder: choose another name")
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
     is_run = (path / MARK).is_file()

@@ -70,7 +70,8 @@ def model_card(publisher, model, lines, results=None):
     held_out = f" on {publisher.held_out}," if publisher.held_out else ""
     validation = "There is no record of an evaluation."
     if last:
-        validation = f"Validation{held_out} after {last['step']:,} optimizer steps: {shown}, over {last['eval_tokens']:,} tokens."
+        steps, tokens = last["step"], last["eval_tokens"]
+        validation = f"Validation{held_out} after {steps:,} optimizer steps: {shown}, over {tokens:,} tokens."
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
