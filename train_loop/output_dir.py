@@ -108,12 +108,12 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
     path = Path(settings.output_dir)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        exported = set(_results_in(path).get("exported", ()))
+        exported = _results_in(path).get("exported") if settings.overwrite_output_dir else None
         (path / "all_results.json").unlink(missing_ok=True)  # from here on the run is not finished
         for name in PARTIALS:  # of a run that was killed
             remove(path / name)
         if settings.overwrite_output_dir and (path / MARK).is_file():
-            _overwrite(path, exported)
+            _overwrite(path, set(exported) if isinstance(exported, dict) else set())
         elif not resuming:  # what a run left that was killed before its first checkpoint
             (path / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:

@@ -8,10 +8,12 @@ Only the main process prints and writes; the others carry the same object and ca
 import json
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 
 from tqdm import tqdm
 
+from train_loop.errors import warn
 from train_loop.report.curve import draw_run
 from train_loop.whole import cannot_be_written, write_whole
 
@@ -87,8 +89,15 @@ class Metrics:
             self.trackers.ids = state.get("trackers", {})
 
     def write_lines(self):
-        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Raises UserError."""
-        write_whole(self.output_dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in self.lines))
+        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. Raises
+        UserError."""
+        path, lines = self.output_dir / "metrics.jsonl", [json.dumps(line) + "\n" for line in self.lines]
+        if path.is_file():
+            found = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: len(lines)]
+            differ = [number for number, pair in enumerate(zip_longest(lines, found), 1) if pair[0] != pair[1]]
+            if differ:
+                warn(f"{path} is damaged from line {differ[0]} on: its lines come from the checkpoint")
+        write_whole(path, "".join(lines))
 
     def log_training(self):
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
