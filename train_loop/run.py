@@ -35,7 +35,7 @@ def run(settings, stop, repository=None):
     with contextlib.ExitStack() as at_the_end:
         at_the_end.push(launch.end_training(accelerator))
         settings = launch.after_restart(settings, accelerator)
-        output_dir.check_output_dir(settings)
+        at_the_end.enter_context(output_dir.held(settings, accelerator))
 
         # settings -> rows -> blocks
         config = load_config(settings)
@@ -84,21 +84,26 @@ def run(settings, stop, repository=None):
         checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
         metrics = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
         at_the_end.callback(metrics.trackers.finish)
-        path = checkpoints.find()
+        path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:
             position = checkpoints.position_of(path)
-            is_done = position.step == best.last_step(position, num_steps, settings)
-            if is_done and output_dir.is_finished(settings.output_dir, position.step):
+            is_done = position.step == best.last_step(position, num_steps, settings) == finished_step
+            if is_done and damage:
+                accelerator.print(f"the model in {settings.output_dir} is exported again: {damage}")
+            elif is_done:
                 accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
                 if position.step < num_steps:
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True
             checkpoints.restore(path, position, model, optimizer, metrics)
-        elif settings.resume_from_checkpoint and output_dir.is_finished(settings.output_dir):
+        elif settings.resume_from_checkpoint and finished_step is not None:
             where = f"output_dir {settings.output_dir}"
-            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to go on from")
+            damage = f". Its model is damaged: {damage}" if damage else ""
+            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}")
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
+            if path:
+                metrics.write_lines()
             print(arithmetic, flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
@@ -127,9 +132,9 @@ def run(settings, stop, repository=None):
         if settings.load_best_model_at_end:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
         results = metrics.finish(evaluation, checkpoints.seconds) | memory.peaks()
-        publisher.export_model(model, metrics.lines, results)
+        exported = publisher.export_model(model, metrics.lines, results)
         if is_main:
-            output_dir.write_results(settings.output_dir, results)
+            output_dir.write_results(settings.output_dir, {**results, "exported": exported})
             print(f"done: {settings.output_dir}. Generate text with")
             print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
         return True

@@ -48,9 +48,10 @@ def model_card(publisher, model, lines, results=None):
     """
     s, repository = publisher.settings, publisher.repository
     evaluations = [line for line in lines if "eval_loss" in line]
-    last, choice = evaluations[-1], ""
-    if exported_step := (results or {}).get("exported_step"):
-        last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
+    exported_step, choice = (results or {}).get("exported_step"), ""
+    # {}: the record was lost, which must not keep a model from being exported
+    last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
+    if exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
@@ -72,12 +73,16 @@ def model_card(publisher, model, lines, results=None):
     validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
     validated = f" on{validated}" if validated else ""
     named = ""
-    if s.named_perplexities:
+    if last and s.named_perplexities:
         words, ends, size = (f"{last[name]:,}" for name in ("eval_words", "eval_line_ends", "eval_bytes"))
         named = f"""
 Word perplexity and bits per byte are of the text of the evaluated blocks: {words} words, {size} bytes.
 Word eos perplexity also counts its {ends} line ends as words.
 Special tokens that stand for no text are not counted in them."""
+    validation = "There is no record of an evaluation."
+    if last:
+        steps, tokens = last["step"], last["eval_tokens"]
+        validation = f"Validation{validated} after {steps:,} optimizer steps: {shown}, over {tokens:,} tokens."
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
@@ -90,7 +95,7 @@ Special tokens that stand for no text are not counted in them."""
 
 A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
 
-Validation{validated} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+{validation}
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
 compare them only with numbers that were measured in the same way.{named}{choice}
 

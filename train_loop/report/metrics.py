@@ -8,16 +8,17 @@ Only the main process prints and writes; the others carry the same object and ca
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from train_loop.errors import UserError
+from train_loop.errors import warn
 from train_loop.report.curve import draw_run
+from train_loop.whole import cannot_be_written, write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -94,29 +95,32 @@ class Metrics:
         self.started += seconds
 
     def state_dict(self):
-        """What a checkpoint keeps, so that the numbers go on where they were. Waits until the lines are on the disk."""
+        """What a checkpoint keeps, so that the numbers go on where they were: all lines too. metrics.jsonl may be
+        lost, damaged or in another folder: `write_lines` writes it again."""
         self._fetch()
-        size = 0
-        if self.lines and self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "rb") as file:
-                os.fsync(file.fileno())
-                size = file.seek(0, os.SEEK_END)
         counts = {name: getattr(self, name) for name in STATE}
         trackers = self.trackers.ids if self.trackers else {}
-        return {"size": size, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
+        return {"lines": self.lines, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
 
     def load_state_dict(self, state):
-        """Goes on from `state`, and cuts metrics.jsonl back to it: one step has one line."""
+        """Goes on from `state`."""
         for name in STATE:
             setattr(self, name, state[name])
+        self.lines = state["lines"]
         self.started = time.perf_counter() - state["seconds"]
         if self.trackers:
             self.trackers.ids = state.get("trackers", {})
-        path = self.output_dir / "metrics.jsonl"
-        if self.is_main and path.is_file():
-            if path.stat().st_size > state["size"]:
-                os.truncate(path, state["size"])
-            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def write_lines(self):
+        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. Raises
+        UserError."""
+        path, lines = self.output_dir / "metrics.jsonl", [json.dumps(line) + "\n" for line in self.lines]
+        if path.is_file():
+            found = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: len(lines)]
+            differ = [number for number, pair in enumerate(zip_longest(lines, found), 1) if pair[0] != pair[1]]
+            if differ:
+                warn(f"{path} is damaged from line {differ[0]} on: its lines come from the checkpoint")
+        write_whole(path, "".join(lines))
 
     def log_training(self):
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
@@ -170,7 +174,7 @@ class Metrics:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # a full disk may show only when the file is closed, and then names no file
-                raise UserError(f"{path} cannot be written: {error.strerror}") from error
+                raise cannot_be_written(path, error) from error
             if self.trackers:
                 self.trackers.log(line)
 
