@@ -1,14 +1,17 @@
 """Rows of text become windows of equal blocks. The loop needs what is named here, and nothing behind it.
 
-rows.py       rows from files, folders, data sets     sources.py    the same in chunks, from any place on
-tokens.py     rows -> one file of tokens on disk      streaming.py  chunks -> blocks, while training runs
+rows.py       rows from files, folders, data sets     sources.py     the same in chunks, from any place on
+tokens.py     rows -> one file of tokens on disk      streaming.py   chunks -> blocks, while training runs
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
+formats.py    which reader a file has: text_files.py, json_files.py, tables.py
+sets.py       files of a data set                     token_cache.py  files of tokens: verified, listed, removed
 """
 
 from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_split, load_windows
 from train_loop.data.rows import Rows, load_rows
 from train_loop.data.sources import load_source
 from train_loop.data.streaming import Stream
+from train_loop.data.token_cache import cached_tokens, clear_cached_tokens, token_folder
 
 __all__ = [
     "IGNORED",
@@ -17,8 +20,11 @@ __all__ = [
     "Stream",
     "Windows",
     "block_order",
+    "cached_tokens",
+    "clear_cached_tokens",
     "load_rows",
     "load_source",
     "load_split",
     "load_windows",
+    "token_folder",
 ]
