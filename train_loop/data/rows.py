@@ -1,45 +1,12 @@
-"""Rows of text, from files, a folder of them, a data set of the hub, or Python itself. A line of a text file is a row,
-with its newline, or each file of a folder is one; text_files.py, json_files.py and tables.py read every kind of file.
+"""The rows of a run: of files, a folder of them, a data set of the hub, or Python itself. A line of a text file is a
+row, with its newline, or each file of a folder is one.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from itertools import chain
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
 
-from train_loop.data.formats import format_of
-from train_loop.data.text_files import CHUNK_BYTES, reading
-from train_loop.errors import UserError, warn
-from train_loop.files import DataFiles, data_files, file_kind
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Rows of text, {"text": ...}, that are read anew each time they are gone through: few are in memory at once.
-
-    `read()` goes through all the texts there are, `digest` stands for their content, `span` says which are meant.
-    """
-
-    read: Callable[[], Iterator[str]]
-    digest: str
-    span: range
-
-    @classmethod
-    def of(cls, texts):
-        """`Rows` of a list of texts."""
-        return cls(lambda: iter(texts), digest_of(texts), range(len(texts)))
-
-    def __len__(self):
-        return len(self.span)
-
-    def __iter__(self):
-        for index, text in enumerate(self.read()):
-            if index in self.span:
-                yield {"text": text}
+from train_loop.data.row_files import Rows, rows_of_files, warn_of_left_out
+from train_loop.errors import UserError
+from train_loop.files import data_files
 
 
 def load_rows(settings):
@@ -51,19 +18,17 @@ def load_rows(settings):
     if settings.dataset_name == "python_docs":
         from pydoc_data.topics import topics  # the language reference's help texts: prose, and in every Python
 
-        splits = {"train": lambda: Rows.of([topics[name] for name in sorted(topics)])}
+        splits = {"train": Rows.of([topics[name] for name in sorted(topics)])}
     elif settings.dataset_name:
         from train_loop.data.sets import prepared_splits  # imported where it is needed alone: `datasets` takes a second
 
         splits = prepared_splits(settings)
     else:
         files = {"train": settings.train_file, "validation": settings.validation_file}
-        splits = {split: lambda path=path: load_file(path, settings) for split, path in files.items() if path}
-    name = next((name for name in ("validation", "test") if name in splits), None)
-    if "train" not in splits and not (settings.eval_only and name):
+        splits = {split: load_file(path, settings) for split, path in files.items() if path}
+    train, validation = splits.get("train"), splits.get("validation", splits.get("test"))
+    if train is None and not (settings.eval_only and validation is not None):
         raise UserError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
-    train = splits["train"]() if "train" in splits else None
-    validation = splits[name]() if name else None
     note = ""
     if validation is None:
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
@@ -80,74 +45,3 @@ def load_file(path, settings) -> Rows:
     files = data_files(path)
     warn_of_left_out(path, files)
     return rows_of_files(files.paths, settings, files.each_is_a_row)
-
-
-def rows_of_files(paths, settings, each_is_a_row=False) -> Rows:
-    """The rows of files of one kind, one file after the other. Raises UserError where one cannot be read, or where
-    there are no rows."""
-    paths = [str(path) for path in paths]
-    formats = [format_of(path, each_is_a_row) for path in paths]
-    column = text_column(*formats[0].columns(paths[0]), settings)
-    digests = [_digest(path) for path in paths]
-    num_rows = sum(format.num_rows(path) for format, path in zip(formats, paths, strict=True))
-    if not num_rows:
-        raise UserError(f"{', '.join(paths)}: the data has no rows")
-
-    def read():
-        for format, path, digest in zip(formats, paths, digests, strict=True):
-            for place, chunk in format.chunks(path, 0, CHUNK_BYTES, column):
-                yield from format.texts(path, place, chunk, column)
-            if _digest(path) != digest:  # what was read belongs to no content that could be named
-                raise UserError(f"{path} was changed while it was read: start again")
-
-    kinds = [file_kind(path) for path in paths]
-    return Rows(read, digest_of([kinds, each_is_a_row, column, digests]), range(num_rows))
-
-
-def warn_of_left_out(path, files: DataFiles):
-    if files.num_left_out and int(os.environ.get("RANK", 0)) == 0:
-        which = "are no text files" if files.each_is_a_row or Path(path).is_dir() else "are of no known kind"
-        warn(f"{path}: {files.num_left_out:,} of its files {which} and are left out")
-
-
-def _digest(path: str) -> str:
-    """A digest of a file's bytes."""
-    digest = hashlib.blake2b(digest_size=16)
-    with reading(path), open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def cache_folder():
-    """The cache folder of `datasets`, its config.HF_DATASETS_CACHE, without importing it."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(os.path.expanduser(home), "datasets")))
-
-
-def only_text(rows: Any, settings) -> Rows:
-    """`Rows` of the one column that is meant, from a `datasets.Dataset`."""
-    kinds = rows.features.items()
-    texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
-    column = text_column(texts, texts, settings)
-    if not len(rows):
-        raise UserError("the data has no rows")
-    rows = rows.select_columns([column])
-    return Rows(
-        lambda: chain.from_iterable(batch[column] for batch in rows.iter(100)), rows._fingerprint, range(len(rows))
-    )
-
-
-def text_column(columns, texts, settings):
-    """The name of the column that is meant, one of `columns`; `texts`: those of them that are known to hold text.
-    Raises UserError where there is none, or not just one."""
-    column = settings.text_column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
-    if column not in columns:
-        wanted = f"no column {column!r} of text" if column else "not just one column of text"
-        raise UserError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
-    return column
-
-
-def digest_of(values):
-    """A digest of anything that JSON can say: what it depends on makes the name of a cached file, or of data."""
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

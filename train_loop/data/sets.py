@@ -7,14 +7,13 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 from urllib.parse import unquote
 
 import datasets
 
-from train_loop.data.rows import Rows, cache_folder, digest_of, only_text, rows_of_files
+from train_loop.data.row_files import Rows, cache_folder, digest_of, only_text, rows_of_files
 from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind
 from train_loop.hub import hub_address
@@ -79,18 +78,22 @@ def find_data_set(settings) -> tuple[Any, dict[str, list[str]] | None]:
     raise UserError(f"data set {name} is not read: {reason}. Convert it to jsonl or parquet")
 
 
-def prepared_splits(settings) -> dict[str, Callable[[], Rows]]:
-    """What gives the rows of each split of the settings' data set."""
+def prepared_splits(settings) -> dict[str, Rows]:
+    """The rows of the settings' data set: of its split "train", and of "validation" or else "test"."""
     builder, files = find_data_set(settings)
     if files is None:
         builder.download_and_prepare()
-        splits = builder.as_dataset()
-        return {str(name): lambda rows=rows: only_text(rows, settings) for name, rows in splits.items()}
-    if builder is not None and any("://" in path for paths in files.values() for path in paths):
-        needed = [name for name in files if name in ("train", "validation", "test")]
-        files = {name: [_download(path) for path in files[name]] for name in needed} or files
+        splits = {str(name): rows for name, rows in builder.as_dataset().items()}
+    else:
+        splits = files
+    held_out = [name for name in ("validation", "test") if name in splits]
+    names = [name for name in ("train", *held_out[:1]) if name in splits] or list(splits)
+    if files is None:
+        return {name: only_text(splits[name], settings) for name in names}
+    if builder is not None and any("://" in path for name in names for path in files[name]):
+        files = {name: [_download(path) for path in files[name]] for name in names}
         _remember(settings, files)
-    return {name: lambda paths=paths: rows_of_files(paths, settings) for name, paths in files.items()}
+    return {name: rows_of_files(files[name], settings) for name in names}
 
 
 def _download(path: str) -> str:

@@ -12,7 +12,8 @@ import re
 
 from train_loop.data import text_files
 from train_loop.data.formats import format_of
-from train_loop.data.rows import Rows, digest_of, load_file, text_column, warn_of_left_out
+from train_loop.data.row_files import Rows, digest_of, text_column, warn_of_left_out
+from train_loop.data.rows import load_file
 from train_loop.data.tokens import ROWS_PER_BATCH
 from train_loop.errors import UserError, one_line
 from train_loop.files import data_files, file_kind

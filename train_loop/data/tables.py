@@ -116,13 +116,14 @@ class Parquet:
             chunk, length = [], 0
             groups = list(range(first, len(sizes)))
             for batch in file.iter_batches(100, row_groups=groups, columns=[column], use_threads=False):
-                texts = batch.column(batch.schema.get_field_index(column)).to_pylist()[max(0, place - row) :]
-                row += len(batch)
-                chunk += texts
-                length += sum(len(text or "") for text in texts)
-                if length >= size:
-                    yield place, chunk
-                    place, chunk, length = row, [], 0
+                for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+                    row += 1
+                    if row > place:
+                        chunk.append(text)
+                        length += len(text or "")
+                    if length >= size:
+                        yield place, chunk
+                        place, chunk, length = row, [], 0
             if chunk:
                 yield place, chunk
 

@@ -22,7 +22,7 @@ from typing import BinaryIO
 import numpy as np
 from filelock import FileLock, Timeout
 
-from train_loop.data.rows import cache_folder
+from train_loop.data.row_files import cache_folder
 from train_loop.errors import warn
 
 MAX_DAYS = 60

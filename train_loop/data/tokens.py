@@ -16,14 +16,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data import token_cache
-from train_loop.data.rows import digest_of
+from train_loop.data.row_files import digest_of
 from train_loop.errors import UserError
 
 # rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 10_000, 1 << 19
 NUM_BATCHES_AHEAD = 3  # being tokenised or waiting for it: the tokenizer's threads shall never wait for Python's
 # the code that makes tokens out of files: a change in any of it makes new ones
-CODE_FILES = ("formats.py", "json_files.py", "rows.py", "tables.py", "text_files.py", "tokens.py")
+CODE_FILES = ("formats.py", "json_files.py", "row_files.py", "tables.py", "text_files.py", "tokens.py")
 CODE = digest_of([Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CODE_FILES])
 # of a cache that is full, or that may not be written
 CACHE_ERRORS = (
