@@ -26,7 +26,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from train_loop.data.blocks import Window, Windows, end_of_documents
-from train_loop.data.rows import digest_of
+from train_loop.data.row_files import digest_of
 from train_loop.data.tokens import encode, tokenizer_recipe
 from train_loop.errors import UserError
 from train_loop.position import Place

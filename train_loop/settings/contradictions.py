@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from train_loop.files import FILE_KINDS, file_kind, text_files, train_files
+from train_loop.files import FILE_KINDS, data_files, file_kind
 from train_loop.settings.settings import SCHEDULES, Settings
 
 
@@ -81,14 +81,12 @@ def contradictions(s):
     for name in ("train_file", "validation_file"):
         if not getattr(s, name):
             continue
-        paths = train_files(s) if name == "train_file" and s.streaming else [Path(getattr(s, name))]
-        if len({file_kind(path) for path in paths}) > 1:
-            found.append(f"{name} {getattr(s, name)}: files of more than one kind")
-        is_whole = text_files(getattr(s, name))  # each file a row
-        if is_whole is not None and not (is_whole or (s.streaming and len(paths) > 1)):
+        files = data_files(getattr(s, name))
+        if not files.paths:
             found.append(f"{name} {getattr(s, name)}: there is no text file in it")
-            continue
-        for path in [] if is_whole else paths:
+        if len(kinds := {file_kind(path) or "unknown" for path in files.paths}) > 1:
+            found.append(f"{name} {getattr(s, name)}: files of more than one kind ({', '.join(sorted(kinds))})")
+        for path in [] if files.each_is_a_row else files.paths:
             if not path.is_file():
                 found.append(f"{name} {path}: no such file")
             elif file_kind(path) is None:
