@@ -19,7 +19,10 @@ from train_loop.errors import UserError
 from train_loop.settings.contradictions import contradictions
 from train_loop.settings.settings import Settings, as_recipe
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+PACKAGE = Path(__file__).parent.parent
+RECIPES = PACKAGE / "recipes"
+# in an installed package they are inside it, in a clone beside it
+LAUNCH_CONFIGS = next((p for p in (PACKAGE / "launch_configs", PACKAGE.parent / "launch_configs") if p.is_dir()), None)
 # where none of these is given, and no recipe either, the run is the quickstart
 MODEL_OR_DATA = {
     "model_name_or_path",
@@ -36,10 +39,12 @@ def read_settings(argv):
 
     Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, settings that
     contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
-    those that came out, as a recipe, and both leave with SystemExit.
+    those that came out, as a recipe, `--print_launch_config NAME` prints a launch config, and all leave with SystemExit.
     """
     problems, values = [], {}
     recipe, flags = _split_command_line(argv, problems)
+    if "print_launch_config" in flags:
+        _print_launch_config(flags["print_launch_config"])
     print_config = flags.pop("print_config", False)
     if recipe is None and not MODEL_OR_DATA & set(flags):
         recipe = "quickstart"
@@ -117,6 +122,12 @@ def _split_command_line(argv, problems):
     )
     parser.add_argument("--config", metavar="RECIPE", nargs="?", help=f"a YAML file, or one of: {_recipes()}")
     parser.add_argument("--print_config", action="store_true", help="print the settings as a recipe, and stop")
+    parser.add_argument(
+        "--print_launch_config",
+        metavar="NAME",
+        nargs="?",
+        help=f"print a file to start with, and stop; one of: {', '.join(_launch_configs())}",
+    )
     groups = {}
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"]
@@ -155,6 +166,20 @@ def _underscored(word):
 
 def _recipes():
     return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+
+
+def _launch_configs():
+    """{name: path} of the Accelerate configs, the Slurm script and the notebook."""
+    files = sorted(LAUNCH_CONFIGS.iterdir()) if LAUNCH_CONFIGS else []
+    return {path.stem: path for path in files if path.suffix in (".yaml", ".sbatch", ".ipynb")}
+
+
+def _print_launch_config(name):
+    found = _launch_configs()
+    if name not in found:
+        raise UserError(f"--print_launch_config {name}: there is no such file; there are {', '.join(found)}")
+    print(found[name].read_text(encoding="utf-8"), end="")
+    sys.exit()
 
 
 def _read_recipe(recipe, problems):
