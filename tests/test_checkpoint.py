@@ -167,7 +167,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_left_as_it_was(arguments, 
     shutil.copytree(reference, run_dir, ignore=shutil.ignore_patterns("checkpoints"))
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     assert main([*arguments, f"--output_dir={run_dir}", "--resume_from_checkpoint=auto"]) == 1
-    assert "a finished run without checkpoints: there is nothing to go on from" in capsys.readouterr().err
+    assert "a finished run without checkpoints: there is nothing to resume" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
 
 
@@ -237,7 +237,7 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
     assert main([*arguments, f"--output_dir={tmp_path}/new"]) == 1
-    assert "--resume_from_checkpoint auto to go on with the run in it" in capsys.readouterr().err
+    assert "--resume_from_checkpoint auto to resume the run in it" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):

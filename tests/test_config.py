@@ -9,7 +9,7 @@ import pytest
 import yaml
 from conftest import run
 
-from train_loop.files import file_kind, text_files
+from train_loop.files import data_files, file_kind
 from train_loop.settings.command_line import RECIPES, read_settings
 from train_loop.settings.settings import Settings
 
@@ -70,15 +70,23 @@ def test_print_config_prints_settings_that_are_read_back_the_same_and_runs_nothi
     ]
 
 
-def test_a_folder_or_a_pattern_means_its_text_files(tmp_path):
-    for name in ("b.txt", "a.md", "sub/c.txt.gz", "d.csv", ".hidden.txt", "sub/.e.txt"):
+def test_a_folder_means_its_text_files_and_a_pattern_all_files_that_fit_it(tmp_path):
+    for name in ("b.txt", "a.md", "sub/c.txt.gz", "sub/x.jsonl", "d.csv", "e.pdf", ".hidden.txt", "sub/.e.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
-    names = lambda path: [str(file.relative_to(tmp_path)) for file in text_files(path)]  # noqa: E731
-    assert names(tmp_path) == ["a.md", "b.txt", "sub/c.txt.gz"]
+    names = lambda path: [str(file.relative_to(tmp_path)) for file in data_files(path).paths]  # noqa: E731
+    assert names(tmp_path) == ["a.md", "b.txt", "sub/c.txt.gz"] and data_files(tmp_path).num_left_out == 3
     assert names(tmp_path / "*.txt") == ["b.txt"] and names(tmp_path / "**" / "*.txt*") == ["b.txt", "sub/c.txt.gz"]
-    assert text_files(tmp_path / "b.txt") is None and text_files(tmp_path / "no.txt") is None
-    assert text_files(tmp_path / "*.pdf") == []
+    assert names(tmp_path / "**" / "*.jsonl") == ["sub/x.jsonl"] and data_files(tmp_path / "*").num_left_out == 1
+    assert data_files(tmp_path / "*.txt").each_is_a_row and not data_files(tmp_path / "b.txt").each_is_a_row
+    assert names(tmp_path / "no.txt") == ["no.txt"] and names(tmp_path / "*.pdf") == []
+
+
+def test_a_folder_that_is_linked_into_itself_gives_each_file_once(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.txt").write_text("text")
+    (tmp_path / "sub" / "again").symlink_to(tmp_path, target_is_directory=True)
+    assert data_files(tmp_path).paths == [tmp_path / "sub" / "a.txt"]
 
 
 def test_a_switch_is_on_alone_or_with_a_value():
@@ -121,7 +129,7 @@ def test_all_problems_are_told_at_once_with_key_value_and_what_is_allowed(tmp_pa
         (["--per_device_train_batch_size", "0"], "--per_device_train_batch_size"),
         (["--per_device_eval_batch_size", "0"], "--per_device_eval_batch_size"),
         (["--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps"),
-        (["--lr_scheduler_type", "polynomial"], "linear, cosine"),
+        (["--lr_scheduler_type", "stepwise"], "linear, cosine"),
         (["--num_warmup_steps", "-1"], "--num_warmup_steps"),
         (["--logging_steps", "0"], "--logging_steps"),
         (["--eval_steps", "0"], "--eval_steps"),

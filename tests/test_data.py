@@ -28,7 +28,8 @@ from train_loop.data.blocks import (
     load_windows,
     positions_in_documents,
 )
-from train_loop.data.rows import Rows, cache_folder, load_rows
+from train_loop.data.row_files import Rows, cache_folder
+from train_loop.data.rows import load_rows
 from train_loop.data.tokens import CHARACTERS_PER_BATCH, ROWS_PER_BATCH, count_words, tokenize_rows
 from train_loop.model import load_tokenizer
 from train_loop.settings.settings import Settings
@@ -254,7 +255,9 @@ def test_a_text_file_has_the_rows_that_datasets_would_read(tmp_path):
     for name, content in contents.items():
         path = tmp_path / f"{name}.txt"
         path.write_bytes(content)
-        theirs = datasets.load_dataset("text", data_files=str(path), split="train", keep_linebreaks=True)
+        theirs = datasets.load_dataset(
+            "text", data_files=str(path), split="train", encoding="utf-8-sig", keep_linebreaks=True
+        )
         assert rows_of(path) == list(theirs["text"]), name
 
 
@@ -262,7 +265,7 @@ def test_a_text_file_has_the_rows_that_datasets_would_read(tmp_path):
 def test_bytes_that_are_no_utf8_are_found_wherever_they_stand(where, tmp_path):
     path = tmp_path / "rows.txt"
     path.write_bytes(b"a" * ((1 << 20) - 1) + b"\xe2\x82" + b"\n" * (where == "at a boundary"))
-    with pytest.raises(ValueError, match=r"rows.txt cannot be read as text: it is not UTF-8 text \("):
+    with pytest.raises(ValueError, match=r"rows.txt cannot be read as text: line 1: it is not UTF-8 text \("):
         rows_of(path)
 
 

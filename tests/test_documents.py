@@ -5,14 +5,17 @@ import pytest
 import torch
 from conftest import TINY_CONFIGS, VOCAB
 from test_loop import make_model, train
-from transformers import AutoConfig, AutoModelForCausalLM
+from tokenizers import Tokenizer, models
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from train_loop.data.blocks import Split, Windows
 from train_loop.loss import next_token_loss
-from train_loop.model import keeps_documents_apart, load_model
+from train_loop.model import load_model
+from train_loop.probes import keeps_documents_apart
 from train_loop.settings.settings import Settings
 
 END = 0
+TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab={"a": 0}, merges=[])))
 
 
 def packed(num_blocks, document_length, seed):
@@ -63,7 +66,7 @@ def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_pa
 def test_a_model_that_keeps_documents_apart_is_taken(model_type, tmp_path):
     make_model(model_type).save_pretrained(tmp_path)
     settings = Settings(model_name_or_path=str(tmp_path), document_attention=True, add_eos_token=True)
-    load_model(settings, AutoConfig.from_pretrained(tmp_path), [])
+    load_model(settings, AutoConfig.from_pretrained(tmp_path), TOKENIZER)
 
 
 @pytest.mark.parametrize("model_type", ["opt", "bloom", "mamba"])
@@ -76,4 +79,4 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(model_type, tmp_pat
     model.save_pretrained(tmp_path)
     settings = Settings(model_name_or_path=str(tmp_path), document_attention=True, add_eos_token=True)
     with pytest.raises(ValueError, match=f"the attention of {model_type} does not keep to the documents"):
-        load_model(settings, config, [])
+        load_model(settings, config, TOKENIZER)

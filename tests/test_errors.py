@@ -56,11 +56,14 @@ BAD_FILES = {
     "empty.parquet": (b"", "empty.parquet is empty"),
     "header.csv": (b"text\n", "header.csv"),
     "list.json": (b'["a", "b"]', "less than one block"),
-    "nulls.jsonl": (b'{"text": null}\n' * 5, "none is text"),
+    "nulls.jsonl": (b'{"text": null}\n' * 5, "line 1: 'text' is null"),
     "no_ending": (b"text", "its kind is not known"),
     "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "none is text"),
-    "null.jsonl": (b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n', "row 2 of the"),
+    "null.jsonl": (
+        b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
+        "null.jsonl cannot be read as json: line 2: 'text' is null",
+    ),
     "unknown.docx": (b"text", "its kind is not known"),
 }
 

@@ -1,15 +1,21 @@
 """Lean modules against those that they stand for."""
 
+import sys
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import largest_difference
+from conftest import TINY, largest_difference, lines_of
 from test_loop import make_model, train
+from transformers.integrations import sdpa_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from train_loop import lean
 from train_loop.data.blocks import Split, Windows
 from train_loop.lean import DropoutAttention, use_lean_modules
 from train_loop.loss import next_token_loss
+from train_loop.main import main
 
 
 @pytest.mark.parametrize("document_end", [None, 3], ids=["one_document", "documents"])
@@ -84,3 +90,86 @@ def test_evaluation_is_the_same_to_rounding(blocks):
         with torch.no_grad():
             nats.append(next_token_loss(model, batch)[0].item())
     assert nats[1] == pytest.approx(nats[0], rel=1e-6)
+
+
+MASKS = {
+    "no_mask": None,
+    "additive": torch.zeros(1, 1, 6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), -torch.inf),
+    "boolean": torch.ones(6, 6, dtype=torch.bool).tril(1)[None, None],
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("of_module, of_call", [(True, None), (False, None), (True, False), (False, True)])
+@pytest.mark.parametrize(
+    "more", [{}, {"position_bias": torch.linspace(0, 3, 72).view(1, 2, 6, 6)}], ids=["plain", "biased"]
+)
+def test_attention_is_causal_where_transformers_is(mask, of_module, of_call, more):
+    """Whatever the module, the call, a mask and a bias on positions say together. Tolerance: float32 rounding."""
+    module = torch.nn.Module().train()
+    module.is_causal, module.num_key_value_groups = of_module, 1
+    inputs = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
+    outputs = []
+    for attention in (lean._attention, sdpa_attention_forward):
+        torch.manual_seed(0)
+        outputs.append(attention(module, *inputs, MASKS[mask], dropout=1e-7, is_causal=of_call, **more)[0])
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_attention_whose_values_are_wider_than_its_keys_is_transformers_own():
+    module = torch.nn.Module().train()
+    query, key, value = torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6, 12)
+    assert lean._attention(module, query, key, value, None, dropout=0.1)[0].shape == (1, 6, 2, 12)
+
+
+def test_the_gradient_of_a_softmax_needs_no_private_function_of_torch(monkeypatch):
+    scores, grad = torch.randn(2, 3, 5, 5, requires_grad=True), torch.randn(2, 3, 5, 5)
+    probs = scores.softmax(-1)
+    wanted = torch.autograd.grad(probs, scores, grad)[0]
+    fused = lean._softmax_backward(grad, probs.detach())
+    monkeypatch.delattr(torch, "_softmax_backward_data")
+    plain = lean._softmax_backward(grad, probs.detach())
+    assert plain.data_ptr() != fused.data_ptr()
+    torch.testing.assert_close(plain, wanted, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(fused, wanted, rtol=1e-5, atol=1e-7)
+
+
+SHORT = [*TINY, "--max_train_steps=3", "--logging_steps=1", "--checkpointing_steps=none"]
+
+
+def test_internals_of_transformers_that_have_moved_cost_a_warning_and_not_the_run(
+    text_file, tmp_path, monkeypatch, capsys
+):
+    plain = [*SHORT, f"--train_file={text_file}", f"--output_dir={tmp_path}/plain", "--tuning=false"]
+    monkeypatch.delitem(sys.modules, "train_loop.lean")
+    assert main(plain) == 0 and "train_loop.lean" not in sys.modules
+    assert capsys.readouterr().err == ""
+
+    empty = types.ModuleType("transformers.models.gpt2.modeling_gpt2")
+    monkeypatch.setitem(sys.modules, "transformers.models.gpt2.modeling_gpt2", empty)
+    assert main([*SHORT, f"--train_file={text_file}", f"--output_dir={tmp_path}/moved"]) == 0
+    assert "warning: tuning: this version of transformers is not one that lean.py knows" in capsys.readouterr().err
+    losses = [[line.get("loss") for line in lines_of(tmp_path / name)] for name in ("plain", "moved")]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("what", ["argument", "method"])
+def test_attention_that_transformers_calls_in_a_new_way_stays_its_own(what, monkeypatch, capsys):
+    def with_sinks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, sinks=None, **kwargs):
+        pass
+
+    if what == "argument":
+        monkeypatch.setattr(lean, "sdpa_attention_forward", with_sinks)
+    else:
+        monkeypatch.setattr(lean, "AttentionInterface", types.SimpleNamespace())
+    model = make_model(dropout=True)
+    use_lean_modules(model)
+    assert model.config._attn_implementation == "sdpa"
+    assert ("attention takes sinks" if what == "argument" else "register") in capsys.readouterr().err
+
+
+def test_the_attention_that_is_stood_in_for_takes_what_is_known():
+    assert sdpa_attention.sdpa_attention_forward is lean.sdpa_attention_forward and lean.MOVED is None
+    model = make_model(dropout=True)
+    use_lean_modules(model)
+    assert model.config._attn_implementation == "lean"

@@ -18,6 +18,7 @@ from train_loop.loss import count_targets, next_token_loss
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
 from train_loop.report.metrics import Metrics
+from train_loop.services import Services
 from train_loop.settings.settings import Settings
 from train_loop.stop import StopSignal
 
@@ -42,19 +43,28 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **valu
     } | values
     settings = Settings(output_dir=str(output_dir), **values)
     output_dir.mkdir()
-    splits = [b if isinstance(b, Split) else Split("blocks", b) for b in (train_blocks, eval_blocks)]
+    eval_blocks = eval_blocks if isinstance(eval_blocks, dict) else {"validation": eval_blocks}
+    as_split = lambda blocks: blocks if isinstance(blocks, Split) else Split("blocks", blocks)  # noqa: E731
+    train_split, eval_splits = as_split(train_blocks), {name: as_split(b) for name, b in eval_blocks.items()}
     accelerator = accelerator or Accelerator(cpu=True)
     torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
     torch.manual_seed(settings.seed)
-    num_steps = loop.num_steps(len(splits[0].blocks), settings, 1)
-    optimizer = build_optimizer(model, settings)
-    scheduler = build_scheduler(optimizer, settings, num_steps)
-    prepared, optimizer = accelerator.prepare(model, optimizer)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     metrics = Metrics(output_dir, num_steps, is_main=True)
     position = Position()
     checkpoints = Checkpoints(settings, accelerator)
     with StopSignal() as stop:
-        loop.train(prepared, optimizer, scheduler, position, *splits, settings, accelerator, metrics, checkpoints, stop)
+        loop.train(
+            model=prepared,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, settings, num_steps),
+            position=position,
+            train_split=train_split,
+            eval_splits=eval_splits,
+            settings=settings,
+            services=Services(accelerator, metrics, checkpoints, stop),
+        )
     lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
@@ -199,8 +209,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(blocks, tmp_path):
     with torch.no_grad():
         model.transformer.wte.weight[0, 0] = torch.nan
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="step 1"):
-        train(model, blocks, blocks[:2], tmp_path / "again", max_train_steps=5)
+    with pytest.raises(ValueError, match=r"step 1: the loss .* not updated yet: check loss\.py, the training"):
+        train(model, blocks, blocks[:2], tmp_path / "again", max_train_steps=5, eval_delay=1.0)
     after = model.state_dict()
     assert all(torch.equal(before[name].nan_to_num(7.0), after[name].nan_to_num(7.0)) for name in before)
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 import sys
 
 import pytest
@@ -138,11 +139,17 @@ def test_a_pretrained_model_goes_on_from_where_it_was(trained, text_file, tmp_pa
 def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, text_file, tmp_path, capsys):
     (tmp_path / "precious.txt").write_text("kept")
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=1", f"--output_dir={tmp_path}"]
+    for more in [], ["--overwrite_output_dir"]:  # a folder that no run made
+        assert main([*arguments, *more]) == 1
+        assert "is not empty" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     assert main(arguments) == 1
-    assert "--overwrite_output_dir" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
+    assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
-    assert not (tmp_path / "precious.txt").exists()
+    assert (tmp_path / "precious.txt").read_text() == "kept"
+    assert f"what no run made stays in {tmp_path}: precious.txt\n" in capsys.readouterr().err
+    assert lines_of(tmp_path)[-1]["step"] == 1
 
 
 def test_a_compiled_run_exports_plain_names_and_tied_weights(text_file, tmp_path):
@@ -179,9 +186,9 @@ def slow(model, batch):
     return plain(model, batch)
 loop.next_token_loss = evaluate.next_token_loss = slow
 train = loop.train
-def timed(*arguments):
+def timed(**arguments):
     began = time.perf_counter()
-    train(*arguments)
+    train(**arguments)
     print("loop", time.perf_counter() - began)
 loop.train = timed
 from train_loop.report import metrics

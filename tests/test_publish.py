@@ -28,7 +28,7 @@ def test_the_cards_metadata_has_the_last_evaluation(runs):
     data, last = ModelCard.load(runs / "first" / "README.md").data, lines_of(runs / "first")[-1]
     assert (data.library_name, data.pipeline_tag) == ("transformers", "text-generation")
     results = {result.metric_type: result for result in data.eval_results}
-    assert results.keys() == {"loss", "perplexity", "word_perplexity", "bits_per_byte"}
+    assert results.keys() == {"loss", "perplexity", "word_perplexity", "word_eos_perplexity", "bits_per_byte"}
     assert results["loss"].metric_value == pytest.approx(last["eval_loss"], abs=1e-6)  # six digits
     assert results["perplexity"].metric_value == pytest.approx(math.exp(last["eval_loss"]), rel=1e-6)
     assert (results["loss"].dataset_type, results["loss"].dataset_name) == ("text", "prose.txt")

@@ -6,43 +6,44 @@ evaluation of the untrained model, at step 0, takes no part.
 """
 
 import math
+from typing import Any
 
+import torch
 from accelerate.utils import broadcast_object_list
 
-from train_loop.checkpoint import damage, load_weights, name_of
+from train_loop.checkpoint import Checkpoints, damage, load_weights, name_of
 from train_loop.errors import tell
+from train_loop.position import Position
+from train_loop.settings import Settings
 
 
-def take_evaluation(position, evaluation, num_steps, settings):
-    """Takes note of the evaluation at `position`, and returns the step at which the run ends, as far as is known now.
-    A loss that is not finite is never the best."""
+def take_evaluation(position: Position, evaluation: dict[str, Any], settings: Settings) -> None:
+    """Takes note in `position` of the evaluation that was made there. Its `eval_loss` is finite."""
     position.evaluated_step, position.evaluation = position.step, evaluation
     if position.step == 0:
-        return num_steps
+        return
     gain = (position.best["eval_loss"] if position.best else math.inf) - evaluation["eval_loss"]
-    is_finite = math.isfinite(evaluation["eval_loss"])
-    position.num_worse = 0 if is_finite and gain > settings.early_stopping_threshold else position.num_worse + 1
-    if is_finite and gain > 0:
+    position.num_worse = 0 if gain > settings.early_stopping_threshold else position.num_worse + 1
+    if gain > 0:
         position.best_step, position.best = position.step, evaluation
-    return last_step(position, num_steps, settings)
 
 
-def last_step(position, num_steps, settings):
-    """The step at which the run ends: here, if patience has run out, else after all of its steps."""
+def last_step(position: Position, num_steps: int, settings: Settings) -> int:
+    """The step at which the run ends: here, if patience has run out, else after all of its `num_steps`."""
     patience = settings.early_stopping_patience
     return position.step if patience and position.num_worse >= patience else num_steps
 
 
-def say_why_it_ended(position, num_steps):
+def say_why_it_ended(position: Position, num_steps: int) -> str:
     """A sentence about a run that stopped early."""
-    best = f"{position.best['eval_loss']:.4f} at step {position.best_step:,}" if position.best else "never finite"
+    best = f" (best: {position.best['eval_loss']:.4f} at step {position.best_step:,})" if position.best else ""
     return (
         f"stopped early after step {position.step:,} of {num_steps:,}: the last {position.num_worse} evaluations did "
-        f"not lower the validation loss (best: {best})"
+        f"not lower the validation loss{best}"
     )
 
 
-def load_best(checkpoints, position, model):
+def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Module) -> tuple[int, dict[str, Any]]:
     """(step, evaluation) of the weights that are to be exported, which are in `model` then: the best, if that is asked
     for and they are whole, else the last. Called on every process."""
     last = position.step, position.evaluation

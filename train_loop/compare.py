@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from train_loop.console import printable, safe_console
 from train_loop.errors import UserError
 from train_loop.report import draw_runs, points, read_lines
 
@@ -17,6 +18,7 @@ SAY_NOTHING = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "
 COLUMNS = 80  # of the table
 
 
+@safe_console()
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("runs", nargs="+", metavar="run", help="output_dir of a run, finished or not")
@@ -28,7 +30,7 @@ def main(argv=None):
         output = arguments.output or Path(os.path.commonpath([f.absolute().parent for f in folders])) / "comparison.png"
         draw_runs({name: lines for name, (_, lines) in runs.items()}, output)
     except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {printable(str(error))}")
     print(table(runs))
     print(f"\nlosses drawn to {os.path.relpath(output)}")
 

@@ -2,6 +2,8 @@
 
 import sys
 
+from train_loop.console import printable
+
 
 class UserError(ValueError):
     """Something that the user can mend: one sentence that says what is wrong, where, and what to do.
@@ -11,16 +13,16 @@ class UserError(ValueError):
     """
 
 
-def tell(sentence):
-    print(sentence, file=sys.stderr, flush=True)
+def tell(sentence: str):
+    print(printable(sentence), file=sys.stderr, flush=True)
 
 
-def warn(sentence):
+def warn(sentence: str):
     tell(f"warning: {sentence}")
 
 
-def one_line(error):
+def one_line(error: BaseException) -> str:
     """The innermost reason of an exception, on one line, at most 300 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
+    return (" ".join(printable(str(error)).split()) or type(error).__name__)[:300].rstrip(".")

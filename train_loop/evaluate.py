@@ -1,14 +1,20 @@
-"""The loss of a model on the whole validation split, the same number for any batch size and number of processes."""
+"""The loss of a model on the whole validation split, the same number for any batch size and number of processes.
+
+T: tokens in a block, B: windows in a batch, n: tokens that are evaluated, those of all blocks one after the other.
+"""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.lib.stride_tricks import sliding_window_view
+from accelerate import Accelerator
 from tqdm import tqdm
 
-from train_loop.data import Windows, load_windows
-from train_loop.loss import next_token_loss
+from train_loop.data import IGNORED, Split, positions_in_documents
+from train_loop.loss import plain_next_token_loss
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 
 def perplexity(loss):
@@ -16,69 +22,142 @@ def perplexity(loss):
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def named_perplexities(loss, split):
+def named_perplexities(nats, num_targets, text):
     """Perplexities that do not depend on the tokenizer, and the counts that they come from.
 
-    word_perplexity: exp(nats per word), bits_per_byte: bits per byte of the text in UTF-8. The nats are those of all
-    tokens of the split at the mean of the tokens that were targets: the first of a block and those dropped at the end
-    are not left out of the sum while their words and bytes are counted.
+    `nats` and `num_targets` are of those targets that stand for text; `text` is the `CoveredText` of the evaluated
+    tokens. word_perplexity: exp(nats per word), words as white space separates them. word_eos_perplexity: the same with
+    one word more for each line end, as the tables for WikiText have it. bits_per_byte: bits per byte of the text in
+    UTF-8.
+
+    All three have the same nats, "eval_text_nats": those of every evaluated token that stands for text. A token that
+    is no target has the mean of the targets. Such are the first token of each block, or with `eval_stride` that of the
+    split alone, and with `document_attention` the first one of each document.
+    Special tokens that stand for no text are left out of the nats, but others see them as context.
+
+    They can be compared between tokenizers that keep all of the text. A tokenizer that makes it lower case, or that
+    has one unknown token for many characters, predicts less than the text and gets lower numbers.
     """
-    nats = loss * split.num_tokens
+    num_text_tokens = int(text.is_text.sum())
+    text_nats = nats / num_targets * num_text_tokens
     return {
-        "word_perplexity": perplexity(nats / split.num_words),
-        "bits_per_byte": nats / split.num_bytes / math.log(2),
-        "eval_split_tokens": split.num_tokens,
-        "eval_words": split.num_words,
-        "eval_bytes": split.num_bytes,
+        "word_perplexity": perplexity(text_nats / text.num_words),
+        "word_eos_perplexity": perplexity(text_nats / (text.num_words + text.num_line_ends)),
+        "bits_per_byte": text_nats / text.num_bytes / math.log(2),
+        "eval_text_nats": text_nats,
+        "eval_text_tokens": num_text_tokens,
+        "eval_words": text.num_words,
+        "eval_line_ends": text.num_line_ends,
+        "eval_bytes": text.num_bytes,
     }
+
+
+def shares(num_windows, batch_size, world_size, rank):
+    """The windows of each of this process's batches, as ranges. All processes have the same number of batches; where a
+    last one has too few windows for all, some processes have none in it."""
+    per_batch = batch_size * world_size
+    batches = [range(first, min(first + per_batch, num_windows)) for first in range(0, num_windows, per_batch)]
+    sizes = [-(-len(batch) // world_size) for batch in batches]
+    return [batch[rank * size : (rank + 1) * size] for batch, size in zip(batches, sizes, strict=True)]
+
+
+def batch_of(split, windows, stride):
+    """The windows with these numbers: {"input_ids", "labels"}, each [B, T] of int64; where documents are kept apart
+    also {"position_ids"}; where special tokens are to be told from text also {"special_labels"}, those of the `labels`
+    that stand for no text.
+
+    Window i begins at token i * stride. Its targets are its tokens that the window before did not have; `labels` are
+    -100 elsewhere. The last one may be short and is filled up. No windows make a batch of one without targets: the
+    forward pass of a model that is sharded needs all processes.
+    """
+    tokens, block_size = split.blocks.reshape(-1), split.blocks.shape[1]
+    input_ids = np.zeros((max(1, len(windows)), block_size), dtype=np.int64)
+    labels = np.full_like(input_ids, IGNORED)
+    is_text = np.ones(input_ids.shape, dtype=bool)
+    for row, window in enumerate(windows):
+        begin, num_context = window * stride, block_size - stride if window else 0
+        after = split.tail[max(0, begin - len(tokens)) :]
+        ids = np.concatenate([tokens[begin : begin + block_size], after])[:block_size]
+        input_ids[row, : len(ids)] = ids
+        labels[row, num_context : len(ids)] = ids[num_context:]
+        if split.text:
+            is_text[row, : len(ids)] = split.text.is_text[begin : begin + len(ids)]
+    batch = {"input_ids": input_ids, "labels": labels}
+    if split.document_end is not None:
+        batch["position_ids"] = positions_in_documents(input_ids, split.document_end)
+        labels[batch["position_ids"] == 0] = IGNORED
+    if split.text and not split.text.is_text.all():
+        batch["special_labels"] = np.where(is_text, IGNORED, labels)
+    return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 @torch.no_grad()
 def evaluate(model, split, settings, accelerator, show_progress=False, stop=None):
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
-    request the `named_perplexities`.
+    request the `named_perplexities`. "eval_objective", what training minimises per target, stands beside the loss where
+    it is not plain cross entropy.
 
-    Windows of T tokens move on by the stride, which is T if the settings say nothing else; the targets of a window are
-    its tokens that the window before did not have, so each sees at least T - stride tokens of context, except in the
-    first window. With stride T the context begins anew with each block, and the first token of a block is no target.
+    Without `eval_stride` each block is a window: context begins anew with it, and its first token is no target. With
+    it windows of T tokens move on by the stride, over the tokens after the last block too; each target sees at least
+    T - stride tokens of context, except in the first window. This is the sliding window of transformers' guide
+    "Perplexity of fixed-length models", with each target counted once.
     Returns None where `stop`, a `StopSignal`, comes in between.
     The nats and the targets of every process are summed once, at the end, in float64. Training is left as it was:
     the model's mode is put back, and no random number is drawn.
+    Named perplexities take a second pass over each batch if a tokenizer puts special tokens around the rows.
     """
-    tokens, block_size = split.blocks.reshape(-1), split.blocks.shape[1]
+    block_size = split.blocks.shape[1]
     stride = settings.eval_stride or block_size
-    blocks = sliding_window_view(tokens, block_size)[::stride]
-    windows = Windows(
-        blocks,
-        np.arange(len(blocks)),
-        settings.per_device_eval_batch_size,
-        1,
-        accelerator.num_processes,
-        accelerator.process_index,
-        num_context=block_size - stride,
-        document_end=split.document_end,
-    )
-    sums = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
+    num_windows = 1 + -(-(split.blocks.size + len(split.tail) - block_size) // stride)
+    processes = accelerator.num_processes, accelerator.process_index
+    own = shares(num_windows, settings.per_device_eval_batch_size, *processes)
+    # nats, targets, and whatever else the loss wants logged: of all targets, and of those that stand for no text
+    sums, special = {}, {}
     was_training = model.training
     model.eval()
-    batches = tqdm(load_windows(windows), desc="evaluating", unit=" batches", disable=not show_progress, leave=False)
-    for window in batches:
+    for windows in tqdm(own, desc="evaluating", unit=" batches", disable=not show_progress, leave=False):
         if stop is not None and stop.agreed(accelerator):
             model.train(was_training)
             return None
-        batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
-        nll, num_targets, extras = next_token_loss(model, batch)
-        for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
-            sums[name] = sums.get(name, 0) + value.double()
+        batch = {name: value.to(accelerator.device) for name, value in batch_of(split, windows, stride).items()}
+        special_labels = batch.pop("special_labels", None)
+        for totals, labels in ((sums, batch["labels"]), (special, special_labels)):
+            if labels is not None:
+                nll, num_targets, extras = plain_next_token_loss(model, {**batch, "labels": labels})
+                for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
+                    totals[name] = totals.get(name, 0) + value.double()
     model.train(was_training)
-    sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
+    sums, special = (
+        {name: float(value) for name, value in totals.items()} for totals in accelerator.reduce([sums, special], "sum")
+    )
     num_targets = sums.pop("tokens")
+    if sums["objective"] == sums["loss"]:  # plain cross entropy is what is trained
+        del sums["objective"]
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
     result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
     if settings.named_perplexities:
-        result |= named_perplexities(means["eval_loss"], split)
+        nats, num_text_targets = sums["loss"] - special.get("loss", 0), num_targets - special.get("tokens", 0)
+        result |= named_perplexities(nats, num_text_targets, split.text)
     if settings.named_perplexities or settings.eval_stride:
-        num_dropped = split.num_dropped + (len(tokens) - block_size) % stride
-        result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": num_dropped}
+        result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": split.num_dropped}
+    return result
+
+
+def evaluate_splits(
+    model: torch.nn.Module,
+    splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    show_progress: bool = False,
+    stop: StopSignal | None = None,
+) -> dict[str, Any] | None:
+    """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
+    None where a stop came in between."""
+    result = {}
+    for name, split in splits.items():
+        found = evaluate(model, split, settings, accelerator, show_progress, stop)
+        if found is None:
+            return None
+        result |= {f"eval_{name}_{key.removeprefix('eval_')}": found[key] for key in found} if result else found
     return result

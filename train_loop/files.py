@@ -2,7 +2,9 @@
 
 import glob
 import gzip
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 FILE_KINDS = {
     ".txt": "text",
@@ -11,33 +13,47 @@ FILE_KINDS = {
     ".json": "json",
     ".jsonl": "json",
     ".csv": "csv",
+    ".tsv": "csv",
     ".parquet": "parquet",
 }
 
 
-def file_kind(path):
-    """The `datasets` loader for a file, by its ending, a last .gz not counted; None if there is none."""
+@dataclass(frozen=True)
+class DataFiles:
+    """The files that `train_file` or `validation_file` means."""
+
+    paths: list[Path]
+    each_is_a_row: bool = False  # text files of a folder or a pattern
+    num_left_out: int = 0  # files of the folder or the pattern that are of another kind
+
+
+def file_kind(path: Path | str) -> str | None:
+    """The kind of a file, by its ending, a last .gz not counted; None if it is not known."""
     path = Path(path)
-    return FILE_KINDS.get((path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower())
+    return FILE_KINDS.get((path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower())
 
 
-def text_files(path):
-    """The text files that a folder, or a pattern such as texts/**/*.txt, means, sorted by path, hidden ones left out;
-    None where `path` is neither."""
-    if Path(path).is_file() or not (Path(path).is_dir() or "*" in str(path)):
-        return None
-    pattern = f"{glob.escape(str(path))}/**" if Path(path).is_dir() else str(path)
-    found = map(Path, glob.glob(pattern, recursive=True))
-    return sorted(file for file in found if file.is_file() and file_kind(file) == "text")
+def data_files(path: Path | str) -> DataFiles:
+    """A file means itself; a folder the text files in it, at any depth; a pattern with a *, such as texts/**/*.txt, the
+    files that fit it. They are sorted by path; hidden ones are left out, and what is linked to twice comes once."""
+    path = Path(path)
+    if path.is_file() or not (path.is_dir() or "*" in str(path)):
+        return DataFiles([path])
+    pattern = f"{glob.escape(str(path))}/**" if path.is_dir() else str(path)
+    found = [file for file in map(Path, glob.glob(pattern, recursive=True)) if file.is_file()]
+    found.sort(key=lambda file: (len(file.parts), file))  # a link into a folder above comes after what it leads to
+    found = sorted({file.resolve(): file for file in reversed(found)}.values())
+    paths = [file for file in found if (file_kind(file) == "text" if path.is_dir() else file_kind(file))]
+    is_text = bool(paths) and all(file_kind(file) == "text" for file in paths)
+    return DataFiles(paths, is_text, len(found) - len(paths))
 
 
-def train_files(settings):
-    """The files to stream: train_file, or the text files that it means as a folder or pattern, or what else fits it."""
-    path = Path(settings.train_file)
-    if path.is_file():
-        return [path]
-    return text_files(path) or [Path(p) for p in sorted(glob.glob(str(path)))] or [path]
+def open_file(path: Path | str) -> Any:
+    """The content of a file, or of a file on the hub ("hf://..."), unpacked, as a binary file to read."""
+    path = str(path)
+    if not path.startswith("hf://"):
+        return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
+    from huggingface_hub import HfFileSystem  # imported where it is needed alone: that takes a while
 
-
-def open_file(path, mode="rb", **options):
-    return (gzip.open if str(path).endswith(".gz") else open)(path, mode, **options)
+    file = HfFileSystem().open(path, "rb")
+    return gzip.open(file) if path.lower().endswith(".gz") else file

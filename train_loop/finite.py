@@ -1,7 +1,13 @@
 """What happens when a loss or a gradient norm is not finite: the step is not taken, and the run stops."""
 
-import torch
+import math
+from typing import Any
 
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+
+from train_loop.checkpoint import Checkpoints
 from train_loop.errors import UserError
 
 SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at any scale
@@ -10,19 +16,19 @@ SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at 
 class FiniteGuard:
     """Keeps the weights from a step that is not finite, and raises UserError on all processes alike.
 
-    On a CPU, with float16's scaler, and with an optimizer that is not fused, the numbers are looked at before each
-    step. Elsewhere that would make the host wait for the device at each step: there the fused optimizer is held still
-    on the device, from the first such step on, and the numbers are looked at where the host waits anyway: before a line
-    is logged, an evaluation, a save.
+    On a CPU, with float16's scaler, and with an optimizer that is not fused, the numbers are checked before each step.
+    Elsewhere that would make the host wait for the device at each step. There the fused optimizer is held still on the
+    device, from the first such step on, and the numbers are checked where the host waits anyway: before a line is
+    logged, an evaluation, a save.
     """
 
-    def __init__(self, optimizer, accelerator, checkpoints):
+    def __init__(self, optimizer: AcceleratedOptimizer, accelerator: Accelerator, checkpoints: Checkpoints) -> None:
         self.optimizer, self.scaler, self.checkpoints = optimizer, accelerator.scaler, checkpoints
         can_hold_still = all(group.get("fused") for group in optimizer.param_groups)
         self.waits = accelerator.device.type == "cpu" or self.scaler is not None or not can_hold_still
         self.first = torch.zeros(3, device=accelerator.device)  # step, loss and norm of the first that is not finite
 
-    def check(self, step, nll_sum, grad_norm):
+    def check(self, step: int, nll_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Called before the optimizer's step. Both numbers are the same on every process."""
         # with float16's scaler an infinite gradient is no accident: the scaler skips that step, and halves its scale
         overflow_is_fine = self.scaler is not None and self.scaler.get_scale() > SMALLEST_SCALE
@@ -34,11 +40,25 @@ class FiniteGuard:
         else:
             self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()  # it takes no step at 1
 
-    def look(self):
+    def look(self) -> None:
+        """Raises UserError where a step was not finite."""
         step, nll_sum, grad_norm = self.first.tolist()
         if step:
             raise UserError(
                 f"step {step:.0f}: the loss ({nll_sum} nats) or the gradient norm ({grad_norm}) is not finite; "
-                f"the step was not taken, and {self.checkpoints.say_latest()}. Try a lower learning_rate, or more "
-                "num_warmup_steps"
+                f"the step was not taken, and {self.checkpoints.say_latest()}. {self._advice(step - 1)}"
             )
+
+    def check_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
+        """Raises UserError where a loss of the evaluation after `step` optimizer steps is not finite."""
+        for name, value in evaluation.items():
+            if name.endswith("loss") and not math.isfinite(value):
+                raise UserError(
+                    f"after step {step}: {name} is {value}, which is not finite; the run stops, and "
+                    f"{self.checkpoints.say_latest()}. {self._advice(step)}"
+                )
+
+    def _advice(self, num_updates: float) -> str:
+        if num_updates:
+            return "Try a lower learning_rate, or more num_warmup_steps"
+        return "The weights were not updated yet: check loss.py, the training and validation data, the model's weights"

@@ -6,10 +6,23 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 import argparse
 import sys
 
-from train_loop.errors import one_line
+from train_loop.console import safe_console
+from train_loop.errors import UserError, one_line, tell
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 1 with a sentence where there is no usable model."""
+    with safe_console():
+        try:
+            generate(argv)
+        except UserError as error:
+            tell(f"error: {error}")
+            return 1
+    return 0
+
+
+def generate(argv):
+    """Raises UserError."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
@@ -37,9 +50,10 @@ def main(argv=None):
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        generator = pipeline("text-generation", model=arguments.model)
-    except (OSError, ValueError) as error:
-        sys.exit(f"error: {arguments.model} is no folder or hub name of a model: {one_line(error)}")
+        # False, not the default: that asks on the terminal, and one key would run the code
+        generator = pipeline("text-generation", model=arguments.model, trust_remote_code=False)
+    except Exception as error:  # the loaders' errors have no common class
+        raise UserError(f"{arguments.model} is no folder or hub name of a usable model: {one_line(error)}") from error
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
@@ -56,4 +70,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,9 +1,8 @@
 """The processes, devices and threads of a run."""
 
-import ctypes
 import dataclasses
 import os
-import signal
+import re
 import sys
 from datetime import timedelta
 
@@ -12,7 +11,7 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
 
-from train_loop.errors import UserError
+from train_loop.errors import UserError, warn
 from train_loop.tuning import num_threads
 
 
@@ -37,10 +36,9 @@ def build_accelerator(settings):
     if accelerator.distributed_type == DistributedType.FSDP:
         _sum_in_float32(accelerator)
     elif asks_for_fsdp() and accelerator.is_main_process:
-        print(
-            "warning: the launch config asks for FSDP, which Accelerate has for several GPUs only: here every process "
-            "holds the whole model (DDP)",
-            file=sys.stderr,
+        warn(
+            "the launch config asks for FSDP, which Accelerate has for several GPUs only: here every process holds the "
+            "whole model (DDP)"
         )
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     if accelerator.device.type == "cpu":
@@ -109,11 +107,30 @@ def after_restart(settings, accelerator):
     return settings
 
 
-def stop_with_launcher():
-    """Asks Linux for a SIGTERM when the launcher dies: `accelerate launch` of a single process passes no signal on."""
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        set_parent_death_signal = 1
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+def end_training(accelerator):
+    """An exit function for an `ExitStack`: the processes let go of each other. Without it a run of several CPU
+    processes aborts at exit.
+
+    Not after an error: this process has not told it yet. Its peers would notice at once that it is gone, the first of
+    them would end, and the launcher would end this process before it could speak.
+    """
+
+    def end(kind, error, traceback):
+        if accelerator.num_processes == 1 or kind is None or not issubclass(kind, Exception):
+            accelerator.end_training()
+
+    return end
+
+
+# how the messages of gloo begin, which raises plain RuntimeErrors: with the file of its source
+GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\]")
+
+
+def is_lost_peer(error: Exception) -> bool:
+    """Whether an exception comes from torch's exchange between processes: a peer has ended, or does not answer."""
+    return isinstance(error, torch.distributed.DistError) or (
+        type(error) is RuntimeError and GLOO_SOURCE.match(str(error)) is not None
+    )
 
 
 def compile_in_place(model, accelerator):

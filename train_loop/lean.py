@@ -1,37 +1,69 @@
-"""Modules that bring a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
+"""Modules that give a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
 
-Measured to pay (README, Speed). `--tuning false` leaves the model as transformers made it.
+Measured to pay (README, Speed). `--tuning false` leaves the model as transformers made it, and this file is not even
+imported. What it takes from transformers and torch is partly private. Where a version has moved it, a warning says so
+and the model keeps its own modules.
 
 B: blocks in a micro-batch, H: attention heads, T: tokens of a block, D: width of a head.
 """
 
 import functools
+import inspect
+import os
 
 import torch
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+from train_loop.errors import one_line, warn
+
+try:  # no public name leads to what a model calls for its attention and its activation
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.activations import NewGELUActivation
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.masking_utils import sdpa_mask
+    from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+
+    MOVED = None
+except ImportError as error:
+    MOVED = error
 
 NUM_SCORES = 2**18  # attention scores worked on at once, where a block has no more: 1 MiB, which a core's cache holds
+# what transformers' function for attention takes, as `_attention` understands it; with more it would mean more
+ATTENTION_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
+ATTENTION_ARGUMENTS |= {"position_bias", "kwargs"}
 
 
-def use_lean_modules(model):
-    """Replaces, in place, modules of `model` and its attention function by leaner equals."""
+def use_lean_modules(model: torch.nn.Module) -> None:
+    """Replaces, in place, modules of `model` and its attention function by leaner equals.
+
+    Where transformers has moved what is needed, the model stays as it is, and a warning says so.
+    """
+    if MOVED:
+        return _say_plain(one_line(MOVED))
     for module in list(model.modules()):
-        if isinstance(module, GPT2MLP):
+        if isinstance(module, GPT2MLP) and all(hasattr(module, name) for name in ("c_fc", "act", "c_proj", "dropout")):
             module.forward = functools.partial(_forward_of_mlp, module)
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):  # written out in eight operations, each with a tensor to keep
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
-            elif type(child) is torch.nn.Dropout:
+            elif type(child) is torch.nn.Dropout and hasattr(torch, "native_dropout"):  # an undocumented name
                 setattr(module, name, Dropout(child.p).train(child.training))
-    if model.config._attn_implementation == "sdpa":
+    # the name of the function in use is private; there is a public way to set it, none to ask for it
+    if getattr(model.config, "_attn_implementation", None) != "sdpa":
+        return None
+    if unknown := inspect.signature(sdpa_attention_forward).parameters.keys() - ATTENTION_ARGUMENTS:
+        return _say_plain(f"attention takes {', '.join(sorted(unknown))}")
+    try:
         AttentionMaskInterface.register("lean", sdpa_mask)
         AttentionInterface.register("lean", _attention)
         model.set_attn_implementation("lean")
+    except AttributeError as error:
+        _say_plain(one_line(error))
+
+
+def _say_plain(reason):
+    if int(os.environ.get("RANK", 0)) == 0:
+        warn(f"tuning: this version of transformers is not one that lean.py knows ({reason}). Slower modules are used")
 
 
 class Dropout(torch.nn.Dropout):
@@ -46,6 +78,7 @@ def _forward_of_mlp(mlp, hidden):
     matrices is not repeated, since the result is all that its gradient needs."""
     hidden = mlp.c_fc(hidden)
     if not torch.is_grad_enabled() and isinstance(mlp.act, torch.nn.GELU):
+        # in place: no public function is
         return mlp.dropout(mlp.c_proj(torch.ops.aten.gelu_(hidden, approximate=mlp.act.approximate)))
     project = lambda hidden: mlp.c_proj(mlp.act(hidden))  # noqa: E731
     return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=False))
@@ -53,8 +86,13 @@ def _forward_of_mlp(mlp, hidden):
 
 def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
     """As transformers calls it: query, key, value [B, H, T, D] -> ([B, T, H, D], None)."""
+    is_causal = kwargs.get("is_causal")
+    is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    # a mask of numbers is added to the scores; with neither a mask nor causality every token sees all
+    takes_mask = is_causal if attention_mask is None else attention_mask.dtype == torch.bool
+    same_shape = query.shape == key.shape == value.shape and kwargs.get("position_bias") is None
     plain = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    ours = dropout and query.device.type == "cpu" and plain and query.shape == key.shape
+    ours = dropout and query.device.type == "cpu" and plain and same_shape and takes_mask
     if not ours or torch.compiler.is_compiling():  # torch has kernels that keep little: without dropout, or on a GPU
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None:
@@ -92,10 +130,18 @@ class DropoutAttention(torch.autograd.Function):
             probs = _probabilities(query[some], key[some], hidden[some], ctx.scale)
             grad_value[some] = (probs * kept[some]).transpose(2, 3) @ grad
             grad_probs = (grad @ value[some].transpose(2, 3)).mul_(kept[some])
-            grad_scores = torch._softmax_backward_data(grad_probs, probs, -1, probs.dtype).mul_(ctx.scale)
+            grad_scores = _softmax_backward(grad_probs, probs).mul_(ctx.scale)
             grad_query[some] = grad_scores @ key[some]
             grad_key[some] = grad_scores.transpose(2, 3) @ query[some]
         return grad_query, grad_key, grad_value, None, None, None
+
+
+def _softmax_backward(grad, probs):
+    """The gradient of a softmax's scores from that of its result `probs`, over the last dimension."""
+    fused = getattr(torch, "_softmax_backward_data", None)  # one pass over memory instead of three, but private
+    if fused:
+        return fused(grad, probs, -1, probs.dtype)
+    return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
 def _groups(num_blocks, scores_per_block):

@@ -2,105 +2,94 @@
 
 W: processes, M: micro-batches of a window (one optimizer step, on one process), B: blocks of a micro-batch, T: tokens
 of a block. The loss of an optimizer step is the sum of -log p over every target token of its W x M x B blocks, divided
-by the number of those targets: how the blocks are spread over micro-batches and processes does not show.
+by the number of those targets: how the blocks are spread over micro-batches and processes has no effect.
 """
 
 import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from train_loop import best
 from train_loop.checkpoint import unsharded
-from train_loop.evaluate import evaluate
+from train_loop.data import Split, TrainingData, Window
+from train_loop.evaluate import evaluate_splits
 from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
+from train_loop.position import Place, Position
+from train_loop.services import Services
+from train_loop.settings import Settings
 from train_loop.stop import Stopped
 
 
-def steps_per_epoch(num_blocks, settings, world_size):
-    """Optimizer steps in one pass over the training blocks; the last may be a short one. None for a stream's blocks
-    (None), which are not counted."""
-    return num_blocks and math.ceil(num_blocks / settings.blocks_per_step(world_size))
-
-
-def num_steps(num_blocks, settings, world_size):
-    """Optimizer steps of the whole run."""
-    return settings.max_train_steps or math.ceil(
-        settings.num_train_epochs * steps_per_epoch(num_blocks, settings, world_size)
-    )
-
-
 def train(
-    model,
-    optimizer,
-    scheduler,
-    position,
-    train_split,
-    eval_split,
-    settings,
-    accelerator,
-    metrics,
-    checkpoints,
-    stop,
-    publisher=None,
-    samples=None,
-):
+    *,
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: LambdaLR,
+    position: Position,
+    train_split: TrainingData,
+    eval_splits: dict[str, Split],
+    settings: Settings,
+    services: Services,
+) -> None:
     """Trains `model` in place, from `position` on, which moves along. `model` and `optimizer` come from Accelerate's
-    `prepare`, `scheduler` does not. A `publisher` is told of each checkpoint; `samples` are written at each evaluation.
+    `prepare`, `scheduler` does not. The first of `eval_splits` decides about the best model and early stopping.
 
-    Raises, on all processes alike: UserError, before the weights are touched, when a loss or a gradient norm
-    is not finite; Stopped, with a checkpoint written, when `stop` came.
+    Raises, on all processes alike: UserError where a loss or a gradient norm is not finite, before the weights are
+    touched; Stopped, with a checkpoint written, when the run was asked to stop.
     """
+    accelerator, metrics, checkpoints = services.accelerator, services.metrics, services.checkpoints
     W, device = accelerator.num_processes, accelerator.device
-    all_steps = num_steps(train_split.num_blocks, settings, W)
-    first_step, last_step = position.step, best.last_step(position, all_steps, settings)
-    position.per_epoch = steps_per_epoch(train_split.num_blocks, settings, W) or position.per_epoch
-    windows = windows_from(position, train_split, settings, accelerator)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), W)
+    saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
+    windows = windows_from(dataclasses.replace(position), train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
     model.train()
 
-    while True:
-        # where it is due: the validation loss; of the untrained model too, and the one that a stop cut short
+    while True:  # once more than there are steps: the last evaluation and the last save are made here, too
+        # evaluate when due: also the untrained model, and where a stop cut the evaluation short
         if evaluation_is_due(position, last_step, settings):
             finite.look()
             metrics.log_training()
-            evaluation = evaluate(model, eval_split, settings, accelerator, metrics.show_progress, stop)
+            evaluation = evaluate_splits(
+                model, eval_splits, settings, accelerator, metrics.show_progress, services.stop
+            )
             if evaluation is not None:  # it was not stopped
-                last_step = best.take_evaluation(position, evaluation, all_steps, settings)
-                written = samples and samples.write(model, device)
+                finite.check_evaluation(position.step, evaluation)
+                best.take_evaluation(position, evaluation, settings)
+                last_step = best.last_step(position, num_steps, settings)
+                written = services.samples and services.samples.write(model, device)
                 metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
-        # where it is due, and before the run stops: a checkpoint
-        stopping = stop.agreed(accelerator)
-        if position.step > first_step and (stopping or checkpoints.is_due(position, last_step)):
+        # save when due, and before the run stops
+        stopping = services.stop.agreed(accelerator)
+        if position.step > saved_step and (stopping or checkpoints.is_due(position, last_step)):
             finite.look()
             checkpoints.save(position, model, optimizer, metrics)
-            if publisher and not stopping and position.step < last_step:
-                publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
+            saved_step = position.step
+            if services.publisher and not stopping and position.step < last_step:
+                services.publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
         if stopping or position.step == last_step:
             break
 
-        # one optimizer step: forward and backward passes over a window, whose targets are counted first
-        window = {name: value.to(device, non_blocking=True) for name, value in next(windows).items()}  # each [M, B, T]
-        num_targets = accelerator.reduce(count_targets(window["labels"]), "sum")  # of all processes
-        sums = {}  # over the window's targets: nats, and whatever else the loss wants logged
-        num_micro_batches = len(window["labels"])
-        for i in range(num_micro_batches):
-            # gradients are summed up here, and exchanged between processes with the last micro-batch only
-            is_last = i == num_micro_batches - 1
-            with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                nll, _, extras = next_token_loss(model, {name: value[i] for name, value in window.items()})
-                accelerator.backward(nll * W / num_targets)  # x W: the exchange averages over processes
-            for name, value in {"loss": nll.detach(), **extras}.items():
-                sums[name] = sums.get(name, 0) + value
-
-        grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
+        # one optimizer step: gradients of the window, divided by its number of targets on all processes
+        window = next(windows)
+        tensors = {name: value.to(device, non_blocking=True) for name, value in window.tensors.items()}
+        num_targets = accelerator.reduce(count_targets(tensors["labels"]), "sum")
+        named = {"step": position.step, "label_smoothing": settings.label_smoothing_factor}  # for the objective
+        sums = forward_backward(model, tensors, num_targets, accelerator, named)
         sums = accelerator.reduce(sums, "sum")
+        grad_norm = unsharded(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm or math.inf))
         finite.check(position.step + 1, sums["loss"], grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        position.window += 1
+        position.move_to(window.end)
         if accelerator.scaler is not None and not torch.isfinite(grad_norm):
             # float16's scaler met an overflow: it kept the weights as they were, and halved its scale
             metrics.count_skipped_step()
@@ -108,24 +97,56 @@ def train(
         learning_rate = scheduler.get_last_lr()[0]
         scheduler.step()
         position.step += 1
-        metrics.count_step(position.step, position.in_epochs(), sums, num_targets, learning_rate, grad_norm)
-        if position.step % settings.logging_steps == 0:
+
+        # log when due. Whatever a line should hold beside the sums goes into this dict: a number, or a tensor of one
+        values = {"learning_rate": learning_rate, "grad_norm": grad_norm}
+        metrics.count_step(position.step, position.in_epochs(), sums, num_targets, values)
+        if position.step % settings.logging_steps == 0 or (position.step == 1 and settings.logging_first_step):
             finite.look()
             metrics.log_training()
 
-    if stop.number and (position.step < last_step or position.evaluated_step != position.step):
-        raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}")
+    if services.stop.number and (position.step < last_step or position.evaluated_step != position.step):
+        raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}", checkpoints.latest)
 
 
-def windows_from(position, split, settings, accelerator):
-    """This process's windows from `position` on, epoch after epoch, without end: {"input_ids", "labels", ...} each."""
+def forward_backward(
+    model: torch.nn.Module,
+    tensors: dict[str, torch.Tensor],
+    num_targets: torch.Tensor,
+    accelerator: Accelerator,
+    named: dict[str, float],
+) -> dict[str, torch.Tensor]:
+    """Adds the gradient of (sum of nats / `num_targets`) to the parameters' gradients, and exchanges it between the
+    processes. Returns the sums over this process's targets: {"loss": nats, and whatever else the loss wants logged}.
+
+    `tensors`: of a window, each [M, B, T]. `num_targets`: of all processes. `named`: what the objective gets by name.
+    """
+    sums, num_micro_batches = {}, len(tensors["labels"])
+    for i in range(num_micro_batches):
+        # gradients are summed up here, and exchanged between processes with the last micro-batch only
+        is_last = i == num_micro_batches - 1
+        with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
+            nll, _, extras = next_token_loss(model, {name: value[i] for name, value in tensors.items()} | named)
+            # times the number of processes, because the exchange averages over them
+            accelerator.backward(nll * accelerator.num_processes / num_targets)
+        for name, value in {"loss": nll.detach(), **extras}.items():
+            sums[name] = sums.get(name, 0) + value
+    return sums
+
+
+def windows_from(start: Place, split: TrainingData, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+    """This process's windows from `start` on, epoch after epoch, without end."""
+    place = start
     while True:
-        yield from split.windows(settings, accelerator, position)  # the rest of the epoch's
-        position.epoch, position.window = position.epoch + 1, 0
+        for window in split.windows(place, settings, accelerator):  # the rest of the epoch's
+            place = window.end
+            yield window
+        place = Place(place.epoch + 1, 0, place.per_epoch)
 
 
-def evaluation_is_due(position, last_step, settings):
-    """Whether an evaluation belongs here, and was not made yet."""
+def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
+    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
     step, every = position.step, settings.eval_steps
-    due = step in (0, last_step) or (step % every == 0 if every else position.ends_epoch())
-    return due and position.evaluated_step != step
+    due = step == 0 or (step % every == 0 if every else position.ends_epoch())
+    too_early = (step if every else position.in_epochs()) < settings.eval_delay
+    return (step == last_step or (due and not too_early)) and position.evaluated_step != step

@@ -10,30 +10,38 @@ accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --vali
 Here is the process: its settings, its surroundings, its errors and its exit status. What it does is in `run.py`.
 """
 
+import argparse
 import os
-import re
+import shlex
 import signal
 import sys
 import time
+import traceback
 from pathlib import Path
 
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train_loop import hub, tuning
+from train_loop.console import safe_console
 from train_loop.errors import UserError, tell
 from train_loop.report import wanted_trackers
 from train_loop.settings import read_settings
-from train_loop.stop import Stopped, StopSignal
+from train_loop.stop import Stopped, StopSignal, end_with_launcher
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Exit status: 0 done; 1 an error that the user can mend, told in one sentence; 75 stopped by a signal, with a
-    checkpoint to go on from; 128 + the signal's number: stopped before there was anything to save."""
+    checkpoint to resume from; 128 + the signal's number: stopped before there was anything to save.
+
+    Every other error is told with its traceback, and raised.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    with StopSignal() as stop:
+    is_main, settings = int(os.environ.get("RANK", 0)) == 0, None
+    with safe_console(), StopSignal() as stop:
         try:
+            if sys.platform == "linux":  # Windows has no SIGKILL
+                end_with_launcher(signal.SIGKILL)
             settings = read_settings(argv)
             wanted_trackers(settings)  # raises where a library is missing
             unreachable = set_surroundings(settings, is_main)
@@ -44,22 +52,17 @@ def main(argv=None):
             is_finished = run(settings, stop, repository)
             if is_finished and repository:  # all processes have let go of each other
                 push(settings, repository, stop)
-        except UserError as error:
-            if "--traceback" in argv:
-                raise
-            say(error)
-            return 1
-        except RuntimeError as error:
-            if "--traceback" in argv or not (problem := known_problem(str(error))):
-                raise
-            # every process says it: one that is gone cannot
-            tell(f"error: process {os.environ.get('RANK', 0)} {problem}")
-            return 1
         except Stopped as stopped:
             if is_main:
-                way_on = ". To go on: the same command with --resume_from_checkpoint auto" if str(stopped) else ""
-                tell(f"stopped by {stop.name} {stopped}".rstrip() + way_on)
-            return 75 if "step-" in str(stopped) else 128 + stop.number
+                tell(f"stopped by {stop.name} {stopped}".rstrip() + how_to_resume(stopped.checkpoint, settings))
+            return 75 if stopped.checkpoint else 128 + stop.number
+        except Exception as error:
+            sentence = in_a_sentence(error)
+            if sentence is None or (settings.traceback if settings else asks_for_traceback(argv)):
+                say(error)
+                raise
+            say(sentence)
+            return 1
     return 0
 
 
@@ -78,35 +81,67 @@ def set_surroundings(settings, is_main):
     return unreachable
 
 
-def say(error):
-    """Prints it. Mostly all processes have met the same one, and a launcher ends the others when one has ended: the
-    main process says it, another one only if it is still there three seconds later."""
+def how_to_resume(checkpoint, settings):
+    if checkpoint is None:
+        return ""
+    is_own = checkpoint.parent == Path(settings.output_dir) / "checkpoints"
+    path = "auto" if is_own else shlex.quote(str(checkpoint))
+    return f". To resume: the same command with --resume_from_checkpoint {path}"
+
+
+def asks_for_traceback(argv):
+    """Whether `argv` has the setting `traceback`, for an error that comes before there are settings."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--traceback", nargs="?", const="true", default="false")
+    return parser.parse_known_args(argv)[0].traceback.lower() == "true"
+
+
+def in_a_sentence(error):
+    """What an exception means for a user who can mend its cause; None where its traceback is needed."""
     rank = int(os.environ.get("RANK", 0))
-    if rank:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(3)
-    start = f"error: process {rank}: " if rank else "error: "
-    tell("\n".join(start + line for line in str(error).split("\n")))
+    if isinstance(error, UserError):
+        name = f"process {rank}: " if rank else ""
+        return "\n".join(f"error: {name}{line}" for line in str(error).split("\n"))
+    if not isinstance(error, (RuntimeError, MemoryError)) or "torch" not in sys.modules:
+        return None
+    from train_loop.launch import is_lost_peer
+    from train_loop.memory import is_out_of_memory
 
-
-def known_problem(message):
-    """What torch's RuntimeError means for the user; None for one that is nobody's but the programmer's."""
-    if re.search(r"allocate memory|out of memory", message):
-        return "has too little memory: give --auto_micro_batch, or lower per_device_train_batch_size or block_size"
-    if re.search(r"peer|timed? ?out|connection", message, re.IGNORECASE):
-        return f"lost its peers: {message.splitlines()[0]}"
+    if is_out_of_memory(error):
+        advice = "give --auto_micro_batch, or lower per_device_train_batch_size or block_size"
+        return f"error: process {rank} has too little memory: {advice}"
+    if is_lost_peer(error):
+        reason = str(error).splitlines()[0]
+        return f"error: process {rank} lost its peers ({reason}). If one of them had an error, it is told above"
     return None
 
 
-def leave(status):
+def say(problem):
+    """Tells a sentence, or an exception with its traceback. Mostly all processes have met the same one, and a launcher
+    ends the others when one has ended: the main process tells it at once, another one only if it is still there three
+    seconds later. Until then it keeps its connections, so that its peers wait for it."""
+    if rank := int(os.environ.get("RANK", 0)):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(3)
+    if isinstance(problem, Exception):
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            tell(f"process {rank}:")
+        problem = "".join(traceback.format_exception(problem)).rstrip()
+    tell(problem)
+
+
+def leave(status: int):
     """Ends this process. One of several does not go through the interpreter's shutdown: behind a DDP model torch keeps
     gloo's threads alive, whatever is destroyed, and now and then one of them would abort a run that is done."""
-    sys.stdout.flush()
-    sys.stderr.flush()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)
     sys.exit(status)
 
 
 if __name__ == "__main__":
-    leave(main())
+    with safe_console():
+        try:
+            status = main()
+        except Exception:  # told already
+            status = 1
+    leave(status)

@@ -48,6 +48,8 @@ def resident_bytes() -> int:
     return psutil.Process().memory_info().rss
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, of a device or of the host: torch has a class of its own for devices alone."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, of a device or of the host. torch has a class for devices alone: of the host it raises a
+    plain RuntimeError, which only its text tells apart."""
+    is_cpu = type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_cpu

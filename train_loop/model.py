@@ -7,28 +7,45 @@ precision in the forward and backward passes is the launch config's affair (auto
 
 import importlib.util
 import json
+import os
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
     GPT2TokenizerFast,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
-from train_loop.errors import UserError, one_line
+from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
-from train_loop.lean import use_lean_modules
+from train_loop.probes import is_causal, keeps_documents_apart
+from train_loop.settings import Settings
 
 END_OF_TEXT = "<|endoftext|>"
+# architectures whose positions begin after the padding token's id: a model with 514 of them and padding 1 takes 512
+POSITIONS_AFTER_PADDING = {
+    "camembert",
+    "data2vec-text",
+    "roberta",
+    "roberta-prelayernorm",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "xmod",
+}
 
 
-def load_config(settings):
-    """The model's `PretrainedConfig`. Raises UserError where there is none, or where a block is longer than the
-    positions that the model has."""
+def load_config(settings: Settings) -> PreTrainedConfig:
+    """The model's config, with `config_overrides` in it. Raises UserError where there is none, where it is not that of
+    a causal language model, and where a block is longer than the positions that the model has."""
     if settings.gguf_file and importlib.util.find_spec("gguf") is None:
         raise UserError('gguf_file needs the package gguf: python -m pip install "gguf>=0.19"')
     if settings.model_type:
@@ -39,15 +56,19 @@ def load_config(settings):
     else:
         name = settings.model_name_or_path or settings.config_name
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
-    if settings.config_overrides:
-        _override(config, settings.config_overrides)
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions and settings.block_size > positions:
-        raise UserError(f"block_size is {settings.block_size}, but the model has {positions} positions")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
+        getattr(config, "auto_map", None) or {}
+    ):
+        raise UserError(
+            f"{settings.model_type or name}: transformers has no causal language model of the architecture "
+            f"{config.model_type}. Give a model that predicts the next token, such as gpt2 or llama"
+        )
+    _override(config, _overrides(settings))
+    _check_positions(config, settings)
     return config
 
 
-def load_tokenizer(settings, train_rows):
+def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
@@ -70,77 +91,41 @@ def load_tokenizer(settings, train_rows):
     return tokenizer
 
 
-def load_model(settings, config, tokenizer):
+def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """The causal language model in float32, with a place in its vocabulary for every token.
 
-    From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's.
-    Raises UserError where weights are missing or do not fit, or the tokenizer has tokens that the model lacks.
+    From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
+    `config_overrides` says so. Raises UserError where weights are missing or do not fit, where the tokenizer has tokens
+    that the model lacks, and where the model sees the tokens that it is to predict.
     """
     torch.manual_seed(settings.seed)
     if settings.model_name_or_path:
-        model, info = _load(
-            AutoModelForCausalLM,
-            settings.model_name_or_path,
-            settings,
-            "model",
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            # a GGUF file's blocks of few bits become numbers, once and for all: blocks cannot be trained
-            quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
-            **_origin(settings),
-        )
-        if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
-            raise UserError(
-                f"model {settings.model_name_or_path} lacks {len(missing)} of its weights, e.g. {missing[0]}"
-            )
+        model = _pretrained_model(settings, config, tokenizer)
+        causal = is_causal(model)
     else:
-        config.get_text_config().vocab_size = len(tokenizer)
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(config, name, getattr(tokenizer, name))
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
-        )
+        _fit_to_tokenizer(config, tokenizer, settings)
+        try:
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
+            )
+            causal = is_causal(model)  # the first pass: sizes that do not go together show here
+        except Exception as error:  # whatever an architecture does with sizes that it cannot have
+            raise UserError(
+                f"no {config.model_type} can be made "
+                + (f"with config_overrides {settings.config_overrides}" if settings.config_overrides else "so")
+                + f": {type(error).__name__}: {one_line(error)}"
+            ) from error
+    if not causal:
+        raise UserError(_say_not_causal(config, settings))
     if settings.tuning:
+        from train_loop.lean import use_lean_modules  # only here: without tuning no internals of transformers are used
+
         use_lean_modules(model)
-    vocab_size = model.get_input_embeddings().num_embeddings
-    if len(tokenizer) > vocab_size:
-        raise UserError(f"the tokenizer has {len(tokenizer):,} tokens, but the model's vocabulary only {vocab_size:,}")
     if settings.document_attention and not keeps_documents_apart(model):
         raise UserError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
         )
-    model.config.use_cache = False  # keys and values are for generation; put back by `save_model`
     return model
-
-
-def save_model(model, state_dict, folder):
-    """Writes the config and the weights of `state_dict`, which are `model`'s, into `folder` as `from_pretrained` and
-    generation want them."""
-    model.config.use_cache = True
-    try:
-        model.save_pretrained(folder, state_dict=state_dict)
-    finally:
-        model.config.use_cache = False
-
-
-@torch.no_grad()
-def keeps_documents_apart(model):
-    """Whether a document's logits are the same alone and after another one in a block, when `position_ids` begin anew.
-
-    Tried out, not looked up: a model may accept positions and not mask by them, or carry a state along."""
-    ids = torch.arange(12)[None] * 7 % model.get_input_embeddings().num_embeddings
-    positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
-    was_training = model.training
-    model.eval()
-    try:
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 6:]
-        alone = model(input_ids=ids[:, 6:], use_cache=False).logits
-    except TypeError:  # the model takes no positions
-        return False
-    finally:
-        model.train(was_training)
-    return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.std().item())
 
 
 def _origin(settings):
@@ -165,17 +150,121 @@ def _load(loader, name, settings, what, **options):
         ) from error
 
 
+def _pretrained_model(settings, config, tokenizer):
+    name = settings.model_name_or_path
+    model, info = _load(
+        AutoModelForCausalLM,
+        name,
+        settings,
+        "model",
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        # a GGUF file's blocks of few bits become numbers, once and for all: blocks cannot be trained
+        quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
+        **_origin(settings),
+    )
+    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
+        raise UserError(f"model {name} lacks {len(missing)} of its weights, e.g. {missing[0]}")
+    if (unused := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:  # e.g. an encoder's
+        warn(
+            f"model {name}: {type(model).__name__} has no place for {len(unused)} weights of the checkpoint, e.g. "
+            f"{unused[0]}. They are neither trained nor exported"
+        )
+    vocab_size = model.get_input_embeddings().num_embeddings
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
+    if beyond:
+        some = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (", ..." if len(beyond) > 5 else "")
+        raise UserError(
+            f"the tokenizer has tokens beyond the model's vocabulary of {vocab_size:,}: {some}. Give the model's own "
+            "tokenizer as tokenizer_name; or, where your text does not need these tokens, save the "
+            "tokenizer in a folder, delete them from added_tokens in its tokenizer.json and from "
+            "tokenizer_config.json, and give that folder"
+        )
+    return model
+
+
+def _fit_to_tokenizer(config, tokenizer, settings):
+    """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `config_overrides`
+    does not name them."""
+    overrides, text_config = _overrides(settings), config.get_text_config(decoder=True)
+    needed = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps: more than len(tokenizer)
+    if "vocab_size" not in overrides:
+        text_config.vocab_size = needed
+    elif text_config.vocab_size < needed:
+        raise UserError(
+            f"config_overrides: vocab_size is {text_config.vocab_size:,}, but the tokenizer's ids go up to "
+            f"{needed - 1:,}. Give at least {needed:,}"
+        )
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if name in overrides:
+            continue
+        token_id, problem = getattr(tokenizer, name), None
+        try:  # None too: the config's own default is a token of another vocabulary
+            setattr(config, name, token_id)
+        except StrictDataclassError as error:
+            problem = error
+        if problem or (token_id is None and name == "pad_token_id" and config.model_type in POSITIONS_AFTER_PADDING):
+            raise UserError(
+                f"{config.model_type} needs a {name}, and the tokenizer has none. Give a tokenizer that has one, or "
+                f"config_overrides with {name}=ID, the id of a token that your text does not have"
+            ) from problem
+    _check_positions(config, settings)
+
+
+def _check_positions(config, settings):
+    """Raises UserError where a block is longer than the positions that the model has."""
+    text_config = config.get_text_config(decoder=True)
+    positions = getattr(text_config, "max_position_embeddings", None) or getattr(
+        text_config, "max_target_positions", None
+    )
+    reserved = 0
+    if config.model_type in POSITIONS_AFTER_PADDING and config.pad_token_id is not None:
+        reserved = config.pad_token_id + 1
+    # XLNet says -1: any number
+    if positions and positions > 0 and settings.block_size > positions - reserved:
+        why = f" ({positions} less the {reserved} up to the padding token's id)" if reserved else ""
+        raise UserError(
+            f"block_size is {settings.block_size}, but the model has {positions - reserved} positions{why}: give "
+            "block_size that many or fewer"
+        )
+
+
+def _say_not_causal(config, settings):
+    name = settings.model_name_or_path
+    way_on = "Give a model that predicts the next token, such as gpt2 or llama"
+    for switch in ("is_decoder", "causal"):
+        if getattr(config, switch, None) is False:
+            where = f'the config.json of {name} with "{switch}": true' if name else f"config_overrides {switch}=true"
+            way_on = f"Its attention is causal with {where}"
+    return (
+        f"{name or config.model_type} is not a causal model: its logits at a position change with the tokens after it, "
+        f"so it sees the tokens that it is to predict. {way_on}"
+    )
+
+
+def _overrides(settings):
+    """`config_overrides` as {name: text}."""
+    parts = settings.config_overrides.split(",") if settings.config_overrides else []
+    return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in parts)}
+
+
 def _override(config, overrides):
-    for part in overrides.split(","):
-        name, _, text = part.strip().partition("=")
+    for name, text in overrides.items():
         old = getattr(config, name, None)
         try:
-            value = json.loads(text)
+            value = json.loads(text.lower() if text in ("True", "False", "None") else text)
         except ValueError:
             value = text
-        if not hasattr(config, name) or (isinstance(old, (int, float)) and not isinstance(value, (int, float))):
-            raise UserError(f"config_overrides: {part.strip()!r} does not fit a {config.model_type} config")
-        setattr(config, name, value)
+        try:
+            if not hasattr(config, name) or (isinstance(old, (int, float)) and not isinstance(value, (int, float))):
+                raise ValueError
+            setattr(config, name, value)
+        except (ValueError, StrictDataclassError) as error:
+            raise UserError(
+                f"config_overrides: '{name}={text}' does not fit a {config.model_type} config"
+                + (f", which has {name}={json.dumps(old, default=str)}" if hasattr(config, name) else "")
+            ) from error
 
 
 def _train_tokenizer(rows, vocab_size):

@@ -1,61 +1,164 @@
-"""The folder that a run leaves: looked at before anything slow, made when model and data are known to be good, and
-finished when its last file, all_results.json, is there."""
+"""The folder that a run leaves: locked and checked before anything slow, made when model and data are known to be good,
+and finished when its last file, all_results.json, is there and the exported files are those that it names."""
 
+import contextlib
 import json
 import os
-import shutil
+import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from train_loop.checkpoint import write_whole
-from train_loop.errors import UserError
-from train_loop.settings import as_recipe
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from train_loop import lock
+from train_loop.errors import UserError, tell
+from train_loop.publish import EXPORT_PARTIAL, damage_of_export
+from train_loop.settings import Settings, as_recipe
+from train_loop.version import code_version
+from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
+
+MARK = "train_config.yaml"  # the first file of a run, and the last that is removed
+RECORDS = ("metrics.jsonl", "all_results.json", "loss_curve.png")
+PARTIALS = [partial_of(Path(name)).name for name in (MARK, *RECORDS)] + [EXPORT_PARTIAL]
+# what `from_pretrained` wants, where no all_results.json says what was exported
+EXPORTED = (
+    r"README\.md|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
+    r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja|spiece\.model"
+)
+CHECKPOINT = r"step-\d{6,}(\.partial|\.discarded)?|pushed"
 
 
-def check_output_dir(settings):
+@contextlib.contextmanager
+def held(settings: Settings, accelerator: Accelerator) -> Iterator[None]:
+    """Holds the lock of output_dir, on the main process, for as long as the run lives. Called on every process.
+
+    Raises UserError on all of them where another run holds it, or where output_dir cannot take this run; nothing in it
+    is changed then.
+    """
+    with contextlib.ExitStack() as at_the_end:
+        problem = None
+        if accelerator.is_main_process:
+            try:
+                check_output_dir(settings)
+                if settings.output_dir and not settings.dry_run:
+                    at_the_end.enter_context(_locked(Path(settings.output_dir)))
+                    check_output_dir(settings)  # once more: a run may have ended in between
+            except UserError as error:
+                problem = str(error)
+        if problem := broadcast_object_list([problem])[0]:
+            raise UserError(problem)
+        yield
+
+
+@contextlib.contextmanager
+def _locked(path):
+    with contextlib.ExitStack() as at_the_end:
+        try:
+            at_the_end.enter_context(lock.held(path))
+        except OSError as error:
+            raise cannot_be_written(f"output_dir {path}", error) from error
+        yield
+
+
+def check_output_dir(settings: Settings) -> None:
     """Raises UserError where output_dir cannot take a new run. Changes nothing."""
     if not settings.output_dir:
         return
     path = Path(settings.output_dir)
+    if (name := utf8(str(path.absolute())).decode()) != str(path.absolute()):
+        raise UserError(f"output_dir {name} is no UTF-8, and safetensors reads no such folder: choose another name")
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
-    is_run = (path / "train_config.yaml").is_file()
-    resuming = settings.resume_from_checkpoint and is_run
-    if path.is_dir() and any(path.iterdir()) and not settings.overwrite_output_dir and not resuming:
-        way_on = "--resume_from_checkpoint auto to go on with the run in it, or " if is_run else ""
-        raise UserError(
-            f"output_dir {path} is not empty: choose another, or give {way_on}--overwrite_output_dir to delete what "
-            "is in it"
-        )
+    is_run = (path / MARK).is_file()
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
-    if not os.access(place, os.W_OK):
+    if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"output_dir {path} cannot be written: no permission in {place}")
+    if not path.is_dir() or all(entry.name in (lock.NAME, *PARTIALS) for entry in path.iterdir()):
+        return
+    if settings.overwrite_output_dir:
+        if not is_run:
+            raise UserError(
+                f"output_dir {path} is not empty, and there is no {MARK} in it: --overwrite_output_dir deletes what an "
+                "earlier run left, and this is no run's folder. Choose another one"
+            )
+        for name, inside in _inputs_in(path, settings):
+            raise UserError(
+                f"{name} {inside} is in output_dir {path}, which --overwrite_output_dir would delete: choose another "
+                "output_dir"
+            )
+    elif not (settings.resume_from_checkpoint and is_run):
+        way_on = (
+            ", or give --resume_from_checkpoint auto to resume the run in it, or --overwrite_output_dir to delete it"
+        )
+        raise UserError(f"output_dir {path} is not empty: choose another{way_on if is_run else ''}")
 
 
-def create_output_dir(settings, resuming=False):
-    """output_dir with the settings in it, and empty but for them unless `resuming`. Called once the model and the data
-    are known to be good."""
+def _inputs_in(path, settings):
+    """(setting, path) of each input of the run that is `path` or in it."""
+    names = ("train_file", "validation_file", "model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
+    for name in names:
+        value = getattr(settings, name)
+        if value and path.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
+            yield name, value
+
+
+def create_output_dir(settings: Settings, resuming: bool = False) -> None:
+    """output_dir with the settings in it; unless `resuming`, nothing of an earlier run stays. Called once the model and
+    the data are known to be good. Raises UserError where it cannot be written."""
     path = Path(settings.output_dir)
-    if settings.resume_from_checkpoint and not resuming:  # what a run left that was killed before its first checkpoint
-        (path / "metrics.jsonl").unlink(missing_ok=True)
-    if settings.overwrite_output_dir and path.is_dir():
-        for entry in path.iterdir():
-            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
     try:
         path.mkdir(parents=True, exist_ok=True)
+        exported = _results_in(path).get("exported") if settings.overwrite_output_dir else None
+        (path / "all_results.json").unlink(missing_ok=True)  # from here on the run is not finished
+        for name in PARTIALS:  # of a run that was killed
+            remove(path / name)
+        if settings.overwrite_output_dir and (path / MARK).is_file():
+            _overwrite(path, set(exported) if isinstance(exported, dict) else set())
+        elif not resuming:  # what a run left that was killed before its first checkpoint
+            (path / "metrics.jsonl").unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir {path} cannot be made: {error.strerror}") from error
-    write_whole(path / "train_config.yaml", as_recipe(settings))
+        raise cannot_be_written(f"output_dir {path}", error) from error
+    write_whole(path / MARK, f"# written by train_loop {code_version()}\n{as_recipe(settings)}")
 
 
-def write_results(output_dir, results):
-    """all_results.json, which says that a run is finished, or what an evaluation gave."""
+def _overwrite(path, exported):
+    """Removes what a run makes, but for its mark, and says what stays. `exported`: the names of files of a model."""
+    for checkpoint in path.glob("checkpoints/*"):
+        if re.fullmatch(CHECKPOINT, checkpoint.name):
+            remove(checkpoint)
+    with contextlib.suppress(OSError):  # it is not there, or something else is in it
+        (path / "checkpoints").rmdir()
+    for entry in path.iterdir():
+        if entry.name in {*RECORDS, "tensorboard"} | exported or re.fullmatch(EXPORTED, entry.name):
+            remove(entry)
+    if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in (MARK, lock.NAME)):
+        tell(f"what no run made stays in {path}: {', '.join(foreign)}")
+
+
+def write_results(output_dir: str, results: dict) -> None:
+    """all_results.json, which says that a run is finished, or what an evaluation gave. Raises UserError."""
+    results = {**results, "train_loop": code_version()}
     write_whole(Path(output_dir) / "all_results.json", json.dumps(results, indent=2) + "\n")
 
 
-def is_finished(output_dir, step=None):
-    """Whether the run in `output_dir` was exported, with `step` as its last step if that is given."""
+def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | None, str | None]:
+    """Of a finished run in output_dir that is to be resumed: (its last step, what is wrong with the files that it
+    exported), each None where there is nothing to say. Called on every process, and the same on all."""
+    step = damage = None
+    if accelerator.is_main_process and settings.resume_from_checkpoint:
+        results = _results_in(Path(settings.output_dir))
+        if isinstance(results.get("step"), int):
+            step, damage = results["step"], damage_of_export(Path(settings.output_dir))
+    return tuple(broadcast_object_list([step, damage]))
+
+
+def _results_in(path):
+    """The content of all_results.json; {} where there is none that can be read."""
     try:
-        results = json.loads((Path(output_dir) / "all_results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return step is None or results.get("step") == step
+        return read_object(path / "all_results.json")
+    except FileNotFoundError:
+        return {}
+    except UserError as error:
+        tell(f"{error}. The run counts as not finished")
+        return {}

@@ -19,12 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from train_loop import launch, loop
 from train_loop.checkpoint import Checkpoints
-from train_loop.data import Windows
-from train_loop.evaluate import evaluate
-from train_loop.loss import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE, next_token_loss
+from train_loop.evaluate import evaluate_splits
+from train_loop.head import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE
+from train_loop.loss import next_token_loss
 from train_loop.memory import available_bytes, peak_memory_gib, resident_bytes
+from train_loop.micro_batch import trial_batch
 from train_loop.position import Position
 from train_loop.report import Metrics
+from train_loop.services import Services
 
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
@@ -103,9 +105,7 @@ def working_bytes(model, split, settings, accelerator):
     size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
     peaks = []
     for num_blocks in (size, 2 * size):
-        blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
-        window = Windows(split.blocks, blocks, num_blocks, 1, document_end=split.document_end)[0]
-        batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
+        batch = trial_batch(split, num_blocks, accelerator.device)
         with torch.random.fork_rng(), accelerator.no_sync(model):
             with LiveBytes(*model.parameters(), *model.buffers(), *batch.values()) as counted:
                 for _ in range(min(settings.gradient_accumulation_steps, 2)):  # gradients are there in the second
@@ -116,7 +116,7 @@ def working_bytes(model, split, settings, accelerator):
     return peaks[0] - size * per_block, per_block, peaks[1]
 
 
-def measure(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop):
+def measure(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop):
     """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
     micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them."""
     world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
@@ -126,21 +126,32 @@ def measure(model, optimizer, scheduler, train_split, eval_split, settings, acce
         gradient_accumulation_steps=accumulation,
         max_train_steps=num_steps,
         eval_steps=num_steps,
+        eval_delay=0.0,
         logging_steps=1,
         checkpointing_steps="none",
     )
     batch = settings.per_device_eval_batch_size * world_size
-    few_blocks = dataclasses.replace(eval_split, blocks=eval_split.blocks[: 2 * batch])
+    few_blocks = {n: dataclasses.replace(split, blocks=split.blocks[: 2 * batch]) for n, split in eval_splits.items()}
     metrics, checkpoints = Metrics("", num_steps, is_main=False), Checkpoints(few, accelerator)
-    data, surroundings = (train_split, few_blocks), (few, accelerator, metrics, checkpoints, stop)
-    loop.train(model, optimizer, scheduler, Position(), *data, *surroundings)
+    services = Services(accelerator, metrics, checkpoints, stop)
+    loop.train(
+        model=model,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        position=Position(),
+        train_split=train_split,
+        eval_splits=few_blocks,
+        settings=few,
+        services=services,
+    )
     device = accelerator.device
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_gib() * GIB
 
     lines = [line for line in metrics.lines if "loss" in line]
     tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
     blocks_of_step = few.blocks_per_step(world_size)
-    of_step = blocks_of_step * max(tokens) / min(blocks_of_step, train_split.num_blocks or blocks_of_step)
+    num_blocks = train_split.blocks_in_epoch(settings.seed) or blocks_of_step
+    of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
 
     def seconds_of(deed):
@@ -150,8 +161,10 @@ def measure(model, optimizer, scheduler, train_split, eval_split, settings, acce
         accelerator.wait_for_everyone()
         return time.perf_counter() - began
 
-    evaluation = seconds_of(lambda: evaluate(model, few_blocks, settings, accelerator))
-    evaluation *= math.ceil(len(eval_split.blocks) / batch) / math.ceil(len(few_blocks.blocks) / batch)
+    num_batches, num_tried = (
+        sum(math.ceil(split.num_blocks / batch) for split in splits.values()) for splits in (eval_splits, few_blocks)
+    )
+    evaluation = seconds_of(lambda: evaluate_splits(model, few_blocks, settings, accelerator)) * num_batches / num_tried
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     once = seconds_of(lambda: [accelerator.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()])
@@ -165,7 +178,7 @@ def measure(model, optimizer, scheduler, train_split, eval_split, settings, acce
     return {"step": step, "evaluation": evaluation, "exchange": exchange, "peak": peak}
 
 
-def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop):
+def print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop):
     """Prints the plan on the main process; to be called on all. Trains `model` a few steps: not to be used further."""
     say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
@@ -206,9 +219,11 @@ def print_plan(model, optimizer, scheduler, train_split, eval_split, settings, a
         say("limit       memory: the micro-batch does not fit, and no step is tried. Give --auto_micro_batch")
         return
 
-    found = measure(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
-    num_blocks = train_split.num_blocks  # None of a stream: its evaluations at an epoch's end are not counted
-    num_steps, per_epoch = loop.num_steps(num_blocks, settings, W), loop.steps_per_epoch(num_blocks, settings, W)
+    found = measure(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
+    num_blocks = train_split.blocks_in_epoch(
+        settings.seed
+    )  # None of a stream: its evaluations at an epoch's end are not counted
+    num_steps, per_epoch = settings.num_steps(num_blocks, W), settings.steps_per_epoch(num_blocks, W)
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
     num_blocks_seen = num_steps * per_step

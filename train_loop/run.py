@@ -12,14 +12,16 @@ from train_loop import best, launch, loop, memory, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Stream, load_rows, load_source, load_split
 from train_loop.errors import UserError
-from train_loop.evaluate import evaluate
-from train_loop.loss import put_loss_in_head
+from train_loop.evaluate import evaluate_splits
+from train_loop.head import head_of
+from train_loop.loss_check import check_loss
 from train_loop.micro_batch import fit_micro_batch
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
+from train_loop.services import Services
 
 
 def run(settings, stop, repository=None):
@@ -28,19 +30,19 @@ def run(settings, stop, repository=None):
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
     pushed. Raises UserError for what the user can mend, and Stopped.
     """
-    launch.stop_with_launcher()
     accelerator = launch.build_accelerator(settings)
     is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
     with contextlib.ExitStack() as at_the_end:
-        at_the_end.callback(accelerator.end_training)  # without it a run of several CPU processes aborts at exit
+        at_the_end.push(launch.end_training(accelerator))
         settings = launch.after_restart(settings, accelerator)
-        output_dir.check_output_dir(settings)
+        at_the_end.enter_context(output_dir.held(settings, accelerator))
 
         # settings -> rows -> blocks
         config = load_config(settings)
         train_rows, eval_rows, held_out = (load_source if settings.streaming else load_rows)(settings)
         tokenizer = load_tokenizer(settings, train_rows)
         eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
+        eval_splits = {"validation": eval_split}  # the first decides about the best model; more are evaluated beside it
         if settings.streaming and not settings.eval_only:
             train_split = Stream(train_rows, tokenizer, settings)
         elif not settings.eval_only:
@@ -49,75 +51,78 @@ def run(settings, stop, repository=None):
 
         # -> model
         model = load_model(settings, config, tokenizer)
-        if not put_loss_in_head(model):
-            accelerator.print("loss        through whole logits: without them this model's loss would be another one")
+        for remark in head_of(model).remarks:
+            accelerator.print(f"loss        {remark}")
         launch.compile_in_place(model, accelerator)
         if settings.eval_only:
-            evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress)
+            evaluate_only(model, eval_splits, settings, accelerator, held_out, show_progress)
             return False
 
         # -> optimizer
-        run_length = train_split.num_blocks, settings, accelerator.num_processes
-        per_epoch, num_steps = loop.steps_per_epoch(*run_length), loop.num_steps(*run_length)
+        run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
+        per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
-        scheduler = build_scheduler(optimizer, settings, num_steps)
-        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator)
+        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
         model, optimizer = launch.prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
+        for remark in check_loss(model, train_split, settings, accelerator):
+            accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
-        whole, splits = accelerator.unwrap_model(model), [train_split, eval_split]
+        whole, splits = accelerator.unwrap_model(model), [train_split, *eval_splits.values()]
         arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
         if settings.dry_run:
             from train_loop.plan import print_plan
 
             accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
-            print_plan(model, optimizer, scheduler, train_split, eval_split, settings, accelerator, stop)
+            scheduler = build_scheduler(optimizer, settings, num_steps)
+            print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
             return False
 
         # -> where an earlier run was
         checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
-        log = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
-        at_the_end.callback(log.trackers.finish)
-        path = checkpoints.find()
+        metrics = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
+        at_the_end.callback(metrics.trackers.finish)
+        path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:
             position = checkpoints.position_of(path)
-            is_done = position.step == best.last_step(position, num_steps, settings)
-            if is_done and output_dir.is_finished(settings.output_dir, position.step):
+            is_done = position.step == best.last_step(position, num_steps, settings) == finished_step
+            if is_done and damage:
+                accelerator.print(f"the model in {settings.output_dir} is exported again: {damage}")
+            elif is_done:
                 accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
                 if position.step < num_steps:
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True
-            checkpoints.restore(path, position, model, optimizer, scheduler, log)
-        elif settings.resume_from_checkpoint and output_dir.is_finished(settings.output_dir):
+            checkpoints.restore(path, position, model, optimizer, metrics)
+        elif settings.resume_from_checkpoint and finished_step is not None:
             where = f"output_dir {settings.output_dir}"
-            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to go on from")
+            damage = f". Its model is damaged: {damage}" if damage else ""
+            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}")
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
+            if path:
+                metrics.write_lines()
             print(arithmetic, flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
-            log.trackers.start(log.lines, position.step if path else None)
+            metrics.trackers.start(metrics.lines, position.step if path else None)
 
         # -> loop
+        scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
         publisher = Publisher(settings, tokenizer, accelerator, repository, held_out)
         at_the_end.callback(publisher.end)
         stop.defer(settings.ddp_timeout)
         loop.train(
-            model,
-            optimizer,
-            scheduler,
-            position,
-            train_split,
-            eval_split,
-            settings,
-            accelerator,
-            log,
-            checkpoints,
-            stop,
-            publisher,
-            samples,
+            model=model,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            position=position,
+            train_split=train_split,
+            eval_splits=eval_splits,
+            settings=settings,
+            services=Services(accelerator, metrics, checkpoints, stop, publisher, samples),
         )
 
         # -> export
@@ -126,20 +131,20 @@ def run(settings, stop, repository=None):
         step, evaluation = best.load_best(checkpoints, position, model)
         if settings.load_best_model_at_end:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
-        results = log.finish(evaluation, checkpoints.seconds) | memory.peaks()
-        publisher.export_model(model, log.lines, results)
+        results = metrics.finish(evaluation, checkpoints.seconds) | memory.peaks()
+        exported = publisher.export_model(model, metrics.lines, results)
         if is_main:
-            output_dir.write_results(settings.output_dir, results)
+            output_dir.write_results(settings.output_dir, {**results, "exported": exported})
             print(f"done: {settings.output_dir}. Generate text with")
             print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
         return True
 
 
-def evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress):
+def evaluate_only(model, eval_splits, settings, accelerator, held_out, show_progress):
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
-    accelerator.print(banner(settings, accelerator, model, [eval_split], held_out), flush=True)
+    accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
     model, began = launch.prepare(accelerator, model), time.perf_counter()
-    results = evaluate(model, eval_split, settings, accelerator, show_progress)
+    results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)
     results["eval_runtime"] = time.perf_counter() - began  # seconds
     results |= memory.peak_device_memory_gib()
     accelerator.print(table(results))

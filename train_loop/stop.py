@@ -1,28 +1,44 @@
-"""The signal that asks a run to stop. Imports nothing heavy: it is listened to from the beginning."""
+"""The signal that asks a run to stop, and the launcher that it must not outlive. Imports nothing heavy: both are
+watched from the beginning."""
 
+import ctypes
+import os
 import signal
+import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 
 
 class Stopped(BaseException):
-    """The run ends early because it was asked to; the argument says what there is to resume from, "" if nothing."""
+    """The run ends early because it was asked to. The argument says how far it came. `checkpoint` is the folder to
+    resume from, None where there is none."""
+
+    def __init__(self, message: str = "", checkpoint: Path | None = None):
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 class StopSignal:
-    """SIGTERM, SIGINT and SIGUSR1 as a wish that the loop looks at after each step and in evaluation.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a wish that the loop looks at after each step and in evaluation.
 
     Until `deferred` is set there is nothing to save, and the signal raises `Stopped` at once. A second Ctrl-C always
     does; within a second of the first it counts as the same one, which a launcher passes on beside the terminal.
+    One of several processes is then ended by the system itself: a process that waits in C code for its peers to join
+    runs no handler, and the launcher would wait for it half a minute.
+    A SIGHUP that was ignored (nohup) stays ignored.
     """
 
-    # Windows lacks the last one
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+    # Windows lacks the last two
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __enter__(self):
         self.number, self.since, self.deferred = 0, 0.0, False
         self.group, self.timeout = None, None
-        self.previous = {number: signal.signal(number, self._receive) for number in self.SIGNALS}
+        listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
+        handler = signal.SIG_DFL if int(os.environ.get("WORLD_SIZE", 1)) > 1 else self._receive
+        self.previous = {number: signal.signal(number, handler) for number in listened}
         return self
 
     def __exit__(self, *error):
@@ -34,13 +50,16 @@ class StopSignal:
         if not self.number:
             self.number, self.since = number, time.monotonic()
         if again or not self.deferred:
-            raise Stopped("")
+            raise Stopped
 
-    def defer(self, timeout):
+    def defer(self, timeout: float):
         """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""
         self.deferred, self.timeout = True, timeout
+        for number in self.previous:
+            signal.signal(number, self._receive)
+        end_with_launcher(signal.SIGTERM)  # from now on there is something to save
 
-    def agreed(self, accelerator):
+    def agreed(self, accelerator) -> bool:
         """Whether any process was asked to stop: the same answer on all of them."""
         if accelerator.num_processes == 1:
             return bool(self.number)
@@ -56,5 +75,41 @@ class StopSignal:
         return bool(self.number)
 
     @property
-    def name(self):
+    def name(self) -> str:
         return signal.Signals(self.number).name if self.number else ""
+
+
+# `accelerate launch` of one process, and of several, and torchrun each set one of them; a shell sets none
+LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}
+
+
+def end_with_launcher(number: int):
+    """Asks Linux to send this process the signal `number` when the launcher that started it dies; a launcher that is
+    gone already counts as a SIGTERM now. Without a launcher it does nothing.
+
+    Before there is anything to save the signal is SIGKILL: a process that waits for its peers in C code answers to no
+    other one.
+    """
+    if sys.platform != "linux" or not LAUNCHED & os.environ.keys():
+        return
+    set_parent_death_signal = 1
+    ctypes.CDLL(None).prctl(set_parent_death_signal, number)
+    if not has_launcher():  # it died before the line above
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def has_launcher() -> bool:
+    """Whether a Python is among the processes above this one. Launchers are; a process whose launcher died belongs to
+    the system's first process, or to another one that takes in orphans."""
+    pid = os.getppid()
+    while pid > 0:
+        try:
+            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+            if "python" in Path(os.readlink(f"/proc/{pid}/exe")).name:
+                return True
+        except PermissionError:  # another user's: no launcher of ours
+            pass
+        except OSError:  # it has just died; or there is no /proc, and nothing can be known
+            return not Path("/proc/self/stat").exists()
+        pid = parent
+    return False

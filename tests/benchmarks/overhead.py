@@ -31,6 +31,7 @@ from train_loop.loss import next_token_loss, put_loss_in_head  # noqa: E402
 from train_loop.optim import build_optimizer, build_scheduler  # noqa: E402
 from train_loop.position import Position  # noqa: E402
 from train_loop.report.metrics import Metrics  # noqa: E402
+from train_loop.services import Services  # noqa: E402
 from train_loop.settings.settings import Settings  # noqa: E402
 
 VOCAB, BLOCK, BATCH = 512, 128, 8
@@ -74,15 +75,20 @@ def our_run(blocks, num_steps, accumulation=1):
         )
         accelerator = Accelerator(cpu=True)
         optimizer = build_optimizer(model, settings)
-        scheduler = build_scheduler(optimizer, settings, num_steps)
         model, optimizer = accelerator.prepare(model, optimizer)
         metrics = Metrics(folder, num_steps, is_main=True)
         position = Position(evaluated_step=0)
         began = time.perf_counter()
-        splits = Split("training", blocks), Split("validation", blocks[:1])
-        checkpoints = Checkpoints(settings, accelerator)
-        arguments = settings, accelerator, metrics, checkpoints, NoSignal()
-        loop.train(model, optimizer, scheduler, position, *splits, *arguments)
+        loop.train(
+            model=model,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, settings, num_steps),
+            position=position,
+            train_split=Split("training", blocks),
+            eval_splits={"validation": Split("validation", blocks[:1])},
+            settings=settings,
+            services=Services(accelerator, metrics, Checkpoints(settings, accelerator), NoSignal()),
+        )
         return time.perf_counter() - began, model.state_dict(), metrics.train_loss
 
 

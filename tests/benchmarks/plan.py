@@ -30,9 +30,9 @@ TIMED = """
 import sys, time
 from train_loop import loop
 plain = loop.train
-def timed(*arguments):
+def timed(**arguments):
     began = time.perf_counter()
-    result = plain(*arguments)
+    result = plain(**arguments)
     print("LOOP", time.perf_counter() - began, flush=True)
     return result
 loop.train = timed

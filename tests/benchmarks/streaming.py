@@ -72,19 +72,18 @@ def go_through(arguments):
 
     from train_loop import model
     from train_loop.data import sources, streaming
-    from train_loop.position import Position
+    from train_loop.position import Place
     from train_loop.settings import command_line
 
     settings = command_line.read_settings(arguments)
     source = sources.load_source(settings)[0]
     stream = streaming.Stream(source, model.load_tokenizer(settings, None), settings)
-    position, points, tokens, began = Position(), [], 0, time.perf_counter()
+    points, tokens, began = [], 0, time.perf_counter()
     size = sum(size for size, _ in source.files.seen.values())
     one = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
-    for window in stream.windows(settings, one, position):
-        position.window += 1
-        tokens += window["input_ids"].numel()
-        byte = position.stream["place"][1]
+    for window in stream.windows(Place(), settings, one):
+        tokens += window.tensors["input_ids"].numel()
+        byte = window.end.stream["place"][1]
         if byte >= size * len(points) / 20:  # of a group, this is the place where it begins
             points.append((resident_set(), byte / 1e6, time.perf_counter() - began))
     points.append((resident_set(), size / 1e6, time.perf_counter() - began))

@@ -1,12 +1,12 @@
 """Checkpoints: what is needed to continue a run, whole or not there.
 
-checkpoint.py   save, find, restore          durable.py       files that are whole or not there
+checkpoint.py   save, find, restore          durable.py       folders that are whole or not there
 identity.py     does it belong to this run   sharded.py       state of which each process holds a part
 random_state.py random states of a process
 """
 
 from train_loop.checkpoint.checkpoint import Checkpoints, load_weights
-from train_loop.checkpoint.durable import damage, name_of, write_whole
+from train_loop.checkpoint.durable import damage, damage_of_files, flushed, name_of
 from train_loop.checkpoint.identity import run_identity
 from train_loop.checkpoint.sharded import Shares, named_tensors, unsharded, unsharded_tensors
 
@@ -14,11 +14,12 @@ __all__ = [
     "Checkpoints",
     "Shares",
     "damage",
+    "damage_of_files",
+    "flushed",
     "load_weights",
     "name_of",
     "named_tensors",
     "run_identity",
     "unsharded",
     "unsharded_tensors",
-    "write_whole",
 ]

@@ -4,7 +4,7 @@
         model.safetensors       every parameter and buffer by its name; a tied weight once
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
-        state.json              position, metrics, random states of every process, scaler, settings, versions
+        state.json              format, position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
 A checkpoint is written to a folder of another name, flushed to the disk, and renamed; only then are older ones removed.
@@ -12,10 +12,10 @@ So a kill at any instant leaves the one before it whole. The learning rate needs
 step.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
-import shutil
 import time
 from collections import defaultdict
 from importlib.metadata import version
@@ -25,21 +25,24 @@ import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
 from train_loop.checkpoint.durable import (
+    checkpoints_in,
     damage,
     discard,
     flushed,
     manifest_of,
     name_of,
     put_in_place,
-    steps_in,
     write_manifest,
 )
 from train_loop.checkpoint.identity import differences
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Shares, is_sharded, named_tensors, write_share
-from train_loop.errors import UserError, tell
-from train_loop.optim import move_scheduler
+from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
+from train_loop.version import code_version
+from train_loop.whole import remove
+
+FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know
 
 
 class Checkpoints:
@@ -50,6 +53,7 @@ class Checkpoints:
         self.settings, self.accelerator, self.identity = settings, accelerator, identity
         self.folder = Path(settings.output_dir) / "checkpoints"
         self.latest = None  # the last one that this process saved or resumed from
+        self.resumed_step = math.inf  # what is newer than it goes with the first save: the run takes another way
         self.seconds = 0.0  # spent on saving
 
     def is_due(self, position, last_step):
@@ -67,6 +71,8 @@ class Checkpoints:
         rng = gather_object([rng_state()])
         scaler = self.accelerator.scaler
         state = {
+            "format": FORMAT,
+            "train_loop": code_version(),
             "position": dataclasses.asdict(position),
             "metrics": metrics.state_dict(),
             "rng": rng,
@@ -91,7 +97,8 @@ class Checkpoints:
             self._together(step, is_main, lambda: self._finish(partial, position, state, written))
         finally:
             if is_main:
-                shutil.rmtree(partial, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    remove(partial)
 
     def _together(self, step, does_it, deed):
         """Runs `deed` where `does_it`, and returns what it returned there. Raises UserError on all processes where it
@@ -122,7 +129,7 @@ class Checkpoints:
     def _begin(self, partial):
         self.folder.mkdir(exist_ok=True)
         for leftover in self.folder.glob("*.partial"):
-            shutil.rmtree(leftover)
+            remove(leftover)
         partial.mkdir()
 
     def _write_tensors(self, partial, tensors, optimizer_tensors, sharded):
@@ -141,25 +148,29 @@ class Checkpoints:
         eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
         best_step = position.best_step if self.settings.load_best_model_at_end else None
         write_manifest(partial, {"step": position.step, "eval_loss": eval_loss, "best_step": best_step}, files)
+        for step, path in checkpoints_in(self.folder):
+            if step > self.resumed_step:
+                discard(path)
+        self.resumed_step = math.inf
         put_in_place(partial)
         self._rotate()
 
     def _rotate(self):
-        """Keeps the newest, the best that each of them goes back to, and the best of all."""
-        steps, limit = steps_in(self.folder), self.settings.checkpoints_total_limit
-        manifests = {step: manifest_of(self.folder / name_of(step)) for step in steps}
+        """Keeps the newest, the best that each of them goes back to, and the best of all. Raises OSError."""
+        found, limit = checkpoints_in(self.folder), self.settings.checkpoints_total_limit
+        manifests = {step: manifest_of(path) for step, path in found}
         losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
         best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-        newest = steps[-limit:] if limit else steps
+        newest = sorted(manifests)[-limit:] if limit else list(manifests)
         kept = {
             *newest,
             *(manifests[step].get("best_step") for step in newest),
             *(step for _, step in sorted(best)[:1]),
         }
-        for path in [self.folder / name_of(step) for step in steps if step not in kept]:
+        for path in [path for step, path in found if step not in kept]:
             discard(path)
         for path in self.folder.glob("*.discarded"):
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
     def find(self):
         """The checkpoint to go on from, or None for a new run; the same on every process. Says on stderr which
@@ -184,14 +195,13 @@ class Checkpoints:
             if reason := damage(Path(wanted)):
                 raise UserError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
             return wanted
-        steps = steps_in(self.folder)
-        for step in reversed(steps):
-            path = self.folder / name_of(step)
+        found = checkpoints_in(self.folder)
+        for _, path in reversed(found):
             reason = damage(path)
             if not reason:
                 return str(path)
             tell(f"{path} is damaged ({reason}): looking for the one before it")
-        if steps:
+        if found:
             raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
         return None
 
@@ -199,11 +209,16 @@ class Checkpoints:
         """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        position = Position(**state["position"])
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{path} is a checkpoint of format {state.get('format', 1)}, and this version of train_loop reads "
+                f"format {FORMAT}: resume it with the version that wrote it ({state.get('train_loop', 'an older one')})"
+            )
+        position = Position.from_dict(state["position"], self.accelerator.is_main_process)
         self._compare(state, position)
         return position
 
-    def restore(self, path, position, model, optimizer, scheduler, metrics):
+    def restore(self, path, position, model, optimizer, metrics):
         """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if self.settings.load_best_model_at_end and position.best:
@@ -216,7 +231,6 @@ class Checkpoints:
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
         load_optimizer(path, model, optimizer, state["optimizer"])
-        move_scheduler(scheduler, position.step)
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         metrics.load_state_dict(state["metrics"])
@@ -226,13 +240,15 @@ class Checkpoints:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
                 tell(f"random states are of {len(state['rng'])} processes: dropout goes on from new ones")
-        if self.accelerator.is_main_process:
-            for step in steps_in(self.folder):  # damaged, or of a run that went on from here before
-                if step > position.step:
-                    discard(self.folder / name_of(step))
+        self.resumed_step = position.step
+        if self.accelerator.is_main_process and all(step <= position.step for step, _ in checkpoints_in(self.folder)):
+            try:
+                self._rotate()  # a kill may have come between a save and the removal of older ones
+            except OSError as error:
+                warn(f"older checkpoints cannot be removed: {one_line(error)}")
 
     def _compare(self, state, position):
-        fixed, changed, others = differences(state, self.identity, self.settings)
+        fixed, changed, bits, others = differences(state, self.identity, self.settings)
         if fixed:
             raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
         if changed and not self.settings.resume_with_changes:
@@ -245,6 +261,10 @@ class Checkpoints:
             raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
         if self.accelerator.is_main_process and changed + others:
             tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
+        if self.accelerator.is_main_process and bits:
+            tell(
+                f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"
+            )
 
     def say_latest(self):
         """A clause for messages about a run that ends here."""

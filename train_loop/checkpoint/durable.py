@@ -1,26 +1,21 @@
-"""Files and folders that are whole or not there, at whatever instant a process is killed.
+"""Checkpoints' folders that are whole or not there, at whatever instant a process is killed.
 
-A file is written beside its place and renamed. A checkpoint's folder, which must outlive the machine's power too, is
-flushed to the disk before that, its manifest last. What is to be removed is renamed first.
+A checkpoint's folder must outlive the machine's power too: it is flushed to the disk, its manifest last, and then
+renamed. What is to be removed is renamed first.
 """
 
 import hashlib
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 
-
-def write_whole(path, text):
-    """Writes `text` beside `path` first, then renames: a reader never finds half a file."""
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+from train_loop.errors import UserError
+from train_loop.whole import read_object, remove
 
 
-def flush(path):
+def flush(path: Path) -> None:
     """Waits until a file's or a folder's content is on the disk."""
     on_windows = sys.platform == "win32"
     if on_windows and path.is_dir():  # it opens no folders; its NTFS keeps a journal of names
@@ -32,13 +27,13 @@ def flush(path):
         os.close(descriptor)
 
 
-def flushed(path):
+def flushed(path: Path) -> dict:
     """The manifest's entry for a file, when that is on the disk."""
     flush(path)
     return {"size": path.stat().st_size, "blake2b": digest_of_file(path)}
 
 
-def write_manifest(folder, entries, files):
+def write_manifest(folder: Path, entries: dict, files: dict) -> None:
     """Writes the manifest of a checkpoint that is complete but for it. `files`: {name: what `flushed` gave}."""
     manifest = {**entries, "files": files}
     manifest["blake2b"] = digest_of_manifest(manifest)
@@ -47,7 +42,7 @@ def write_manifest(folder, entries, files):
     flush(folder)
 
 
-def put_in_place(partial):
+def put_in_place(partial: Path) -> None:
     """Renames a folder `step-000500.partial` to what it is to be called."""
     final = partial.with_suffix("")
     if final.exists():  # left from a run that went another way; no promise is on it
@@ -56,51 +51,74 @@ def put_in_place(partial):
     flush(final.parent)
 
 
-def discard(path):
+def discard(path: Path) -> None:
     """Renames a checkpoint that will be removed: a kill while its files go leaves nothing that looks like one."""
     discarded = path.with_name(f"{path.name}.discarded")
-    shutil.rmtree(discarded, ignore_errors=True)
+    remove(discarded)
     os.rename(path, discarded)
 
 
-def name_of(step):
+def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def steps_in(folder):
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, path) of each checkpoint in `folder`, oldest first, whole or not. The step is the manifest's, where that
+    can be read: a folder may have been renamed."""
+    paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return sorted((manifest_of(path).get("step", int(path.name.removeprefix("step-"))), path) for path in paths)
+
+
+def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, oldest first, whole or not."""
-    matches = [re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*")]
-    return sorted(int(match[1]) for match in matches if match)
+    return [step for step, _ in checkpoints_in(folder)]
 
 
-def manifest_of(path):
-    """The manifest of a checkpoint, not verified; {} if it cannot be read."""
+def manifest_of(path: Path) -> dict:
+    """The manifest of a checkpoint as it was written; {} if it is missing or damaged. The other files are not read."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        return manifest if isinstance(manifest, dict) else {}
-    except (OSError, ValueError):
+        return _verified_manifest(path)
+    except (UserError, OSError):
         return {}
 
 
-def damage(path):
-    """Why the folder `path` is no whole checkpoint, or None. Reads every file."""
+def _verified_manifest(path):
+    manifest = read_object(path / "manifest.json")
+    if manifest.get("blake2b") != digest_of_manifest(manifest):
+        raise UserError("manifest.json is not as it was written")
+    return manifest
+
+
+def damage(path: Path) -> str | None:
+    """Why the folder `path` is no whole checkpoint, or None. Reads every file that the manifest names."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        if manifest["blake2b"] != digest_of_manifest(manifest):
-            return "manifest.json is not as it was written"
-        for name, entry in manifest["files"].items():
-            if (path / name).stat().st_size != entry["size"]:
-                return f"{name} has {(path / name).stat().st_size:,} bytes instead of {entry['size']:,}"
-            if digest_of_file(path / name) != entry["blake2b"]:
+        return damage_of_files(path, _verified_manifest(path)["files"])
+    except FileNotFoundError:
+        return "manifest.json is missing" if path.exists() else "there is no such folder"
+    except UserError as error:
+        return str(error)
+
+
+def damage_of_files(folder: Path, files: dict) -> str | None:
+    """Which of `files`, {name: its size and digest}, is not in `folder` as it was written, in a clause; None if all
+    are. Reads every file."""
+    for name, entry in files.items():
+        try:
+            size = (folder / name).stat().st_size
+            if size != entry["size"]:
+                return f"{name} has {size:,} bytes instead of {entry['size']:,}"
+            if digest_of_file(folder / name) != entry["blake2b"]:
                 return f"{name} is not as it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read: {type(error).__name__}"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+        except (KeyError, TypeError, ValueError):
+            return f"the size and digest of {name} cannot be read"
     return None
 
 
-def digest_of_file(path):
+def digest_of_file(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
         while chunk := file.read(1 << 22):
@@ -108,6 +126,6 @@ def digest_of_file(path):
     return digest.hexdigest()
 
 
-def digest_of_manifest(manifest):
+def digest_of_manifest(manifest: dict) -> str:
     rest = {name: value for name, value in manifest.items() if name != "blake2b"}
     return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=16).hexdigest()

@@ -3,36 +3,68 @@
 import dataclasses
 import hashlib
 import json
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
 
 # what may differ from a checkpoint when the user asks for it; the rest of an identity may not
 CHANGEABLE = {
     "num_steps",
     "learning_rate",
     "lr_scheduler_type",
+    "lr_scheduler_kwargs",
     "num_warmup_steps",
+    "warmup_ratio",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "label_smoothing_factor",
     "mixed_precision",
     "tf32",
     "training files' times of change",
+    "optimizer",
+    "optimizer's options",
 }
 # what decides about the model that is exported, where it need not be the last of all steps
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
-CHANGEABLE |= SELECTING | {"eval_steps", "eval_stride", "validation blocks"}
+CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
+# what a resumed run is bit for bit equal under: told where it differs, never refused
+PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
+CODE = ("loss.py", "head.py", "optim.py", "loop.py")  # in the package's folder, where they exist
 
 
-def run_identity(settings, model, split, eval_split, num_steps, accelerator):
-    """What decides about the weights of a run, by name: a checkpoint goes on only under the same. Paths and names do
-    not: the blocks themselves and the model's config do."""
+def same_bits(settings) -> dict:
+    """By name, what decides about the last bits of a result: threads, tuning, versions, and the code of the step."""
+    folder = Path(__file__).parent.parent
+    code = {name: folder / name for name in CODE if (folder / name).is_file()}
+    return {
+        "CPU threads of a process": torch.get_num_threads(),
+        "tuning": settings.tuning,
+        **{f"version of {package}": version(package) for package in PACKAGES},
+        **{f"code of {name}": hashlib.blake2b(path.read_bytes()).hexdigest()[:12] for name, path in code.items()},
+    }
+
+
+def optimizer_identity(optimizer) -> dict:
+    """The class of an optimizer, and the options that its groups have: a state of another class means other things."""
+    options = sorted({name for group in optimizer.param_groups for name in group} - {"params", "initial_lr"})
+    kind = type(optimizer)
+    return {"optimizer": f"{kind.__module__}.{kind.__qualname__}", "optimizer's options": ", ".join(options)}
+
+
+def run_identity(settings, model, split, eval_split, num_steps, accelerator, optimizer) -> dict:
+    """What decides about the weights of a run, by name: a checkpoint can be resumed only under the same. Paths and
+    names do not: the blocks themselves and the model's config do. `optimizer` is not prepared yet. "same bits" is told
+    where it differs, and not refused."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
     if settings.load_best_model_at_end or settings.early_stopping_patience:
         values["validation blocks"] = eval_split.digest()
     else:  # evaluations decide about nothing
-        del values["eval_steps"], values["eval_stride"]
+        del values["eval_delay"], values["eval_steps"], values["eval_stride"]
     return {
         **values,
         **split.identity(),
@@ -41,21 +73,30 @@ def run_identity(settings, model, split, eval_split, num_steps, accelerator):
         "blocks in an optimizer step": settings.blocks_per_step(accelerator.num_processes),
         "num_steps": num_steps,
         "mixed_precision": accelerator.mixed_precision,
+        **optimizer_identity(optimizer),
+        "same bits": same_bits(settings),
     }
 
 
 def differences(state, new, settings):
-    """(fixed, changed, others) between a checkpoint's `state` and a run that would go on from it, a clause each: what
-    makes it another run, what changes its result and may be wanted, and settings that decide about nothing."""
+    """(fixed, changed, bits, others) between a checkpoint's `state` and a run that would resume from it, a clause each:
+    what makes it a different run, what changes its result and may be wanted, what may change the last bits of its
+    result, and settings that have no effect on it."""
     old = state["identity"]
+    old_bits, new_bits = old.get("same bits", {}), new.get("same bits", {})
+    bits = [
+        f"{name}: {old_bits.get(name)} -> {new_bits.get(name)}"
+        for name in {**old_bits, **new_bits}
+        if old_bits.get(name) != new_bits.get(name)
+    ]
     # a setting that is newer than the checkpoint had its default
-    old = {name: old.get(name, getattr(type(settings), name, None)) for name in new}
-    clauses = {name: f"{name}: {old[name]} -> {new[name]}" for name in new if old[name] != new[name]}
+    old = {name: old.get(name, getattr(type(settings), name, None)) for name in new if name != "same bits"}
+    clauses = {name: f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
     values = dataclasses.asdict(settings)
     others = [
         f"{name}: {value} -> {values.get(name)}"
         for name, value in state["settings"].items()
-        if values.get(name) != value and name not in clauses and not name.startswith("resume_")
+        if values.get(name) != value and name not in clauses | new_bits and not name.startswith("resume_")
     ]
     fixed = [clause for name, clause in clauses.items() if name not in CHANGEABLE]
-    return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], others
+    return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], bits, others

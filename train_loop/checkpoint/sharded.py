@@ -7,11 +7,14 @@ a tied weight twice; here one file is as safe to read as another.
 """
 
 import json
+import re
 from operator import itemgetter
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from train_loop.checkpoint.durable import manifest_of
 
 
 def is_sharded(tensor):
@@ -59,18 +62,23 @@ def write_share(tensors, path, is_main):
             local, first_rows[name] = local_rows(tensor.detach())
             rows[name] = local.cpu().contiguous()
     try:
+        path.touch()
+        mode = path.stat().st_mode  # of any new file; safetensors lets nobody else read its own
         save_file(rows, path, metadata={"first_rows": json.dumps(first_rows)})
+        path.chmod(mode)
     except Exception as error:  # safetensors has an error class of its own for a full disk
         raise OSError(str(error)) from error
 
 
 class Shares:
-    """The tensors in a folder's `stem`*.safetensors, whoever wrote which rows of them."""
+    """The tensors in a checkpoint's `stem`.safetensors, or of the files that several processes wrote, each its rows.
+    What the manifest does not name is not read."""
 
     def __init__(self, folder, stem):
         self.pieces = {}  # name: [(file, index of its first row)]
-        for path in sorted(folder.glob(f"{stem}*.safetensors")):
-            file = safe_open(path, "pt")
+        pattern = rf"{stem}(-\d+-of-\d+)?\.safetensors"
+        for name in sorted(name for name in manifest_of(folder)["files"] if re.fullmatch(pattern, name)):
+            file = safe_open(folder / name, "pt")
             first_rows = json.loads((file.metadata() or {}).get("first_rows", "{}"))
             for name in file.keys():  # noqa: SIM118
                 self.pieces.setdefault(name, []).append((file, first_rows.get(name, 0)))

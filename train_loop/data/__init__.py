@@ -1,24 +1,45 @@
 """Rows of text become windows of equal blocks. The loop needs what is named here, and nothing behind it.
 
-rows.py       rows from files, folders, data sets     sources.py    the same in chunks, from any place on
-tokens.py     rows -> one file of tokens on disk      streaming.py  chunks -> blocks, while training runs
+rows.py       rows from files, folders, data sets     sources.py     the same in chunks, from any place on
+tokens.py     rows -> one file of tokens on disk      streaming.py   chunks -> blocks, while training runs
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
+text.py       the words and bytes of the text that tokens stand for
+row_files.py  files -> rows, with one of the readers that formats.py chooses: text_files.py, json_files.py, tables.py
+sets.py       the files of a data set                 token_cache.py  files of tokens: verified, listed, removed
 """
 
-from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_split, load_windows
-from train_loop.data.rows import Rows, load_rows
+from train_loop.data.blocks import (
+    IGNORED,
+    Split,
+    TrainingData,
+    Window,
+    Windows,
+    block_order,
+    load_split,
+    load_windows,
+    positions_in_documents,
+)
+from train_loop.data.row_files import Rows
+from train_loop.data.rows import load_rows
 from train_loop.data.sources import load_source
 from train_loop.data.streaming import Stream
+from train_loop.data.token_cache import cached_tokens, clear_cached_tokens, token_folder
 
 __all__ = [
     "IGNORED",
     "Rows",
     "Split",
     "Stream",
+    "TrainingData",
+    "Window",
     "Windows",
     "block_order",
+    "cached_tokens",
+    "clear_cached_tokens",
     "load_rows",
     "load_source",
     "load_split",
     "load_windows",
+    "positions_in_documents",
+    "token_folder",
 ]

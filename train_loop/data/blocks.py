@@ -4,21 +4,57 @@
     2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
                                  on request with the end-of-text token after each row that is not empty
     3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
-    4. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
+    4. order     block_order     which blocks an epoch takes, and in which order
+    5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
 B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 
+from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError
+from train_loop.errors import UserError, tell
+from train_loop.position import Place
+from train_loop.settings import Settings
 
 IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
+
+
+@dataclass(frozen=True)
+class Window:
+    """What one process trains on in one optimizer step, and where the run is in the data after it."""
+
+    tensors: dict[str, torch.Tensor]  # {"input_ids", "labels", ...}, each [M, B, T]
+    end: Place
+
+
+class TrainingData(Protocol):
+    """What the loop asks of its training data: `Split` (prepared) and `streaming.Stream` have it."""
+
+    name: str
+    blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
+    num_blocks: int | None  # None: not known
+    document_end: int | None  # the token after which attention and positions begin anew
+
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
+        """How many blocks an epoch takes; None: not known."""
+
+    def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+        """This process's windows from `start` to the end of its epoch."""
+
+    def identity(self) -> dict[str, Any]:
+        """What stands for the training data in a checkpoint's identity."""
+
+    def summary(self) -> str:
+        """A line about the data."""
 
 
 @dataclass
@@ -28,57 +64,95 @@ class Split:
     name: str
     blocks: np.ndarray
     num_rows: int = 0
-    num_tokens: int = 0
-    num_words: int = 0
-    num_bytes: int = 0
-    num_dropped: int = 0  # tokens left over at the end
+    num_tokens: int = 0  # of all rows
+    num_dropped: int = 0  # tokens after the last block that are not used, where all blocks are
     document_end: int | None = None  # the token after which attention and positions begin anew
+    tail: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # those that eval_stride reaches
+    text: CoveredText | None = None  # what the tokens of blocks and tail stand for, with named_perplexities
 
     @property
-    def num_blocks(self):
+    def num_blocks(self) -> int:
         return len(self.blocks)
 
-    def windows(self, settings, accelerator, position):
-        """This process's windows of the epoch in which `position` is, from there to the epoch's end."""
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError where it names a block
+        that there is not, or one more than once."""
+        order = np.asarray(block_order(self.blocks, seed, epoch))
+        where = f"block_order (train_loop/data/blocks.py), epoch {epoch}"
+        if order.ndim != 1 or order.dtype.kind not in "iu" or not len(order):
+            raise ValueError(
+                f"{where}: it must give the indices of blocks, but gave {order.dtype} of shape {order.shape}"
+            )
+        if order.min() < 0 or order.max() >= self.num_blocks:
+            wrong = order[(order < 0) | (order >= self.num_blocks)][0]
+            raise ValueError(f"{where}: it names block {wrong}, but there are blocks 0 to {self.num_blocks - 1}")
+        counts = np.bincount(order)
+        if counts.max() > 1:
+            raise ValueError(
+                f"{where}: it names block {counts.argmax()} {counts.max()} times, and {(counts > 1).sum()} blocks more "
+                "than once. An epoch takes each block at most once"
+            )
+        return order
+
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int:
+        return len(self.order(seed, epoch))
+
+    def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+        """This process's windows from `start` to the end of its epoch."""
         windows = Windows(
             self.blocks,
-            block_order(self.blocks, settings.seed, position.epoch),
+            self.order(settings.seed, start.epoch),
             settings.per_device_train_batch_size,
             settings.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
             document_end=self.document_end,
         )
-        return load_windows(windows, first=position.window, pin_memory=accelerator.device.type == "cuda")
+        if start.per_epoch not in (None, len(windows)) and accelerator.is_main_process:
+            tell(
+                f"epoch {start.epoch + 1} has {len(windows):,} optimizer steps, the one before it {start.per_epoch:,}: "
+                "the number of steps of the run was worked out from the length of its first epoch"
+            )
+        loaded = load_windows(windows, first=start.window, pin_memory=accelerator.device.type == "cuda")
+        for number, tensors in enumerate(loaded, start=start.window + 1):
+            yield Window(tensors, end=Place(start.epoch, number, per_epoch=len(windows)))
 
-    def digest(self):
+    def digest(self) -> str:
         return hashlib.blake2b(np.ascontiguousarray(self.blocks), digest_size=16).hexdigest()
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         """What stands for the training data in a checkpoint's identity."""
         return {"training blocks": self.digest()}
 
-    def summary(self):
+    def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        first = f"the first {self.num_blocks:,} of " if self.num_blocks < num_blocks else ""
-        return (
-            f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {first}{num_blocks:,} blocks of {block_size}; "
-            f"{self.num_dropped:,} tokens dropped"
-        )
+        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        if self.num_blocks < num_blocks:
+            cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
+        elif len(self.tail):
+            rest = f" and {len(self.tail):,} tokens"
+        return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
 
 
 def load_split(rows, tokenizer, name, settings, show_progress=False):
     """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
     end_of_text = end_of_documents(tokenizer, settings)
-    tokens, num_words, num_bytes = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
+    tokens, _, _ = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
         raise UserError(f"the {name} data has {len(tokens):,} tokens, less than one block of {settings.block_size}")
     max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
     document_end = end_of_text if settings.document_attention else None
-    return Split(name, blocks[:max_blocks], len(rows), len(tokens), num_words, num_bytes, num_dropped, document_end)
+    split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, document_end)
+    if split.num_blocks < len(blocks):
+        split.num_dropped = 0
+    elif name != "training" and settings.eval_stride:
+        split.tail, split.num_dropped = tokens[blocks.size :], 0
+    if name != "training" and settings.named_perplexities:
+        split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
+    return split
 
 
 def end_of_documents(tokenizer, settings):
@@ -96,9 +170,12 @@ def group_texts(rows, block_size):
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size), len(tokens) - num_blocks * block_size
 
 
-def block_order(blocks, seed, epoch):
-    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled, [n]. Must be a pure function of
-    what it is given: a run that is resumed asks again."""
+def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
+    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled.
+
+    It may leave blocks out, but must name none twice. Must be a pure function of what it is given: a run that is
+    resumed calls it again. The first epoch's length decides how many steps the run has.
+    """
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 
 

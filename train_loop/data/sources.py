@@ -6,41 +6,39 @@ and `files`, which know whether they are still the same. A place is JSON, and go
 """
 
 import hashlib
-import io
 import itertools
-import json
 import os
 import re
-import zlib
 
-from train_loop.data.rows import Rows, digest_of, load_dataset, load_file, only_text, text_column
+from train_loop.data import text_files
+from train_loop.data.formats import format_of
+from train_loop.data.row_files import Rows, digest_of, text_column, warn_of_left_out
+from train_loop.data.rows import load_file
 from train_loop.data.tokens import ROWS_PER_BATCH
 from train_loop.errors import UserError, one_line
-from train_loop.files import file_kind, open_file, text_files, train_files
+from train_loop.files import data_files, file_kind
 
-CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising; -1 reads a file to its end
+CHUNK_BYTES = text_files.CHUNK_BYTES
 
 
 def load_source(settings):
-    """(training rows, validation rows, ""): a source of chunks, `Lines` or `Table`, None when only evaluating; and
+    """(training rows, validation rows, ""): a source of chunks, `FileSource` or `Table`, None when only evaluating; and
     prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
-    eval_rows = only_text(load_file(settings.validation_file), settings)
+    eval_rows = load_file(settings.validation_file, settings)
     if settings.eval_only:
         return None, eval_rows, ""
-    files = Files(train_files(settings))
-    if files.kind in ("text", "json"):
-        return Lines(files, settings), eval_rows, ""
-    import datasets  # imported where it is needed alone: that takes a second
-
-    builder = datasets.load_dataset_builder(files.kind, data_files={"train": files.paths})
-    return Table(lambda: builder.as_streaming_dataset("train"), files, settings), eval_rows, ""
+    files = data_files(settings.train_file)
+    warn_of_left_out(settings.train_file, files)
+    return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""
 
 
 def _load_dataset(settings):
-    builder = load_dataset(settings, "load_dataset_builder")
-    splits = builder.as_streaming_dataset()
+    from train_loop.data.sets import find_data_set  # imported where it is needed alone: `datasets` takes a second
+
+    builder, files = find_data_set(settings)
+    splits = builder.as_streaming_dataset() if files is None else files
     name = next((name for name in ("validation", "test") if name in splits), None)
     if name is None or ("train" not in splits and not settings.eval_only):
         raise UserError(
@@ -48,23 +46,26 @@ def _load_dataset(settings):
             f"{', '.join(splits)}"
         )
 
-    def table_of(split):
-        return Table(lambda: builder.as_streaming_dataset(split), _files_of(builder, split), settings)
+    def source_of(split):
+        if files is None:
+            paths = builder.config.data_files[split]
+        elif all(map(os.path.isfile, files[split])):
+            return FileSource(Files(files[split]), settings)
+        else:
+            paths = builder.config.data_files[split]
+        remote = RemoteFiles(paths, [list(metadata) for metadata in paths.origin_metadata])
+        if files is None:
+            return Table(lambda: builder.as_streaming_dataset(split), remote, settings)
+        return FileSource(remote, settings)
 
-    validation = table_of(name)
+    validation = source_of(name)
+
+    def read():
+        return itertools.chain.from_iterable(validation.texts(*chunk) for chunk in validation.chunks(None))
+
     digest = digest_of([name, validation.column, *validation.files.identity().values()])
-    num_rows = sum(len(rows) for _, rows in validation.chunks(None))
-    eval_rows = Rows(
-        lambda: itertools.chain.from_iterable(rows for _, rows in validation.chunks(None)), digest, range(num_rows)
-    )
-    return None if settings.eval_only else table_of("train"), eval_rows
-
-
-def _files_of(builder, split):
-    paths = builder.config.data_files[split]
-    if all(os.path.isfile(path) for path in paths):
-        return Files(paths)
-    return RemoteFiles(paths, [list(metadata) for metadata in paths.origin_metadata])
+    eval_rows = Rows(read, digest, range(sum(1 for _ in read())))
+    return None if settings.eval_only else source_of("train"), eval_rows
 
 
 class Files:
@@ -113,9 +114,9 @@ class RemoteFiles:
     """Files on the hub, as they were when the run began: the library reads those of one commit."""
 
     def __init__(self, paths, versions):
-        self.paths, self.versions = list(paths), versions
+        self.paths, self.versions = [str(path) for path in paths], versions
 
-    def check(self):
+    def check(self, *paths):
         pass  # a commit does not change
 
     def identity(self):
@@ -129,72 +130,37 @@ class RemoteFiles:
         return f"{len(self.paths):,} file{'s' if len(self.paths) > 1 else ''} on the hub"
 
 
-class Lines:
-    """The rows of files of JSON lines or of text, .gz or not. As in `rows.load_rows` a line of text is a row, and of
-    several text files that a folder or a pattern means each file is one.
+class FileSource:
+    """The rows of files of one kind, here or on the hub. As in `rows.load_rows` a line of text is a row, and of several
+    text files that a folder or a pattern means each file is one.
 
-    A place is [index of the file, byte in its text]; it can be gone to at once, but a .gz is unpacked up to there.
+    A place is [index of the file, place in it]; it can be gone to at once, but a .gz is unpacked up to there.
     """
 
-    def __init__(self, files, settings):
-        self.files, row = files, {"text": ""}
-        self.chunk_bytes = CHUNK_BYTES if text_files(settings.train_file) is None or files.kind == "json" else -1
-        if files.kind == "json":
-            rows = (row for place, chunk in self.chunks(None) for _, row in self._parse(place, chunk))
-            row = next(rows, {})
-        self.column = _column_of(row, settings)
+    def __init__(self, files, settings, each_is_a_row=False):
+        self.files = files
+        self.formats = [format_of(path, each_is_a_row, streamed=True) for path in files.paths]
+        self.column = text_column(*self.formats[0].columns(files.paths[0]), settings)
 
     def chunks(self, place):
-        """(place, bytes) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
+        """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
         be read, or is no longer the one that it was."""
-        first, byte = place or (0, 0)
+        first, within = place or (0, 0)
         for index in range(first, len(self.files.paths)):
             path = self.files.paths[index]
-            try:
-                with open_file(path) as file:
-                    file.seek(byte)
-                    while chunk := file.read(self.chunk_bytes) + file.readline():
-                        self.files.check(path)
-                        yield [index, byte], chunk
-                        byte += len(chunk)
-            except (OSError, EOFError, zlib.error) as error:
-                raise UserError(f"training file {path} cannot be read: {one_line(error)}") from error
-            byte = 0
+            for at, chunk in self.formats[index].chunks(path, within, CHUNK_BYTES, self.column):
+                self.files.check(path)
+                yield [index, at], chunk
+            within = 0
 
     def texts(self, place, chunk):
-        """The rows of a chunk. Raises UserError where they are no text, or no JSON with text in it."""
-        if self.files.kind == "json":
-            texts = []
-            for where, row in self._parse(place, chunk):
-                texts.append(row.get(self.column))
-                if not isinstance(texts[-1], str):
-                    raise UserError(f"{where}: {self.column!r} is no text")
-            return texts
-        try:
-            lines = list(io.StringIO(chunk.decode(), newline=None))
-            return lines if self.chunk_bytes > 0 else ["".join(lines)]
-        except UnicodeDecodeError as error:
-            where = f"{self.files.paths[place[0]]}, byte {place[1] + error.start:,}"
-            raise UserError(f"{where}: it is not UTF-8 text ({error.reason})") from error
-
-    def _parse(self, place, chunk):
-        """(where it is, in words, the object) of each line of JSON."""
-        index, byte = place
-        for line in chunk.splitlines(keepends=True):
-            where, byte = f"{self.files.paths[index]}, line at byte {byte:,}", byte + len(line)
-            if line.isspace():
-                continue
-            try:
-                row, problem = json.loads(line), "it is no object"
-            except ValueError as error:
-                row, problem = None, str(error)
-            if not isinstance(row, dict):
-                raise UserError(f"{where}: {problem}; streaming reads JSON of one object a line")
-            yield where, row
+        """The rows of a chunk. Raises UserError where they are no text."""
+        index, within = place
+        return self.formats[index].texts(self.files.paths[index], within, chunk, self.column)
 
 
 class Table:
-    """The rows of what `datasets` streams: csv and parquet files, a folder, a data set on the hub.
+    """The rows of what `datasets` alone can read.
 
     `open()` gives its `IterableDataset` anew. A place is the state_dict of that: the shard, which is a file or a part
     of one, and the row in it. Going to it reads the shard's rows up to there again; none is tokenised.
@@ -202,7 +168,8 @@ class Table:
 
     def __init__(self, open, files, settings):
         self.open, self.files, self.column = open, files, None
-        self.column = _column_of(next(iter(open()), {}), settings)
+        row = next(iter(open()), {})
+        self.column = text_column(row, [name for name, value in row.items() if isinstance(value, str)], settings)
 
     def chunks(self, place):
         """(place, texts) of each chunk, from a place on, or from the beginning."""
@@ -229,8 +196,3 @@ class Table:
         if None in texts:
             raise UserError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
         return texts
-
-
-def _column_of(row, settings):
-    """The name of the column that holds the text, from the data's first row."""
-    return text_column(row, [name for name, value in row.items() if isinstance(value, str)], settings)

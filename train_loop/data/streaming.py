@@ -10,23 +10,27 @@
     5. windows   Stream.windows       the micro-batches of an optimizer step, as from prepared blocks
 
 Neither W nor the size of a chunk has any influence on the blocks or their order, and without shuffling they are those
-of `blocks.group_texts`. Where a window ends is data, `Position.stream`: the place of the chunk in which the first block
-of the group begins, the token in it, the number of the group, and how many of its blocks are done. To go on from
-there the source goes to that place, and two groups at most are tokenised again.
+of `blocks.group_texts`. Where a window ends is data, `Place.stream`: the place of the chunk in which the first block of
+the group begins, the token in it, the number of the group, and how many of its blocks are done. To resume from there
+the source goes to that place, and at most two groups are tokenised again.
 """
 
 import itertools
 import math
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from train_loop.data.blocks import Windows, end_of_documents
-from train_loop.data.rows import digest_of
+from train_loop.data.blocks import Window, Windows, end_of_documents
+from train_loop.data.row_files import digest_of
 from train_loop.data.tokens import encode, tokenizer_recipe
 from train_loop.errors import UserError
+from train_loop.position import Place
+from train_loop.settings import Settings
 
 NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
 BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
@@ -64,7 +68,7 @@ def shuffle_in_groups(blocks, size, seed, epoch, group=0):
 
 
 class Stream:
-    """The training blocks of a source, not counted, with all that is asked of a training `blocks.Split`."""
+    """The training blocks of a source, not counted: a `blocks.TrainingData`."""
 
     name, num_blocks = "training", None
 
@@ -93,15 +97,17 @@ class Stream:
         order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
         return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
 
-    def windows(self, settings, accelerator, position):
-        """This process's windows of the epoch in which `position` is, from there to the epoch's end, as those of
-        `Windows`. With each, `position.stream` is moved to its end; with the last, `position.per_epoch` is known.
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> None:
+        """Not known before the end of the data."""
+
+    def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+        """This process's windows from `start` to the end of its epoch. The last one knows how many they are.
 
         Raises UserError, on all processes alike, where a process cannot read the data.
         """
-        if position.ends_epoch():
+        if start.window and start.window == start.per_epoch:
             return
-        at = position.stream if position.window else BEGINNING
+        at = start.stream if start.window else BEGINNING
         W, rank, size = accelerator.num_processes, accelerator.process_index, max(1, settings.shuffle_buffer_size)
         shape = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, W, rank
         per_window = math.prod(shape[:3])
@@ -109,22 +115,23 @@ class Stream:
         blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
         if settings.max_train_samples:
             blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
-        blocks = shuffle_in_groups(blocks, size, settings.seed, position.epoch, at["group"])
+        blocks = shuffle_in_groups(blocks, size, settings.seed, start.epoch, at["group"])
         blocks = itertools.islice(blocks, at["index"], None)
         window = list(itertools.islice(blocks, per_window))
         if not window:
             raise UserError("the training data ends before the place that the run had come to")
-        while window:
+        for number in itertools.count(start.window + 1):
             following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
             _, (place, token), group, index = window[-1]
-            position.stream = {"place": place, "token": token, "group": group, "index": index}
-            if not following:
-                position.per_epoch = position.window + 1
+            stream = {"place": place, "token": token, "group": group, "index": index}
+            end = Place(start.epoch, number, start.per_epoch if following else number, stream)
             window = np.stack([block for block, *_ in window])
             batch = Windows(window, np.arange(len(window)), *shape, document_end=self.document_end)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
-            yield batch
+            yield Window(batch, end)
+            if not following:
+                return
             window = following
 
     def _tokens(self, place, W=1, rank=0):

@@ -1,29 +1,35 @@
 """Rows of text become tokens, in one file of int32 on disk that later runs find again.
 
 Each row is tokenised as `tokenizer(row)` does, one after the other; on request with the end-of-text token after each
-row that is not empty.
+row, of which the empty ones then have no tokens.
 """
 
-import contextlib
 import errno
-import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
+from pathlib import Path
 
 import numpy as np
 import tokenizers
-from filelock import FileLock, Timeout
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.data.rows import cache_folder, digest_of
+from train_loop.data import token_cache
+from train_loop.data.row_files import digest_of
 from train_loop.errors import UserError
 
 # rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 10_000, 1 << 19
 NUM_BATCHES_AHEAD = 3  # being tokenised or waiting for it: the tokenizer's threads shall never wait for Python's
-HEADER_BYTES = 16  # a file of tokens begins with two int64: the words and the bytes of its text
+# the code that makes tokens out of files: a change in any of it makes new ones
+CODE_FILES = ("formats.py", "json_files.py", "row_files.py", "tables.py", "text_files.py", "tokens.py")
+CODE = digest_of([Path(__file__).with_name(name).read_text(encoding="utf-8") for name in CODE_FILES])
+# of a cache that is full, or that may not be written
+CACHE_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+)
 
 
 def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
@@ -31,31 +37,28 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     of int32, and the size of the text that they stand for (see `count_words`). `end_of_text`: the id of the token to
     put after each row that is not empty, or None.
 
-    They are kept beside the cache of `datasets` under a name made of what they depend on: the rows and the tokenizer.
-    Raises UserError for a row that is null, OSError where the disk is full.
+    They are kept beside the cache of `datasets` under a name made of what they depend on: the rows, the tokenizer and
+    the code. They are verified when they are opened, and damaged ones are made again. Raises UserError for a row that
+    is null, and where the cache cannot be written.
     """
-    key = digest_of([rows.digest, [rows.span.start, rows.span.stop], *tokenizer_recipe(tokenizer, end_of_text)])
-    path = cache_folder() / "train_loop" / "tokens" / f"{key}.int32"
-    if not path.exists():
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            for partial in path.parent.glob("*.partial"):  # whoever died while writing it no longer holds its lock
-                with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
-                    partial.unlink(missing_ok=True)
-            with FileLock(path.with_suffix(".lock")):  # of several processes one does it, the others wait for it
-                if not path.exists():
-                    _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise UserError(
-                f"the tokens of the {name} data cannot be written to {path.parent}: {error.strerror}. "
-                "HF_DATASETS_CACHE may name another folder"
-            ) from error
-    if path.stat().st_size == HEADER_BYTES:
+    span = [rows.span.start, rows.span.stop]
+    key = digest_of([rows.digest, span, *tokenizer_recipe(tokenizer, end_of_text), CODE])
+
+    def write(file):
+        return _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress)
+
+    try:
+        tokens, (num_words, num_bytes) = token_cache.open_or_make(key, write)
+    except OSError as error:
+        if error.errno not in CACHE_ERRORS:
+            raise
+        raise UserError(
+            f"the tokens of the {name} data cannot be written to {token_cache.token_folder()}: {error.strerror}. Set "
+            "HF_DATASETS_CACHE (or HF_HOME) to a folder that can be written and has room"
+        ) from error
+    if not len(tokens):
         raise UserError(f"the {name} data has no tokens: every row is empty")
-    num_words, num_bytes = np.fromfile(path, dtype=np.int64, count=2).tolist()
-    return np.memmap(path, dtype=np.int32, mode="r", offset=HEADER_BYTES), num_words, num_bytes
+    return tokens, num_words, num_bytes
 
 
 def tokenizer_recipe(tokenizer, end_of_text):
@@ -63,7 +66,7 @@ def tokenizer_recipe(tokenizer, end_of_text):
     tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
     return [
         [str(type(tokenizer)), tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens],
-        [end_of_text, tokenizers.__version__, "v3"],
+        [end_of_text, tokenizers.__version__],
     ]
 
 
@@ -76,6 +79,10 @@ def is_plain(tokenizer):
 
 def encode(texts, tokenizer, end_of_text):
     """The tokens of all texts, one after the other, as an array of int32; see `tokenize_rows`."""
+    if end_of_text is not None:  # an empty row is no document: it has neither an end nor a token that begins it
+        texts = [text for text in texts if text]
+        if not texts:
+            return np.empty(0, dtype=np.int32)
     if is_plain(tokenizer):
         rows = (encoding.ids for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts))
     else:
@@ -85,32 +92,24 @@ def encode(texts, tokenizer, end_of_text):
     return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
 
 
-def _write_tokens(path, rows, tokenizer, name, end_of_text, show_progress):
-    """Writes the tokens under another name, flushes them to the disk, and renames: a kill leaves no half of them.
+def _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress):
+    """Writes the tokens of all rows; returns (words, bytes) of their text.
 
     The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
     what comes back, while this one reads rows and writes arrays.
     """
-    partial, counts, batches = path.with_suffix(".partial"), np.zeros(2, dtype=np.int64), deque()
+    counts, batches = np.zeros(2, dtype=np.int64), deque()
     bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
-    try:
-        with open(partial, "wb") as file, bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
-            file.write(counts.tobytes())
-            for texts in _batches(rows, name):
-                batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
-                if len(batches) > NUM_BATCHES_AHEAD:
-                    file.write(batches.popleft().result())
-                counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
-                bar.update(len(texts))
-            for batch in batches:
-                file.write(batch.result())
-            file.seek(0)
-            file.write(counts.tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
+        for texts in _batches(rows, name):
+            batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
+            if len(batches) > NUM_BATCHES_AHEAD:
+                file.write(batches.popleft().result())
+            counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
+            bar.update(len(texts))
+        for batch in batches:
+            file.write(batch.result())
+    return counts.tolist()
 
 
 def _batches(rows, name):

@@ -2,10 +2,10 @@
 
 publisher.py   weights, config, tokenizer and card in a folder; checkpoints on the hub
 model_card.py  the README.md of that folder
-push.py        a folder to the hub
+upload.py      a folder to the hub
 """
 
-from train_loop.publish.publisher import Publisher
-from train_loop.publish.upload import push
+from train_loop.publish.publisher import EXPORT_PARTIAL, Publisher
+from train_loop.publish.upload import damage_of_export, push
 
-__all__ = ["Publisher", "push"]
+__all__ = ["EXPORT_PARTIAL", "Publisher", "damage_of_export", "push"]

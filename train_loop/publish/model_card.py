@@ -11,11 +11,13 @@ from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
+from train_loop.version import code_version
 
 METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
     "perplexity": "perplexity",
     "word_perplexity": "word_perplexity",
+    "word_eos_perplexity": "word_eos_perplexity",
     "bits_per_byte": "bits_per_byte",
 }  # in the order of the card
 
@@ -46,14 +48,15 @@ def model_card(publisher, model, lines, results=None):
     """
     s, repository = publisher.settings, publisher.repository
     evaluations = [line for line in lines if "eval_loss" in line]
-    last, choice = evaluations[-1], ""
-    if exported_step := (results or {}).get("exported_step"):
-        last = next(line for line in reversed(evaluations) if line["step"] == exported_step)
+    exported_step, choice = (results or {}).get("exported_step"), ""
+    # {}: the record was lost, which must not keep a model from being exported
+    last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
+    if exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
     metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
-    digits = {"perplexity": 2, "word_perplexity": 2}
+    digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
 
     title = Path(repository or Path(s.output_dir).resolve()).name
@@ -66,7 +69,20 @@ def model_card(publisher, model, lines, results=None):
         origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
     data = s.dataset_name or Path(s.train_file).name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
-    held_out = f" on {publisher.held_out}," if publisher.held_out else ""
+    most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
+    validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
+    validated = f" on{validated}" if validated else ""
+    named = ""
+    if last and s.named_perplexities:
+        words, ends, size = (f"{last[name]:,}" for name in ("eval_words", "eval_line_ends", "eval_bytes"))
+        named = f"""
+Word perplexity and bits per byte are of the text of the evaluated blocks: {words} words, {size} bytes.
+Word eos perplexity also counts its {ends} line ends as words.
+Special tokens that stand for no text are not counted in them."""
+    validation = "There is no record of an evaluation."
+    if last:
+        steps, tokens = last["step"], last["eval_tokens"]
+        validation = f"Validation{validated} after {steps:,} optimizer steps: {shown}, over {tokens:,} tokens."
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
@@ -79,9 +95,9 @@ def model_card(publisher, model, lines, results=None):
 
 A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
 
-Validation{held_out} after {last["step"]:,} optimizer steps: {shown}, over {last["eval_tokens"]:,} tokens.
+{validation}
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
-compare them only with numbers that were measured in the same way.{choice}
+compare them only with numbers that were measured in the same way.{named}{choice}
 
 | step | epoch | training loss | validation loss | perplexity |
 |---:|---:|---:|---:|---:|
@@ -169,5 +185,6 @@ def _how_it_was_made(publisher, results):
     if results:
         made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
     packages = "torch", "transformers", "accelerate", "datasets"
-    made["versions"] = ", ".join(f"{package} {version(package)}" for package in packages)
+    versions = [f"train_loop {code_version()}", *(f"{package} {version(package)}" for package in packages)]
+    made["versions"] = ", ".join(versions)
     return "\n".join(f"- {name}: {value}" for name, value in made.items())

@@ -5,33 +5,43 @@ import shutil
 import time
 from pathlib import Path
 
-from train_loop.checkpoint import Shares, unsharded_tensors
+from train_loop.checkpoint import Shares, flushed, unsharded_tensors
 from train_loop.errors import UserError, one_line, warn
-from train_loop.model import save_model
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
+from train_loop.whole import utf8
+
+CARD = "README.md"
+
+
+EXPORT_PARTIAL = ".export.partial"  # the folder in output_dir to which the files are written first
 
 
 def export(folder, model, state_dict, tokenizer, card):
-    """Writes everything that `from_pretrained(folder)` needs, and the model card. Raises UserError.
+    """Writes everything that `from_pretrained(folder)` needs, and the model card. Returns {name: size and digest} of
+    the files, but for the card, which its reader may edit. Raises UserError.
 
     The files are written to a folder of their own first and then renamed, so that a full disk leaves none half-written.
     """
-    partial = folder / ".export.partial"
+    partial, exported = folder / EXPORT_PARTIAL, {}
     try:
-        save_model(model, state_dict, partial)
+        shutil.rmtree(partial, ignore_errors=True)
+        model.save_pretrained(partial, state_dict=state_dict)
         tokenizer.save_pretrained(partial)
-        (partial / "README.md").write_text(card, encoding="utf-8")
-        mode = (partial / "README.md").stat().st_mode  # of any new file; safetensors lets nobody else read its own
+        (partial / CARD).write_bytes(utf8(card))
+        mode = (partial / CARD).stat().st_mode  # of any new file; safetensors lets nobody else read its own
         for path in [path for path in partial.rglob("*") if path.is_file()]:
             path.chmod(mode)
-            place = folder / path.relative_to(partial)
+            name, place = path.relative_to(partial), folder / path.relative_to(partial)
+            if name.name != CARD:
+                exported[str(name)] = flushed(path)
             place.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, place)
     except Exception as error:  # safetensors has an error class of its own for a full disk
         raise UserError(f"the model cannot be exported to {folder}: {one_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    return exported
 
 
 class Publisher:
@@ -52,12 +62,15 @@ class Publisher:
         self.client = self.step = None  # of the checkpoint pushed last
 
     def export_model(self, model, lines, results):
-        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process."""
+        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
+        Returns what `export` does on the main one, {} on the others."""
+        self.end()
         is_main, model = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
         state_dict = unsharded_tensors(model, keep=is_main)
         if is_main:
             card = model_card(self, model, lines, results)
-            export(Path(self.settings.output_dir), model, state_dict, self.tokenizer, card)
+            return export(Path(self.settings.output_dir), model, state_dict, self.tokenizer, card)
+        return {}
 
     def push_checkpoint(self, checkpoint, step, model, metrics):
         """Begins to push the model of the folder `checkpoint` in a process of its own, or leaves it out where the push

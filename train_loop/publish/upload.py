@@ -3,8 +3,11 @@
 import shlex
 from pathlib import Path
 
-from train_loop.errors import warn
+from train_loop import lock
+from train_loop.checkpoint import damage_of_files
+from train_loop.errors import UserError, warn
 from train_loop.hub import Client, hub_address
+from train_loop.whole import read_object
 
 PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size
 
@@ -13,18 +16,39 @@ def upload(folder, repository, settings, message=None):
     """Begins to push the files in `folder` but for its checkpoints, and returns the `Client` that does. The repository
     is made if there is none."""
     size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
-    words = ["upload", repository, str(folder), "--exclude", "checkpoints/*"]
+    words = ["upload", repository, str(folder), "--exclude", "checkpoints/*", "--exclude", lock.NAME]
     words += ["--private"] if settings.hub_private_repo else []
     words += ["--commit-message", message] if message else []
     return Client(["-m", "huggingface_hub.cli.hf", *words], PUSH_SECONDS + size / PUSH_BYTES_PER_SECOND, ["hf", *words])
 
 
 def push(settings, repository, stop):
-    """Pushes what a finished run left in output_dir. Nothing that goes wrong here is an error: all of it is on the
-    disk, and the warning says how to repeat the push. A stop signal ends it."""
-    client = upload(settings.output_dir, repository, settings)
-    client.wait(stop)
+    """Pushes what a finished run left in output_dir, which no other run may change meanwhile. Nothing that goes wrong
+    here is an error: all of it is on the disk, and the warning says how to repeat the push. A stop signal ends it."""
+    folder = Path(settings.output_dir)
+    try:
+        with lock.held(folder):
+            if problem := damage_of_export(folder):
+                return warn(f"not pushed: {folder} is not as the run left it: {problem}")
+            client = upload(folder, repository, settings)
+            client.wait(stop)
+    except (UserError, OSError) as error:
+        return warn(f"not pushed: {error}")
     if problem := client.problem():
-        warn(f"not pushed: {problem}. The model is in {settings.output_dir}. To push it: {shlex.join(client.words)}")
+        warn(f"not pushed: {problem}. The model is in {folder}. To push it: {shlex.join(client.words)}")
     else:
         print(f"pushed: {hub_address().rstrip('/')}/{repository}", flush=True)
+
+
+def damage_of_export(folder: Path) -> str | None:
+    """What is wrong with the files that a finished run exported to `folder`, in a clause; None where they are those
+    that its all_results.json names, as they were written. Reads every file."""
+    try:
+        exported = read_object(folder / "all_results.json").get("exported")
+    except FileNotFoundError:
+        return "all_results.json is missing"
+    except UserError as error:
+        return str(error)
+    if not isinstance(exported, dict) or not exported:
+        return "all_results.json does not say which files were exported"
+    return damage_of_files(folder, exported)

@@ -5,18 +5,26 @@ Losses are nats per target token. `seconds` count training alone: evaluation and
 Only the main process prints and writes; the others carry the same object and call the same methods.
 """
 
+from __future__ import annotations
+
 import json
-import os
 import sys
 import time
+from itertools import zip_longest
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from train_loop.errors import UserError
+from train_loop.errors import warn
 from train_loop.report.curve import draw_run
+from train_loop.whole import cannot_be_written, write_whole
+
+if TYPE_CHECKING:
+    import torch
 
 STATE = ("sums", "tokens", "train_nats", "train_tokens", "train_seconds", "num_skipped_steps", "train_loss", "latest")
+COUNTED = ("step", "epoch", "tokens_seen", "tokens_per_second")  # what each line of training holds beside the sums
 COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 
 
@@ -39,15 +47,31 @@ class Metrics:
         self.sums, self.tokens = {}, 0
         self.started = time.perf_counter()
 
-    def count_step(self, step, epoch, sums, num_targets, learning_rate, grad_norm):
+    def count_step(
+        self,
+        step: int,
+        epoch: float,
+        sums: dict[str, torch.Tensor],
+        num_targets: torch.Tensor,
+        values: dict[str, float | torch.Tensor],
+    ) -> None:
         """Takes note of an optimizer step: its nats ("loss" in `sums`, with the loss's extras) and its targets, summed
-        over all processes, the learning rate that it was taken with, and the gradient's norm before clipping.
+        over all processes, and `values` of this step that a line is to hold as they are: the learning rate, the
+        gradient's norm before clipping, and whatever else, each a number or a tensor of one number.
 
-        Tensors stay on their device until a line is written: to read one, the host must wait for the device."""
+        Tensors stay on their device until a line is written: to read one, the host must wait for the device.
+        Raises ValueError for a value that is not one number, or whose name a line has already."""
+        for name, value in values.items():
+            if name in (*COUNTED, *sums):
+                raise ValueError(f"a line of metrics has its own {name}: give the value another name")
+            if not hasattr(value, "__float__") or getattr(value, "numel", lambda: 1)() != 1:
+                raise ValueError(f"{name} must be a number or a tensor of one number to stand in a line of metrics")
         for name, value in sums.items():
             self.sums[name] = self.sums.get(name, 0) + value.double()
         self.tokens = self.tokens + num_targets
-        self.latest = {"step": step, "epoch": epoch, "learning_rate": learning_rate, "grad_norm": grad_norm}
+        self.latest = {"step": step, "epoch": epoch}
+        for name, value in values.items():
+            self.latest[name] = value.detach() if hasattr(value, "detach") else float(value)
         if self.show_progress:
             self.bar = self.bar or tqdm(
                 total=self.num_steps, initial=step - 1, desc="training", unit=" steps", leave=False, mininterval=0.5
@@ -55,13 +79,13 @@ class Metrics:
             if self.bar.update(1):  # it was drawn
                 self._fetch()
                 loss = self.sums["loss"] / self.tokens
-                self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{learning_rate:.2e}", refresh=False)
+                self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.latest['learning_rate']:.2e}", refresh=False)
 
     def _fetch(self):
+        """Turns every tensor in the state into a number: a checkpoint and a line take numbers alone."""
         self.sums = {name: float(value) for name, value in self.sums.items()}
         self.tokens = int(self.tokens)
-        if "grad_norm" in self.latest:
-            self.latest["grad_norm"] = float(self.latest["grad_norm"])
+        self.latest = {name: value if name == "step" else float(value) for name, value in self.latest.items()}
 
     def count_skipped_step(self):
         self.num_skipped_steps += 1
@@ -71,29 +95,32 @@ class Metrics:
         self.started += seconds
 
     def state_dict(self):
-        """What a checkpoint keeps, so that the numbers go on where they were. Waits until the lines are on the disk."""
+        """What a checkpoint keeps, so that the numbers go on where they were: all lines too. metrics.jsonl may be
+        lost, damaged or in another folder: `write_lines` writes it again."""
         self._fetch()
-        size = 0
-        if self.lines and self.is_main:
-            with open(self.output_dir / "metrics.jsonl", "r+b") as file:
-                os.fsync(file.fileno())
-                size = file.seek(0, os.SEEK_END)
         counts = {name: getattr(self, name) for name in STATE}
         trackers = self.trackers.ids if self.trackers else {}
-        return {"size": size, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
+        return {"lines": self.lines, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
 
     def load_state_dict(self, state):
-        """Goes on from `state`, and cuts metrics.jsonl back to it: one step has one line."""
+        """Goes on from `state`."""
         for name in STATE:
             setattr(self, name, state[name])
+        self.lines = state["lines"]
         self.started = time.perf_counter() - state["seconds"]
         if self.trackers:
             self.trackers.ids = state.get("trackers", {})
-        path = self.output_dir / "metrics.jsonl"
-        if self.is_main and path.is_file():
-            if path.stat().st_size > state["size"]:
-                os.truncate(path, state["size"])
-            self.lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def write_lines(self):
+        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. Raises
+        UserError."""
+        path, lines = self.output_dir / "metrics.jsonl", [json.dumps(line) + "\n" for line in self.lines]
+        if path.is_file():
+            found = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: len(lines)]
+            differ = [number for number, pair in enumerate(zip_longest(lines, found), 1) if pair[0] != pair[1]]
+            if differ:
+                warn(f"{path} is damaged from line {differ[0]} on: its lines come from the checkpoint")
+        write_whole(path, "".join(lines))
 
     def log_training(self):
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
@@ -106,12 +133,12 @@ class Metrics:
         self.train_nats += self.sums["loss"]
         self.train_tokens += self.tokens
         self.train_seconds += seconds
+        values = {name: value for name, value in self.latest.items() if name not in COUNTED}
         line = {
             "step": self.latest["step"],
             "epoch": round(self.latest["epoch"], 6),
             **means,
-            "learning_rate": self.latest["learning_rate"],
-            "grad_norm": self.latest["grad_norm"],
+            **values,
             "tokens_seen": self.train_tokens,
             "tokens_per_second": self.tokens / seconds,
         }
@@ -147,7 +174,7 @@ class Metrics:
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:  # a full disk may show only when the file is closed, and then names no file
-                raise UserError(f"{path} cannot be written: {error.strerror}") from error
+                raise cannot_be_written(path, error) from error
             if self.trackers:
                 self.trackers.log(line)
 

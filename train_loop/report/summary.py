@@ -23,6 +23,9 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
     if num_steps:
         blocks = s.blocks_per_step(world_size)
+        num_taken = splits[0].blocks_in_epoch(s.seed)
+        if num_taken != splits[0].num_blocks:
+            lines.append(f"epoch       {num_taken:,} of {splits[0].num_blocks:,} blocks (block_order), none twice")
         lines += [
             f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
             f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",

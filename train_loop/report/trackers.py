@@ -77,7 +77,7 @@ class Trackers:
                 self.log(line)
 
     def _send_settings(self, tracker):
-        values = {n: str(v) if isinstance(v, list) else v for n, v in dataclasses.asdict(self.settings).items()}
+        values = {n: str(v) if isinstance(v, (list, dict)) else v for n, v in dataclasses.asdict(self.settings).items()}
         if tracker.name == "tensorboard":  # its table of settings would be a second run beside this one
             text = "\n".join(f"    {name}: {value}" for name, value in values.items())
             self._attempt(tracker, "log", {"settings": text}, 0)

@@ -6,6 +6,6 @@ contradictions.py  settings that do not go together, files that are not usable
 """
 
 from train_loop.settings.command_line import read_settings
-from train_loop.settings.settings import TRACKERS, Settings, as_recipe
+from train_loop.settings.settings import SCHEDULES, TRACKERS, Settings, as_recipe
 
-__all__ = ["TRACKERS", "Settings", "as_recipe", "read_settings"]
+__all__ = ["SCHEDULES", "TRACKERS", "Settings", "as_recipe", "read_settings"]

@@ -6,6 +6,7 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 import argparse
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
@@ -78,7 +79,7 @@ def _take(entries, source, values, problems):
             values[name] = convert(value, f.type)
             if values[name] is not None and f.metadata["check"] and not f.metadata["check"](values[name]):
                 raise ValueError
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, RecursionError):  # the last: JSON that is nested too deep
             wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
             problems.append(f"{source}{name} is {value!r}, but must be {wanted}")
 
@@ -93,6 +94,11 @@ def convert(value, kind):
     kind = _kind(kind)
     if kind == list[str] and value != []:
         return [convert(entry, str) for entry in (value if isinstance(value, list) else [value])]
+    if kind == dict[str, float]:
+        mapping = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(mapping, dict):
+            raise ValueError
+        return {str(name): convert(number, float) for name, number in mapping.items()} or None
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
@@ -201,4 +207,4 @@ def _kind(kind):
 
 def _type_name(kind):
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text"}
-    return names[_kind(kind)]
+    return names.get(_kind(kind), "a mapping of names to numbers, on the command line as JSON")

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from train_loop.files import FILE_KINDS, file_kind, text_files, train_files
-from train_loop.settings.settings import Settings
+from train_loop.files import FILE_KINDS, data_files, file_kind
+from train_loop.settings.settings import SCHEDULES, Settings
 
 
 def contradictions(s):
@@ -44,6 +44,8 @@ def contradictions(s):
     if s.resume_from_checkpoint and (s.overwrite_output_dir or s.eval_only):
         other = "overwrite_output_dir" if s.overwrite_output_dir else "eval_only"
         found.append(f"give resume_from_checkpoint or {other}, not both")
+    if s.eval_delay and not s.eval_steps and not s.max_train_steps and s.eval_delay > s.num_train_epochs:
+        found.append(f"eval_delay is {s.eval_delay:g} epochs, but the run has num_train_epochs {s.num_train_epochs:g}")
     if s.dry_run and s.eval_only:
         found.append("give dry_run or eval_only, not both: a plan is of training")
     if s.eval_stride and s.eval_stride > s.block_size:
@@ -59,6 +61,7 @@ def contradictions(s):
             found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
     if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
         found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
+    found += _schedule_problems(s)
     if s.document_attention and not s.add_eos_token:
         found.append("document_attention goes with add_eos_token, which marks where documents end")
     if s.early_stopping_threshold and not s.early_stopping_patience:
@@ -78,14 +81,12 @@ def contradictions(s):
     for name in ("train_file", "validation_file"):
         if not getattr(s, name):
             continue
-        paths = train_files(s) if name == "train_file" and s.streaming else [Path(getattr(s, name))]
-        if len({file_kind(path) for path in paths}) > 1:
-            found.append(f"{name} {getattr(s, name)}: files of more than one kind")
-        is_whole = text_files(getattr(s, name))  # each file a row
-        if is_whole is not None and not (is_whole or (s.streaming and len(paths) > 1)):
+        files = data_files(getattr(s, name))
+        if not files.paths:
             found.append(f"{name} {getattr(s, name)}: there is no text file in it")
-            continue
-        for path in [] if is_whole else paths:
+        if len(kinds := {file_kind(path) or "unknown" for path in files.paths}) > 1:
+            found.append(f"{name} {getattr(s, name)}: files of more than one kind ({', '.join(sorted(kinds))})")
+        for path in [] if files.each_is_a_row else files.paths:
             if not path.is_file():
                 found.append(f"{name} {path}: no such file")
             elif file_kind(path) is None:
@@ -96,4 +97,27 @@ def contradictions(s):
                 found.append(
                     f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet"
                 )
+    return found
+
+
+def _schedule_problems(s):
+    """The same for the learning rate alone."""
+    schedule, given = s.lr_scheduler_type, s.lr_scheduler_kwargs or {}
+    known, found = SCHEDULES[schedule], []
+    if s.num_warmup_steps and s.warmup_ratio:
+        found.append("give num_warmup_steps or warmup_ratio, not both")
+    if schedule == "constant" and (s.num_warmup_steps or s.warmup_ratio):
+        name = "num_warmup_steps" if s.num_warmup_steps else "warmup_ratio"
+        found.append(f"{name} has no effect with lr_scheduler_type constant: give constant_with_warmup")
+    for name, value in (known | given).items():
+        of = f"lr_scheduler_kwargs: {name} of lr_scheduler_type {schedule} is {value}"
+        if name not in known:
+            allowed = f"it takes {', '.join(known)}" if known else "it takes none"
+            found.append(f"lr_scheduler_kwargs: lr_scheduler_type {schedule} has no {name}; {allowed}")
+        elif name == "lr_end" and not 0 <= value < s.learning_rate:
+            found.append(f"{of}, but must be at least 0 and below learning_rate {s.learning_rate}")
+        elif name.endswith("_ratio") and not 0 <= value <= 1:
+            found.append(f"{of}, but must be from 0 to 1")
+        elif name in ("num_cycles", "power", "decay_ratio") and value <= 0:
+            found.append(f"{of}, but must be above 0")
     return found

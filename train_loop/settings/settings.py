@@ -4,11 +4,23 @@ Names and defaults are those of `transformers.TrainingArguments` and its `run_cl
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 
 import yaml
 
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+from train_loop.errors import UserError
+
+# the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
+SCHEDULES: dict[str, dict[str, float]] = {
+    "linear": {"min_lr_ratio": 0.0},  # share of learning_rate that is left at the end
+    "cosine": {"num_cycles": 0.5, "min_lr_ratio": 0.0},  # 0.5: down once
+    "cosine_with_restarts": {"num_cycles": 1.0, "min_lr_ratio": 0.0},
+    "polynomial": {"power": 1.0, "lr_end": 1e-7},  # lr_end: learning rate at the end, as transformers has it
+    "constant": {},
+    "constant_with_warmup": {},
+    "wsd": {"decay_ratio": 0.1, "min_lr_ratio": 0.0},  # warm-up, stable, decay: linear in this share of all steps
+}
 # Accelerate has a class for each of these, and each is the name of the library to import
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
@@ -108,7 +120,16 @@ class Settings:
     )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
+    lr_scheduler_kwargs: dict[str, float] | None = setting(  # noqa: RUF009
+        "training",
+        None,
+        "parameters of the schedule, a mapping in a recipe, JSON on the command line, e.g. '{\"min_lr_ratio\": 0.1}'; "
+        + "; ".join(f"{name}: {', '.join(known)}" for name, known in SCHEDULES.items() if known),
+    )
     num_warmup_steps: int = setting("training", 0, "optimizer steps of linear warm-up", **at_least(0))
+    warmup_ratio: float = setting(
+        "training", 0.0, "linear warm-up as a share of all optimizer steps, in place of num_warmup_steps", **FRACTION
+    )
     weight_decay: float = setting("training", 0.0, "AdamW's decay, on matrices only", **at_least(0))
     adam_beta1: float = setting("training", 0.9, "AdamW's first beta", **FRACTION)
     adam_beta2: float = setting("training", 0.999, "AdamW's second beta", **FRACTION)
@@ -122,6 +143,9 @@ class Settings:
     )
     early_stopping_threshold: float = setting(
         "training", 0.0, "nats per token by which an evaluation must beat the best to count as lower", **at_least(0)
+    )
+    label_smoothing_factor: float = setting(
+        "training", 0.0, "share of each target's probability that is spread over the vocabulary", **FRACTION
     )
     seed: int = setting("training", 42, "seed of weights, dropout and the order of blocks", **at_least(0))
     num_threads: int | None = setting(
@@ -138,6 +162,12 @@ class Settings:
     )
     eval_steps: int | None = setting(
         "evaluation", None, "optimizer steps between evaluations; else each epoch", **at_least(1)
+    )
+    eval_delay: float = setting(
+        "evaluation",
+        0.0,
+        "no evaluation before this many steps (with eval_steps) or epochs; the last one is always made",
+        **at_least(0),
     )
     eval_stride: int | None = setting(
         "evaluation",
@@ -159,6 +189,7 @@ class Settings:
     output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
+    logging_first_step: bool = setting("output", False, "also log a line of training loss after the first step")
     report_to: list[str] | None = setting(  # noqa: RUF009
         "output",
         None,
@@ -201,9 +232,24 @@ class Settings:
         **one_of("end", "every_save"),
     )
 
-    def blocks_per_step(self, world_size):
+    def blocks_per_step(self, world_size: int) -> int:
         """Blocks of an optimizer step, of all processes together; the last one of an epoch may be a short one."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
+
+    def steps_per_epoch(self, num_blocks: int | None, world_size: int) -> int | None:
+        """Optimizer steps in an epoch of `num_blocks` blocks; the last step may be a short one. None for a stream, of
+        which nobody knows the number of blocks (None)."""
+        return None if num_blocks is None else math.ceil(num_blocks / self.blocks_per_step(world_size))
+
+    def num_steps(self, num_blocks: int | None, world_size: int) -> int:
+        """Optimizer steps of the whole run, of epochs of `num_blocks` blocks. Raises UserError where the first
+        evaluation would come after its end."""
+        per_epoch = self.steps_per_epoch(num_blocks, world_size)
+        steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)
+        delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
+        if delay > steps:
+            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
+        return steps
 
 
 def as_recipe(settings):

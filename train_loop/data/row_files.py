@@ -1,0 +1,111 @@
+"""What rows of text are, and how files become them. text_files.py, json_files.py and tables.py read each kind."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from train_loop.data.formats import format_of
+from train_loop.data.text_files import CHUNK_BYTES, reading
+from train_loop.errors import UserError, warn
+from train_loop.files import DataFiles, file_kind
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of text, {"text": ...}, that are read anew each time they are gone through: few are in memory at once.
+
+    `read()` goes through all the texts there are, `digest` stands for their content, `span` says which are meant.
+    """
+
+    read: Callable[[], Iterator[str]]
+    digest: str
+    span: range
+
+    @classmethod
+    def of(cls, texts):
+        """`Rows` of a list of texts."""
+        return cls(lambda: iter(texts), digest_of(texts), range(len(texts)))
+
+    def __len__(self):
+        return len(self.span)
+
+    def __iter__(self):
+        for index, text in enumerate(self.read()):
+            if index in self.span:
+                yield {"text": text}
+
+
+def rows_of_files(paths, settings, each_is_a_row=False) -> Rows:
+    """The rows of files of one kind, one file after the other. Raises UserError where one cannot be read, or where
+    there are no rows."""
+    paths = [str(path) for path in paths]
+    formats = [format_of(path, each_is_a_row) for path in paths]
+    column = text_column(*formats[0].columns(paths[0]), settings)
+    digests = [_digest(path) for path in paths]
+    num_rows = sum(format.num_rows(path) for format, path in zip(formats, paths, strict=True))
+    if not num_rows:
+        raise UserError(f"{', '.join(paths)}: the data has no rows")
+
+    def read():
+        for format, path, digest in zip(formats, paths, digests, strict=True):
+            for place, chunk in format.chunks(path, 0, CHUNK_BYTES, column):
+                yield from format.texts(path, place, chunk, column)
+            if _digest(path) != digest:  # what was read belongs to no content that could be named
+                raise UserError(f"{path} was changed while it was read: start again")
+
+    kinds = [file_kind(path) for path in paths]
+    return Rows(read, digest_of([kinds, each_is_a_row, column, digests]), range(num_rows))
+
+
+def warn_of_left_out(path, files: DataFiles):
+    if files.num_left_out and int(os.environ.get("RANK", 0)) == 0:
+        which = "are no text files" if files.each_is_a_row or Path(path).is_dir() else "are of no known kind"
+        warn(f"{path}: {files.num_left_out:,} of its files {which} and are left out")
+
+
+def _digest(path: str) -> str:
+    """A digest of a file's bytes."""
+    digest = hashlib.blake2b(digest_size=16)
+    with reading(path), open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def cache_folder():
+    """The cache folder of `datasets`, its config.HF_DATASETS_CACHE, without importing it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(os.path.expanduser(home), "datasets")))
+
+
+def only_text(rows: Any, settings) -> Rows:
+    """`Rows` of the one column that is meant, from a `datasets.Dataset`."""
+    kinds = rows.features.items()
+    texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
+    column = text_column(texts, texts, settings)
+    if not len(rows):
+        raise UserError("the data has no rows")
+    rows = rows.select_columns([column])
+    return Rows(
+        lambda: chain.from_iterable(batch[column] for batch in rows.iter(100)), rows._fingerprint, range(len(rows))
+    )
+
+
+def text_column(columns, texts, settings):
+    """The name of the column that is meant, one of `columns`; `texts`: those of them that are known to hold text.
+    Raises UserError where there is none, or not just one."""
+    column = settings.text_column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
+    if column not in columns:
+        wanted = f"no column {column!r} of text" if column else "not just one column of text"
+        raise UserError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
+    return column
+
+
+def digest_of(values):
+    """A digest of anything that JSON can say: what it depends on makes the name of a cached file, or of data."""
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,149 @@
+"""Tables: csv and parquet files."""
+
+import contextlib
+import csv
+import io
+from itertools import islice
+from pathlib import Path
+
+from train_loop.data.text_files import BOM, broken, line_at, reading
+from train_loop.files import open_file
+
+csv.field_size_limit(2**31 - 1)  # of a whole document; Python's default is 128 KiB
+
+
+class Csv:
+    """A file of comma separated values (.tsv: of tabs) with a header. A cell is the text that stands there, whatever it
+    looks like; line breaks within quotes stay as they are. A line without any character is no row."""
+
+    def _records(self, path, byte):
+        """(byte where it begins, its cells) of each record from a byte on."""
+        with reading(path, csv.Error), open_file(path) as file:
+            file.seek(byte)
+            if byte == 0 and file.read(len(BOM)) == BOM:
+                byte = len(BOM)
+            file.seek(byte)
+            end = byte
+
+            def lines():
+                nonlocal end
+                for line in io.TextIOWrapper(file, "utf-8", newline=""):
+                    end += len(line) if line.isascii() else len(line.encode())
+                    yield line
+
+            delimiter = "\t" if ".tsv" in Path(path).name.lower() else ","
+            try:
+                for cells in csv.reader(lines(), delimiter=delimiter, strict=True):
+                    if cells:
+                        yield byte, cells
+                    byte = end
+            except (csv.Error, UnicodeDecodeError) as error:
+                reason = f"it is not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else error
+                raise broken(path, f"in the record at {line_at(path, byte)}", reason) from error
+
+    def _header(self, path):
+        return next(self._records(path, 0), (0, []))[1]
+
+    def chunks(self, path, place, size, column):
+        records, chunk, length = self._records(path, place), [], 0
+        if place == 0:
+            next(records, None)
+        for byte, cells in records:
+            chunk.append((byte, cells))
+            length += sum(map(len, cells))
+            if length >= size:
+                yield chunk[0][0], chunk
+                chunk, length = [], 0
+        if chunk:
+            yield chunk[0][0], chunk
+
+    def texts(self, path, place, chunk, column):
+        header = self._header(path)
+        index = _only_index(path, header, column)
+        for byte, cells in chunk:
+            if not index < len(cells) <= len(header):
+                problem = f"the record has {len(cells)} cells, the header has {len(header)}"
+                raise broken(path, line_at(path, byte), f"{problem}; a comma or line break in a text needs quotes")
+        return [cells[index] for _, cells in chunk]
+
+    def columns(self, path):
+        """A column whose first 1,000 cells are all numbers is one of text only if there is no other column."""
+        header = self._header(path)
+        rows = [cells for _, cells in islice(self._records(path, 0), 1, 1001)]
+        texts = [
+            name
+            for i, name in enumerate(header)
+            if len(header) == 1 or not all(_is_number(cells[i]) for cells in rows if i < len(cells))
+        ]
+        return header, texts
+
+    def num_rows(self, path):
+        return sum(1 for _ in self._records(path, 0)) - bool(self._header(path))
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
+
+
+def _only_index(path, header, column):
+    if header.count(column) > 1:
+        raise broken(path, "", f"it has {header.count(column)} columns that are named {column!r}")
+    return header.index(column)
+
+
+class Parquet:
+    """A parquet file, of which only the column of text is read, whatever the others are."""
+
+    @contextlib.contextmanager
+    def _open(self, path):
+        import pyarrow.parquet  # imported where it is needed alone: that takes a while
+
+        with reading(path, pyarrow.ArrowException), open_file(path) as file:
+            # a small buffer and no reading ahead: the memory does not depend on the size of the file's row groups
+            yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+
+    def chunks(self, path, place, size, column):
+        with self._open(path) as file:
+            _only_index(path, file.schema_arrow.names, column)
+            sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            first, row = 0, 0  # of the row group in which the place is
+            while first < len(sizes) and row + sizes[first] <= place:
+                row, first = row + sizes[first], first + 1
+            chunk, length = [], 0
+            groups = list(range(first, len(sizes)))
+            for batch in file.iter_batches(100, row_groups=groups, columns=[column], use_threads=False):
+                for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+                    row += 1
+                    if row > place:
+                        chunk.append(text)
+                        length += len(text or "")
+                    if length >= size:
+                        yield place, chunk
+                        place, chunk, length = row, [], 0
+            if chunk:
+                yield place, chunk
+
+    def texts(self, path, place, chunk, column):
+        if None in chunk:
+            raise broken(path, f"row {place + chunk.index(None) + 1:,}", f"{column!r} is null")
+        return chunk
+
+    def columns(self, path):
+        from pyarrow import types
+
+        with self._open(path) as file:
+            schema = file.schema_arrow
+        names = []
+        for field in schema:
+            kind = field.type.value_type if types.is_dictionary(field.type) else field.type
+            if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
+                names.append(field.name)
+        return names, names
+
+    def num_rows(self, path):
+        with self._open(path) as file:
+            return file.metadata.num_rows

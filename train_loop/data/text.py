@@ -1,0 +1,52 @@
+"""The text that the first tokens of a split stand for: what a perplexity per word and per byte is divided by."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from train_loop.data.tokens import encode
+
+
+@dataclass(frozen=True)
+class CoveredText:
+    """The size of the text that n tokens stand for, and which of them do.
+
+    words: what white space separates; line_ends: one for the end of each line, as WikiText counts them, so that a row
+    without a newline has one too; bytes: of the text in UTF-8. `is_text` [n] of bool is False for the special tokens
+    that a tokenizer puts around a row, and for the end-of-text token that `add_eos_token` puts after it: they stand for
+    no text. A special token that is written in the text, such as "<unk>", stands for these characters.
+    """
+
+    num_words: int
+    num_line_ends: int
+    num_bytes: int
+    is_text: np.ndarray
+
+
+def covered_text(rows, tokenizer, end_of_text, num_tokens):
+    """The `CoveredText` of the first `num_tokens` tokens of `rows`, as `tokenize_rows` makes them.
+
+    The rows are tokenised once more, as far as needed, since this asks more of the tokenizer. In a row that is cut, the
+    text up to the end of the last token counts: a word that is cut there counts as one, and a character as all of its
+    bytes.
+    """
+    num_words = num_line_ends = num_bytes = 0
+    is_text, num_left = [np.zeros(0, dtype=bool)], num_tokens
+    for row in rows:
+        text = "" if row["text"].isspace() else row["text"]
+        encoding = tokenizer(text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
+        num_own = len(encode([text], tokenizer, end_of_text))  # with an end-of-text token after the row
+        of_row = np.zeros(num_own, dtype=bool)
+        of_row[: len(encoding["input_ids"])] = np.logical_not(encoding["special_tokens_mask"])
+        is_text.append(of_row[:num_left])
+        is_cut = num_own > num_left
+        if is_cut:
+            covered = np.flatnonzero(of_row[:num_left])
+            text = text[: encoding.token_to_chars(int(covered[-1])).end] if len(covered) else ""
+        num_words += len(text.split())
+        num_line_ends += text.count("\n") + (not is_cut and not text.endswith("\n"))
+        num_bytes += len(text.encode())
+        if is_cut:
+            break
+        num_left -= num_own
+    return CoveredText(num_words, num_line_ends, num_bytes, np.concatenate(is_text))

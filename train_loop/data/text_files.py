@@ -1,0 +1,105 @@
+"""How a file of each kind becomes rows of text: every text is the one in the file, never a null or a number.
+
+A format reads a file in chunks. `chunks(path, place, size, column)` yields (place, chunk) from a place in the file on,
+each chunk at least `size` bytes or characters long (the last one may be shorter). A place is a number: a byte of the
+unpacked file, or of parquet a row; 0 is the beginning. `texts(path, place, chunk, column)` are the chunk's rows, a list
+of str. `columns(path)` is (all columns, those of text). `num_rows(path)` counts the rows.
+
+All of them raise UserError, which names the file and the line or row, where a file cannot be read as what it is.
+"""
+
+import contextlib
+import io
+import zlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+from train_loop.errors import UserError, one_line
+from train_loop.files import file_kind, open_file
+
+CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising
+BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets begin a UTF-8 file with it; it is no part of the text
+
+
+class Format(Protocol):
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, Any]]: ...
+
+    def texts(self, path: str, place: int, chunk: Any, column: str) -> list[str]: ...
+
+    def columns(self, path: str) -> tuple[list[str], list[str]]: ...
+
+    def num_rows(self, path: str) -> int: ...
+
+
+def broken(path: str, where: str, reason: object) -> UserError:
+    reason = one_line(reason) if isinstance(reason, Exception) else reason
+    return UserError(f"{path} cannot be read as {file_kind(path)}: {where}{': ' if where else ''}{reason}")
+
+
+@contextlib.contextmanager
+def reading(path: str, *more_errors: type[Exception]):
+    """Turns what can go wrong with a file into a UserError that names it. `more_errors`: those of a library."""
+    try:
+        yield
+    except UserError:
+        raise
+    except UnicodeDecodeError as error:
+        raise broken(path, "", f"it is not UTF-8 text ({error.reason})") from error
+    except (OSError, EOFError, zlib.error, *more_errors) as error:
+        raise broken(path, "", error) from error
+
+
+def line_at(path: str, byte: int) -> str:
+    """The line in which a byte of the unpacked file stands, in words."""
+    with open_file(path) as file:
+        num_lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(min(1 << 20, byte - file.tell())), b""))
+    return f"line {num_lines + 1}"
+
+
+def decode(path: str, byte: int, content: bytes) -> str:
+    """The text of what stands in a file from a byte on. A byte-order mark at the file's beginning is left out."""
+    has_bom = byte == 0 and content.startswith(BOM)
+    try:
+        return str(memoryview(content)[len(BOM) :] if has_bom else content, "utf-8")
+    except UnicodeDecodeError as error:
+        where = line_at(path, byte + error.start + has_bom * len(BOM))
+        raise broken(path, where, f"it is not UTF-8 text ({error.reason})") from error
+
+
+class Lines:
+    """A text file: a line is a row, and ends as in Python with \\n, \\r\\n or \\r; the row has \\n there."""
+
+    def chunks(self, path, place, size, column):
+        with reading(path), open_file(path) as file:
+            file.seek(place)
+            while chunk := file.read(size) + file.readline():
+                yield place, chunk
+                place += len(chunk)
+
+    def texts(self, path, place, chunk, column):
+        return list(io.StringIO(decode(path, place, chunk), newline=None))
+
+    def columns(self, path):
+        return ["text"], ["text"]
+
+    def num_rows(self, path):
+        num_rows = 0
+        for place, chunk in self.chunks(path, 0, CHUNK_BYTES, "text"):
+            text = decode(path, place, chunk)
+            num_rows += text.count("\n") + text.count("\r") - text.count("\r\n") + (text[-1:] not in ("\n", "\r", ""))
+        return num_rows
+
+
+class Documents(Lines):
+    """A text file that is one row, also if it is empty. Its line ends are \\n."""
+
+    def chunks(self, path, place, size, column):
+        with reading(path), open_file(path) as file:
+            yield 0, file.read()
+
+    def texts(self, path, place, chunk, column):
+        return [io.StringIO(decode(path, place, chunk), newline=None).read()]
+
+    def num_rows(self, path):
+        decode(path, 0, next(self.chunks(path, 0, -1, "text"))[1])
+        return 1

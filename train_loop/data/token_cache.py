@@ -1,0 +1,129 @@
+"""The cache of tokens: files that are found again by name, and verified.
+
+    python -m train_loop.cache list       path, size, and when each was used last
+    python -m train_loop.cache clear      removes them all
+
+A file is a header, then tokens of int32. The header holds the words and the bytes of the text, the number of tokens,
+and a digest of these three and of every token: any change to the file is found when it is opened. Files that no run has
+opened for `MAX_DAYS` days are removed when a new one is made.
+"""
+
+import contextlib
+import hashlib
+import math
+import os
+import struct
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+from train_loop.data.row_files import cache_folder
+from train_loop.errors import warn
+
+MAX_DAYS = 60
+HEADER = struct.Struct("<3q40s")  # words, bytes, tokens, digest
+PIECE_BYTES = 1 << 22  # of which each is digested by itself: by as many threads as there are cores
+
+
+class Damaged(Exception):
+    """What is wrong with a file of tokens."""
+
+
+def token_folder() -> Path:
+    return cache_folder() / "train_loop" / "tokens"
+
+
+def open_or_make(key: str, write: Callable[[BinaryIO], list[int]]) -> tuple[np.ndarray, list[int]]:
+    """(tokens [n] of int32, read-only and memory-mapped, [words, bytes] of their text) of the file with this key.
+
+    Where there is none, or a damaged one, `write(file)` writes the tokens and returns [words, bytes]. Of several
+    processes one does it, and the others wait for it. A kill at any instant leaves no half of a file: it is written
+    under a different name, flushed to disk, and renamed. Raises OSError where the folder cannot be written.
+    """
+    path = token_folder() / f"{key}.int32"
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError, Damaged):
+        return _open(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_suffix(".lock")):
+        try:
+            return _open(path)
+        except FileNotFoundError:
+            pass
+        except Damaged as problem:
+            warn(f"the cached tokens {path} are damaged ({problem}): they are made again")
+        _remove(MAX_DAYS)
+        _make(path, write)
+        return _open(path)
+
+
+def _open(path: Path) -> tuple[np.ndarray, list[int]]:
+    """As `open_or_make`. Raises Damaged, or FileNotFoundError."""
+    size = path.stat().st_size
+    if size < HEADER.size:
+        raise Damaged(f"it has {size:,} bytes")
+    with open(path, "rb") as file:
+        *counts, digest = HEADER.unpack(file.read(HEADER.size))
+    if size != HEADER.size + 4 * counts[2]:
+        raise Damaged(f"it has {size:,} bytes in the place of {HEADER.size + 4 * counts[2]:,}")
+    tokens = np.empty(0, np.int32) if not counts[2] else np.memmap(path, np.int32, mode="r", offset=HEADER.size)
+    if _digest(tokens, counts) != digest:
+        raise Damaged("its content is not what was written")
+    with contextlib.suppress(OSError):  # of another user, or on a disk that is read-only
+        os.utime(path, (time.time(), path.stat().st_mtime))  # it was used now
+    return tokens, counts[:2]
+
+
+def _make(path: Path, write: Callable[[BinaryIO], list[int]]) -> None:
+    partial = path.with_suffix(".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(bytes(HEADER.size))
+            counts = write(file)
+            counts = [*counts, (file.tell() - HEADER.size) // 4]
+            file.flush()
+            tokens = np.empty(0, np.int32) if not counts[2] else np.memmap(partial, np.int32, "r", HEADER.size)
+            file.seek(0)
+            file.write(HEADER.pack(*counts, _digest(tokens, counts)))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _digest(tokens: np.ndarray, counts: list[int]) -> bytes:
+    """Of every byte. Each piece is digested by itself, in threads: hashlib does not hold Python's lock."""
+    data = tokens.view(np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        pieces = [data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES)]
+        digests = list(threads.map(lambda piece: hashlib.blake2b(piece).digest(), pieces))
+    return hashlib.blake2b(repr(counts).encode() + b"".join(digests), digest_size=40).digest()
+
+
+def cached_tokens() -> Iterator[tuple[Path, int, float]]:
+    """(path, bytes, when it was used last in seconds since 1970) of each file of tokens."""
+    for path in sorted(token_folder().glob("*.int32")):
+        with contextlib.suppress(FileNotFoundError):  # removed by another process
+            status = path.stat()
+            yield path, status.st_size, max(status.st_atime, status.st_mtime)
+
+
+def _remove(days: float) -> list[int]:
+    """Removes the files that were not used for so many days, and what killed processes left; returns their sizes."""
+    for partial in token_folder().glob("*.partial"):  # whoever died while writing it no longer holds its lock
+        with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
+            partial.unlink(missing_ok=True)
+    old = [(path, size) for path, size, used in cached_tokens() if used <= time.time() - days * 86_400]
+    for path, _ in old:
+        path.unlink(missing_ok=True)
+    return [size for _, size in old]
+
+
+def clear_cached_tokens() -> list[int]:
+    """Removes all files of tokens; returns their sizes. A run that has one open keeps it until it ends."""
+    return _remove(-math.inf)

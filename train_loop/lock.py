@@ -1,0 +1,97 @@
+"""One output_dir has one living run: a lock in it, which the kernel gives back however its holder ends.
+
+The lock is POSIX's record lock (`fcntl.lockf`) on the file output_dir/.lock. Of the locks that Unix has it is the one
+that NFS, Lustre and GPFS carry between hosts, and the one that no child process inherits: neither a fork nor a client
+that outlives its run can hold it. It has one weakness: a process loses it when it closes any other descriptor of the
+same file. So nothing else in this package opens that file.
+
+The file says who holds the lock. It is removed at the end. A killed run leaves it, and it blocks nobody: the lock
+counts, not the file.
+"""
+
+import contextlib
+import json
+import os
+import socket
+import time
+from pathlib import Path
+
+from train_loop.errors import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
+
+NAME = ".lock"
+RESTART_SECONDS = 30  # the processes of the attempt before may still be ending, on another host too
+
+
+@contextlib.contextmanager
+def held(folder: Path):
+    """Holds the lock of `folder`, which is made if it is not there and removed if nothing came into it.
+
+    Raises UserError, with who holds it, where another process does; OSError where the folder cannot be written.
+    """
+    if fcntl is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        warn(f"this system has no lock for {folder}: make sure that no other run uses it")
+        yield
+        return
+    # the launcher says whether it starts a run again by itself
+    restarts = any(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) > 0 for name in ("MAX_RESTARTS", "RESTART_COUNT"))
+    descriptor, made = _taken(folder, time.monotonic() + (RESTART_SECONDS if restarts else 0))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(folder / NAME)  # before the lock is given back: whoever waits for this file takes a new one
+            for path in made:
+                os.rmdir(path)  # no longer empty: nothing happens
+        os.close(descriptor)
+
+
+def _taken(folder, deadline):
+    """(descriptor of the locked file, folders that were made for it, the innermost first)."""
+    while True:
+        path, made = folder / NAME, [p for p in (folder, *folder.parents) if not p.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another run has just ended and removed the folder
+            continue
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # which of the two depends on the system
+            holder = os.pread(descriptor, 1000, 0)
+            os.close(descriptor)
+            if time.monotonic() >= deadline:
+                raise UserError(_refusal(folder, holder)) from None
+            time.sleep(0.1)
+            continue
+        except OSError as error:
+            warn(f"{folder} is on a disk without locks ({error.strerror}): make sure that no other run uses it")
+        if _is_still(path, descriptor):
+            break
+        os.close(descriptor)  # its holder ended and removed it in between
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    os.ftruncate(descriptor, 0)
+    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+    return descriptor, made
+
+
+def _is_still(path, descriptor):
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _refusal(folder, holder):
+    try:
+        holder = json.loads(holder)
+        who = f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
+    except (ValueError, KeyError, TypeError):  # it has not said so yet
+        who = "another process"
+    return f"output_dir {folder} is used by another run: {who}. Wait for it, stop it, or choose another output_dir"

@@ -1,0 +1,22 @@
+"""What the loop works with, and what changes no weight."""
+
+from dataclasses import dataclass
+
+from accelerate import Accelerator
+
+from train_loop.checkpoint import Checkpoints
+from train_loop.publish import Publisher
+from train_loop.report import Metrics, Samples
+from train_loop.stop import StopSignal
+
+
+@dataclass(frozen=True)
+class Services:
+    """Every process has the same ones, and calls their methods at the same places."""
+
+    accelerator: Accelerator
+    metrics: Metrics  # lines and tables of numbers
+    checkpoints: Checkpoints
+    stop: StopSignal  # whether the run was asked to stop
+    publisher: Publisher | None = None  # is told of each checkpoint
+    samples: Samples | None = None  # text that the model writes with each evaluation
