@@ -165,7 +165,7 @@ class Settings:
     peak_tflops: float | None = setting(
         "training",
         None,
-        "dense TFLOP/s of a device at the run's precision, for mfu in metrics.jsonl; else as known for some NVIDIA GPUs",
+        "dense TFLOP/s of a device at the run's precision, for mfu in metrics.jsonl; some NVIDIA GPUs are known",
         **above(0),
     )
     tuning: bool = setting(
