@@ -1,0 +1,28 @@
+"""The benchmark for GPUs, at toy size on a CPU: each part runs, and what it can show without a GPU holds."""
+
+import json
+import re
+
+from conftest import ROOT, run
+
+
+def test_every_part_runs_at_toy_size_and_comes_into_the_table(tmp_path):
+    # FSDP's part starts the launcher, and has the test after this one
+    parts = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
+    parts.remove("sharded")
+    assert len(parts) == 9
+    script = "tests/benchmarks/gpu.py"
+    done = run(script, "--toy", "--minutes=9", f"--out={tmp_path}", "--only", *parts, CUDA_VISIBLE_DEVICES="")
+    found = json.loads((tmp_path / "results.json").read_text())
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert list(found["parts"]) == parts and not found["left out"]
+    assert all(part["holds"] is not False and part["figures"] for part in found["parts"].values())
+    assert all(f"| {name} | " in done.stdout for name in parts)
+    assert found["surroundings"]["torch"]
+
+
+def test_a_part_that_takes_too_long_is_ended_and_said(tmp_path):
+    done = run("tests/benchmarks/gpu.py", "--toy", "--minutes=0.1", f"--out={tmp_path}", "--only", "recipe", "golden")
+    found = json.loads((tmp_path / "results.json").read_text())
+    slow = {name for name, part in found["parts"].items() if "not done after" in part.get("error", "")}
+    assert done.returncode == bool(slow) and (slow or found["left out"])
