@@ -192,9 +192,9 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
     are among them. The first objective's sum can be differentiated; the others are evaluated on the same logits.
 
     `batch` holds "input_ids" and "labels" [B, T], and what else the model's forward takes. What is not a tensor
-    ("step"), and tensors [B, T] that are named "target_...", go to the objectives by name instead: a tensor's value at
-    a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position in its
-    block, from 0.
+    ("step"), and tensors [B, T, ...] that are named "target_...", go to the objectives by name instead: a tensor's
+    value at a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position
+    in its block, from 0.
     """
     causal_lm = getattr(model, "module", model)  # DDP's wrapper has the model inside
     labels, inputs, of_rows = batch["labels"], {}, {}
@@ -202,7 +202,7 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
         if not isinstance(value, Tensor):
             of_rows[name] = value
         elif name.startswith("target_"):
-            of_rows[name] = value[:, 1:].flatten()
+            of_rows[name] = value[:, 1:].flatten(0, 1)
         elif name != "labels":
             inputs[name] = value
     of_rows["positions"] = torch.arange(labels.shape[1] - 1, device=labels.device).repeat(len(labels))
