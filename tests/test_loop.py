@@ -7,66 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
-from conftest import BLOCK, TINY_CONFIGS, VOCAB, largest_difference
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from conftest import BLOCK, largest_difference, make_model, train
+from transformers import Trainer, TrainingArguments
 
-from train_loop import loop
-from train_loop.checkpoint.checkpoint import Checkpoints
-from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_windows
+from train_loop.data.blocks import IGNORED, Windows, block_order, load_windows
 from train_loop.loss import count_targets, next_token_loss
-from train_loop.optim import build_optimizer, build_scheduler
-from train_loop.position import Position
-from train_loop.report.metrics import Metrics
-from train_loop.services import Services
-from train_loop.settings.settings import Settings
-from train_loop.stop import StopSignal
-
-NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
-
-
-def make_model(model_type="gpt2", dropout=False):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **TINY_CONFIGS[model_type])
-    for name, value in ({} if dropout else NO_DROPOUT[model_type]).items():
-        setattr(config, name, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **values):
-    """The loop's lines of training, its last evaluation, and the final weights."""
-    values = {
-        "checkpointing_steps": "none",
-        "logging_steps": 1,
-        "num_train_epochs": 1.0,
-        "learning_rate": 1e-3,
-    } | values
-    settings = Settings(output_dir=str(output_dir), **values)
-    output_dir.mkdir()
-    eval_blocks = eval_blocks if isinstance(eval_blocks, dict) else {"validation": eval_blocks}
-    as_split = lambda blocks: blocks if isinstance(blocks, Split) else Split("blocks", blocks)  # noqa: E731
-    train_split, eval_splits = as_split(train_blocks), {name: as_split(b) for name, b in eval_blocks.items()}
-    accelerator = accelerator or Accelerator(cpu=True)
-    torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
-    torch.manual_seed(settings.seed)
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
-    metrics = Metrics(output_dir, num_steps, is_main=True)
-    position = Position()
-    checkpoints = Checkpoints(settings, accelerator)
-    with StopSignal() as stop:
-        loop.train(
-            model=prepared,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, settings, num_steps),
-            position=position,
-            train_split=train_split,
-            eval_splits=eval_splits,
-            settings=settings,
-            services=Services(accelerator, metrics, checkpoints, stop),
-        )
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
 
 class RecordingTrainer(Trainer):
