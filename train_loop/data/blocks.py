@@ -142,7 +142,7 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     tokens, _, _ = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
-        raise UserError(f"the {name} data has {len(tokens):,} tokens, less than one block of {settings.block_size}")
+        raise UserError(too_few(name, rows, len(tokens), settings))
     max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
     document_end = end_of_text if settings.document_attention else None
     split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, document_end)
@@ -153,6 +153,18 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     if name != "training" and settings.named_perplexities:
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
     return split
+
+
+def too_few(name, rows, num_tokens, settings):
+    """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
+    size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
+    ways = f"give a block_size of at most {num_tokens}, or more text"
+    if rows.span.start:
+        ways = (
+            f"give a validation_split_percentage above {settings.validation_split_percentage}, a validation_file, or "
+        )
+        ways += f"a block_size of at most {num_tokens}"
+    return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
 
 
 def end_of_documents(tokenizer, settings):
