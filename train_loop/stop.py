@@ -102,12 +102,10 @@ def has_launcher() -> bool:
     pid = os.getppid()
     while pid > 0:
         try:
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if "python" in Path(os.readlink(f"/proc/{pid}/exe")).name:
-                return True
-        except PermissionError:  # another user's: no launcher of ours
-            pass
+            command, status = (Path(f"/proc/{pid}/{name}").read_text(errors="replace") for name in ("cmdline", "stat"))
         except OSError:  # it has just died; or there is no /proc, and nothing can be known
             return not Path("/proc/self/stat").exists()
-        pid = parent
+        if "python" in Path(command.split("\0")[0]).name:
+            return True
+        pid = int(status.rpartition(")")[2].split()[1])  # of the process above it
     return False
