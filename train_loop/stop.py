@@ -88,7 +88,7 @@ def end_with_launcher(number: int):
     Before there is anything to save the signal is SIGKILL: a process that waits for its peers in C code answers to no
     other one.
     """
-    is_launched = ACCELERATE <= os.environ.keys() or "TORCHELASTIC_RUN_ID" in os.environ  # the latter by torchrun
+    is_launched = os.environ.keys() >= ACCELERATE or "TORCHELASTIC_RUN_ID" in os.environ  # the latter by torchrun
     if sys.platform != "linux" or not is_launched:
         return
     set_parent_death_signal = 1
