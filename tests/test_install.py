@@ -23,8 +23,8 @@ def built(tmp_path_factory):
     pytest.importorskip("setuptools", minversion="77", reason="setuptools builds the package")
     folder = tmp_path_factory.mktemp("built")
     # a copy: building leaves folders behind, and those of a build long ago would get into the wheel
-    tracked = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    for name in filter(None, tracked.stdout.split("\0")):
+    files = run("git", "ls-files", "-coz", "--exclude-standard", cwd=ROOT)
+    for name in filter(None, files.split("\0")):
         if (ROOT / name).is_file():
             (folder / "source" / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / "source" / name)
@@ -112,11 +112,11 @@ def test_the_notebook_trains_and_generates(tmp_path, monkeypatch, capfd):
     for name, source in cells.items():
         if name == "train":
             names["flags"] += " --max_train_steps 8 --logging_steps 2 --eval_steps 4 --max_eval_samples 4"
-        if source.startswith("!"):
-            done = subprocess.run(eval("f" + repr(source[1:]), names), shell=True, timeout=300)
+        source, _, command = source.partition("!")  # the shell's command comes last in a cell
+        exec(compile(source, name, "exec"), names)
+        if command:
+            done = subprocess.run(eval("f" + repr(command), names), shell=True, timeout=300)
             assert done.returncode == 0, capfd.readouterr()
-        else:
-            exec(compile(source, name, "exec"), names)
         if name == "parameters":
             names["recipe"], names["prompt"] = "quickstart", "The value of"
         outputs[name] = capfd.readouterr().out

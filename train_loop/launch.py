@@ -19,8 +19,14 @@ def build_accelerator(settings):
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
     Raises UserError where the launcher started several processes that would each train alone, or where the device
-    cannot do the precision asked for. Says on stderr where FSDP was asked for and does not come.
+    cannot do the precision asked for, or Accelerate would recompute activations. Says on stderr where FSDP was asked
+    for and does not come.
     """
+    if asks_for_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
+        raise UserError(
+            "the launch config says fsdp_activation_checkpointing: with it Accelerate computes activations again with "
+            "other dropout masks, and gradients are wrong. Remove it there, and give --gradient_checkpointing"
+        )
     has_device = torch.accelerator.is_available()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))
     if _num_restarts():

@@ -10,7 +10,6 @@ counts, not the file.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,11 @@ import time
 from pathlib import Path
 
 from train_loop.errors import UserError, warn
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such lock
+    fcntl = None
 
 NAME = ".lock"
 PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is
@@ -30,6 +34,11 @@ def held(folder: Path):
 
     Raises UserError, with who holds it, where another process does; OSError where the folder cannot be written.
     """
+    if fcntl is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        warn(f"this system has no lock for {folder}: make sure that no other run uses it")
+        yield
+        return
     # the launcher says whether it starts a run again by itself
     restarts = any(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) > 0 for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     descriptor, made = _taken(folder, time.monotonic() + (RESTART_PATIENCE if restarts else PATIENCE))

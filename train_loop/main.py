@@ -40,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     is_main, settings = int(os.environ.get("RANK", 0)) == 0, None
     with safe_console(), StopSignal() as stop:
         try:
-            end_with_launcher(signal.SIGKILL)
+            if sys.platform == "linux":  # Windows has no SIGKILL
+                end_with_launcher(signal.SIGKILL)
             settings = read_settings(argv)
             wanted_trackers(settings)  # raises where a library is missing
             unreachable = set_surroundings(settings, is_main)

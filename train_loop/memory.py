@@ -1,50 +1,51 @@
 """The memory of this machine and of this process: how much there is, how much was taken, and when it ran out."""
 
 import os
-import resource
 import sys
 from pathlib import Path
 
+import psutil
 import torch
 
 
-def peaks():
+def peaks() -> dict[str, float]:
     """The peaks of this process, as results name them."""
     return {"peak_memory_gib": peak_memory_gib()} | peak_device_memory_gib()
 
 
-def peak_memory_gib():
+def peak_memory_gib() -> float:
     """The largest resident set that this process ever had, in GiB."""
     if sys.platform == "linux":  # what getrusage says there begins with the size of the process that started this one
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # KiB
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    import resource  # Windows has none
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 
-def peak_device_memory_gib():
+def peak_device_memory_gib() -> dict[str, float]:
     """{"peak_device_memory_gib": the most that torch had allocated on this process's GPU}, {} without one."""
     if not torch.cuda.is_available():
         return {}
     return {"peak_device_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
 
 
-def available_bytes(device):
+def available_bytes(device: torch.device) -> float:
     """Memory that this process may still take: of its GPU, or its part of what the machine, or a limit, leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if (meminfo := Path("/proc/meminfo")).is_file():
-        available = 1024 * int(meminfo.read_text().split("MemAvailable:")[1].split()[0])
+    available = psutil.virtual_memory().available
     limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
     if limit.is_file() and (text := limit.read_text().strip()) != "max":
         available = min(available, int(text) - int(used.read_text()))
     return available / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
-def resident_bytes():
-    """Bytes of memory that this process holds now; 0 where the system does not say."""
-    statm = Path("/proc/self/statm")
-    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.is_file() else 0
+def resident_bytes() -> int:
+    """Bytes of memory that this process holds now."""
+    return psutil.Process().memory_info().rss
 
 
 def is_out_of_memory(error: BaseException) -> bool:

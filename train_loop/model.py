@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from train_loop.compat import checkpoint_activations
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.probes import is_causal, keeps_documents_apart
@@ -121,6 +122,10 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
         from train_loop.lean import use_lean_modules  # only here: without tuning no internals of transformers are used
 
         use_lean_modules(model)
+    if settings.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise UserError(f"gradient_checkpointing: transformers does not have it for {config.model_type}")
+        checkpoint_activations(model)
     if settings.document_attention and not keeps_documents_apart(model):
         raise UserError(
             f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"

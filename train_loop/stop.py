@@ -29,12 +29,14 @@ class StopSignal:
     A SIGHUP that was ignored (nohup) stays ignored.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
+    # Windows lacks the last two
+    NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __enter__(self):
         self.number, self.since, self.deferred = 0, 0.0, False
         self.group, self.timeout = None, None
-        listened = [n for n in self.SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
         handler = signal.SIG_DFL if int(os.environ.get("WORLD_SIZE", 1)) > 1 else self._receive
         self.previous = {number: signal.signal(number, handler) for number in listened}
         return self

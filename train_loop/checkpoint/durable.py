@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 from pathlib import Path
 
 from train_loop.errors import UserError
@@ -16,7 +17,10 @@ from train_loop.whole import read_object, remove
 
 def flush(path: Path) -> None:
     """Waits until a file's or a folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    on_windows = sys.platform == "win32"
+    if on_windows and path.is_dir():  # it opens no folders; its NTFS keeps a journal of names
+        return
+    descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -41,7 +41,8 @@ def read_settings(argv):
 
     Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, settings that
     contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
-    those that came out, as a recipe, `--print_launch_config NAME` prints a launch config, and all leave with SystemExit.
+    those that came out, as a recipe, `--print_launch_config NAME` prints a launch config. All three leave with
+    SystemExit.
     """
     problems, remarks, entries, values = [], [], {}, {}
     recipe, flags = _split_command_line(argv, problems)

@@ -127,6 +127,12 @@ class Settings:
     gradient_accumulation_steps: int = setting(
         "training", 1, "micro-batches in an optimizer step, on each process", **at_least(1)
     )
+    gradient_checkpointing: bool = setting(
+        "training",
+        False,
+        "keep each layer's input alone for the backward pass and compute the rest again: less memory, about a third "
+        "more time, the same losses",
+    )
     auto_micro_batch: bool = setting(
         "training", False, "where memory runs out, halve the micro-batch and double the accumulation: the same losses"
     )
