@@ -1,17 +1,18 @@
 """The learning rate: a function of the optimizer step, the same for a run that is resumed."""
 
 import json
+import re
 import warnings
 
 import pytest
 import torch
 import transformers
-from conftest import TINY, assert_same_run, copy_until, lines_of
+from conftest import ROOT, TINY, assert_same_run, copy_until, lines_of
 
 from train_loop.main import main
 from train_loop.optim import build_scheduler, lr_factor
 from train_loop.settings.command_line import read_settings
-from train_loop.settings.settings import Settings
+from train_loop.settings.settings import SCHEDULES, Settings
 
 WORDS = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
 
@@ -106,6 +107,14 @@ def test_parameters_come_from_a_recipe_or_as_json_and_are_written_back(tmp_path,
         read_settings([*words, "--print_config"])
     recipe.write_text(capsys.readouterr().out)
     assert read_settings(["--config", str(recipe)]) == settings
+
+
+def test_readme_lists_the_schedules_with_their_parameters():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("`", "")
+    for schedule, parameters in SCHEDULES.items():
+        row = next(line for line in readme.splitlines() if re.match(rf"\| .*\b{schedule}\b.* \|", line))
+        listed = re.findall(r"(\w+) ([\d.e-]+)", row.split("|")[2])
+        assert {name: float(value) for name, value in listed} == parameters
 
 
 @pytest.mark.parametrize(
