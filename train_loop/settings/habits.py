@@ -42,8 +42,8 @@ SAME = {
     "max_grad_norm": "",
     "num_train_epochs": "",
     "max_train_steps": "",
-    "lr_scheduler_type": "",
-    "lr_scheduler_kwargs": "",
+    "lr_scheduler_type": "--help lists them",
+    "lr_scheduler_kwargs": "--help lists what each schedule takes",
     "num_warmup_steps": "",
     "warmup_ratio": "",
     "label_smoothing_factor": "in training only: the validation loss is a plain cross entropy",
@@ -80,15 +80,13 @@ ALIASES = {
     "auto_find_batch_size": ("auto_micro_batch", "accumulation rises as the micro-batch falls: the same losses"),
 }
 
+LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
 NO_EFFECT = {
     "overwrite_cache": "cached tokens are found by the data's content, so changed data is never taken from the cache",
     "low_cpu_mem_usage": "models are loaded so by today's transformers",
     "ignore_data_skip": "resuming skips no data: it begins at the right block at once",
     "prediction_loss_only": "evaluation works out the loss alone",
     "eval_on_start": "the model is evaluated before the first step anyway",
-    "eval_accumulation_steps": "evaluation keeps sums only",
-    "eval_do_concat_batches": "evaluation keeps sums only",
-    "eval_use_gather_object": "evaluation keeps sums only",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "log_level": "the console is plain; metrics.jsonl is the record",
     "log_level_replica": "the main process alone prints",
@@ -100,13 +98,11 @@ NO_EFFECT = {
     "save_safetensors": "checkpoints are safetensors anyway",
     "skip_memory_metrics": "peaks of memory are in all_results.json anyway",
     "length_column_name": "blocks are equally long",
-    "dataloader_num_workers": "blocks are cut before training, so there is no loader",
-    "dataloader_pin_memory": "blocks are cut before training, so there is no loader",
-    "dataloader_persistent_workers": "blocks are cut before training, so there is no loader",
-    "dataloader_prefetch_factor": "blocks are cut before training, so there is no loader",
-    "dataloader_multiprocessing_context": "blocks are cut before training, so there is no loader",
-    "dataloader_in_order": "blocks are cut before training, so there is no loader",
     "ddp_bucket_cap_mb": "torch's default is used",
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), "evaluation keeps sums only"
+    ),
+    **{f"dataloader_{name}": "blocks are cut before training, so there is no loader" for name in LOADER},
 }
 
 
@@ -114,13 +110,11 @@ def _launch(flag):
     return f"give it to the launcher: accelerate launch {flag} train_loop/main.py ..."
 
 
-LOADER = "each block is seen exactly once an epoch, also those of a last short batch"
 HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
 COMPILE = _launch("--dynamo_backend inductor")
 SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
 CHECKPOINTING = "to save memory give --auto_micro_batch, or shard the model with launch_configs/fsdp.yaml"
 DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
-TRACKIO = "trackers get their defaults; the place to change that is train_loop/report/trackers.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
 # name: (what to do instead, values that ask for what is done anyway and are taken)
 REFUSED = {
@@ -150,8 +144,6 @@ REFUSED = {
     "parallelism_config": (SHARDING, ""),
     "gradient_checkpointing": (CHECKPOINTING, "false"),
     "activation_checkpointing": (CHECKPOINTING, "false"),
-    "gradient_checkpointing_kwargs": (CHECKPOINTING, ""),
-    "activation_checkpointing_kwargs": (CHECKPOINTING, ""),
     "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
     "use_liger_kernel": ("the loss already works without logits", "false"),
     "liger_kernel_config": ("the loss already works without logits", ""),
@@ -164,9 +156,6 @@ REFUSED = {
     "logging_strategy": ("a line comes every logging_steps steps: give --logging_steps N", "steps"),
     "logging_dir": ("TensorBoard's files lie in output_dir/tensorboard", ""),
     "project": ("for wandb set the environment variable WANDB_PROJECT", "huggingface"),
-    "trackio_space_id": (TRACKIO, ""),
-    "trackio_bucket_id": (TRACKIO, ""),
-    "trackio_static_space_id": (TRACKIO, ""),
     "include_for_metrics": (METRIC, ""),
     "include_inputs_for_metrics": (METRIC, "false"),
     "batch_eval_metrics": (METRIC, "false"),
@@ -176,15 +165,12 @@ REFUSED = {
     "save_only_model": ("a checkpoint holds all that resuming needs; the model alone is exported at the end", "false"),
     "save_on_each_node": ("checkpoints are written once: all machines must see output_dir", "false"),
     "enable_jit_checkpoint": ("SIGTERM saves a checkpoint anyway", "false"),
-    "hub_token": ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
-    "token": ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
-    "use_auth_token": ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
     "hub_always_push": ("while a push is not over the next one is left out; the last one is not", "false"),
     "hub_revision": ("the main branch is pushed to", "main"),
     "restore_callback_states_from_checkpoint": ("there are no callbacks", "false"),
     "full_determinism": ("on a CPU a run is the same bit for bit anyway; for GPUs see torch's manual", "false"),
     "data_seed": ("seed decides the order of blocks too: give --seed", ""),
-    "dataloader_drop_last": (LOADER, "false"),
+    "dataloader_drop_last": ("each block is seen exactly once an epoch, also those of a last short batch", "false"),
     "train_sampling_strategy": ("the place to change the order of blocks is data/blocks.py", "random"),
     "group_by_length": ("blocks are equally long", "false"),
     "debug": ("--traceback shows where an error is from", ""),
@@ -194,6 +180,15 @@ REFUSED = {
     "use_fast_tokenizer": ("fast tokenizers only", "true"),
     "no_use_fast_tokenizer": ("fast tokenizers only", "false"),
     "use_slow_tokenizer": ("fast tokenizers only", "false"),
+    **dict.fromkeys(
+        ("token", "hub_token", "use_auth_token"),
+        ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
+    ),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), (CHECKPOINTING, "")),
+    **dict.fromkeys(
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        ("trackers get their defaults; the place to change that is train_loop/report/trackers.py", ""),
+    ),
 }
 
 
