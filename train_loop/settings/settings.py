@@ -194,7 +194,7 @@ class Settings:
         **at_least(1),
     )
     named_perplexities: bool = setting(
-        "evaluation", False, "also word_perplexity and bits_per_byte, comparable between tokenizers"
+        "evaluation", False, "also bits_per_byte and perplexities per word, comparable between tokenizers"
     )
     sample_prompt: list[str] | None = setting(  # noqa: RUF009
         "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
