@@ -93,9 +93,9 @@ def arguments_for(output_dir, micro_batch, text_file, resume=None):
 def runs(text_file, tmp_path_factory):
     """`plain`: one process. `sharded`: two processes. `resumed`: two, from sharded's step 4. `from_plain`: two, from
     plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the
-    disk of the second is full."""
+    disk of the second is full. `dropping`, `recomputed`: two with dropout, without and with gradient_checkpointing."""
     folder = tmp_path_factory.mktemp("runs")
-    sharded = folder / "sharded"
+    sharded, dropout = folder / "sharded", "--config_overrides=n_layer=2,n_head=1,n_embd=31,n_positions=64"
 
     def two(name, *more, precision="no", full_disk_of=None, resume=None):
         return precision, full_disk_of, [*arguments_for(folder / name, 3, text_file, resume), *more]
@@ -109,11 +109,13 @@ def runs(text_file, tmp_path_factory):
         two("from_plain", resume=folder / "plain"),
         two("bf16", precision="bf16"),
         two("planned", "--dry_run"),
-        two("full", full_disk_of=1),
+        two("dropping", dropout),
+        two("recomputed", dropout, "--gradient_checkpointing"),
+        two("full", full_disk_of=1),  # last: these processes keep the limit
     )
     (folder / "output").write_text(done.stdout + done.stderr)
     assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == [
-        f"exit status {status}" for status in (0, 0, 0, 0, 0, 1)
+        f"exit status {status}" for status in (0, 0, 0, 0, 0, 0, 0, 1)
     ], done.stderr
     assert main(arguments_for(folder / "from_sharded", 6, text_file, sharded)) == 0
     return folder
@@ -199,6 +201,12 @@ def test_a_plan_of_shares_counts_what_a_process_then_writes(runs):
     }
     counted = state_bytes(model, 2, sharded=True)
     assert written == {"model": counted["weights"], "optimizer": counted["optimizer"]}
+
+
+def test_sharded_layers_that_are_computed_again_drop_the_same_numbers(runs):
+    assert without_timings(runs / "recomputed") == without_timings(runs / "dropping")
+    assert largest_difference(weights_of(runs / "recomputed"), weights_of(runs / "dropping")) == 0
+    assert lines_of(runs / "dropping")[1]["loss"] != lines_of(runs / "sharded")[1]["loss"]
 
 
 def test_one_process_that_cannot_write_stops_all_with_a_sentence(runs):

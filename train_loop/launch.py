@@ -27,6 +27,7 @@ def build_accelerator(settings):
             "the launch config says fsdp_activation_checkpointing: with it Accelerate computes activations again with "
             "other dropout masks, and gradients are wrong. Remove it there, and give --gradient_checkpointing"
         )
+    _choose_kernels(settings.deterministic)
     has_device = torch.accelerator.is_available()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))
     if _num_restarts():
@@ -55,6 +56,16 @@ def build_accelerator(settings):
             raise UserError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
         torch.set_num_threads(num_threads(settings))
     return accelerator
+
+
+def _choose_kernels(deterministic):
+    """With `deterministic`, torch's strict mode: it alone makes attention's backward pass on a GPU deterministic. An
+    operation without a deterministic kernel raises RuntimeError there."""
+    torch.use_deterministic_algorithms(deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill buffers that are written anyway
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it; read at its first product
+        torch.backends.cudnn.benchmark = False
 
 
 ALIVE = []  # what `prepare` made

@@ -14,6 +14,7 @@ from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Stream, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
+from train_loop.flops import mfu_per_token_rate
 from train_loop.head import head_of
 from train_loop.loss_check import check_loss
 from train_loop.micro_batch import fit_micro_batch
@@ -83,7 +84,8 @@ def run(settings, stop, repository=None):
 
         # -> where an earlier run was
         checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
-        metrics = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings))
+        mfu = mfu_per_token_rate(whole, settings, accelerator)
+        metrics = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings), mfu)
         at_the_end.callback(metrics.trackers.finish)
         path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:

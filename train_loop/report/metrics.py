@@ -24,16 +24,23 @@ if TYPE_CHECKING:
     import torch
 
 STATE = ("sums", "tokens", "train_nats", "train_tokens", "train_seconds", "num_skipped_steps", "train_loss", "latest")
-COUNTED = ("step", "epoch", "tokens_seen", "tokens_per_second")  # what each line of training holds beside the sums
+COUNTED = (
+    "step",
+    "epoch",
+    "tokens_seen",
+    "tokens_per_second",
+    "mfu",
+)  # what each line of training holds beside the sums
 COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 
 
 class Metrics:
     """Sums since the last line, sums of the whole run, and where they are written."""
 
-    def __init__(self, output_dir, num_steps, is_main, show_progress=False, trackers=None):
+    def __init__(self, output_dir, num_steps, is_main, show_progress=False, trackers=None, mfu_per_token_rate=None):
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
         self.show_progress, self.trackers = show_progress, trackers
+        self.mfu_per_token_rate = mfu_per_token_rate  # mfu = this x tokens_per_second
         self.lines = []  # every line of metrics.jsonl
         self.train_nats = self.train_tokens = self.train_seconds = 0
         self.num_skipped_steps = 0
@@ -142,6 +149,8 @@ class Metrics:
             "tokens_seen": self.train_tokens,
             "tokens_per_second": self.tokens / seconds,
         }
+        if self.mfu_per_token_rate:
+            line["mfu"] = self.mfu_per_token_rate * line["tokens_per_second"]
         self._write(line)
         if self.is_main and not self.show_progress:
             self._row(line["step"], line["epoch"], f"{self.train_loss:.4f}", speed=line["tokens_per_second"])

@@ -171,6 +171,15 @@ class Settings:
     )
 
     tf32: bool = setting("training", False, "float32 products of a GPU in TF32: faster, with 10 bits of mantissa")
+    deterministic: bool = setting(
+        "training", False, "on a GPU, only kernels that give the same bits each time: slower; on a CPU they all do"
+    )
+    peak_tflops: float | None = setting(
+        "training",
+        None,
+        "dense TFLOP/s of a device at the run's precision, for mfu in metrics.jsonl; some NVIDIA GPUs are known",
+        **above(0),
+    )
     tuning: bool = setting(
         "training", True, "allocator, huge pages and lean modules that make a run faster and change no number"
     )
