@@ -56,6 +56,9 @@ TINY_CONFIGS = {
     },
 }
 
+# the same for configs
+WITHOUT_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
+
 # the arguments of a run of 100 blocks, 13 steps an epoch; threads would only wait for each other
 TINY = [
     "--model_type=gpt2",
@@ -257,6 +260,66 @@ def watched(text_file, tmp_path_factory):
 def shows(picture, colour):
     """Whether some hundred pixels of a picture, [height, width, 4], have a colour: a line does."""
     return (np.abs(picture[..., :3] - to_rgb(colour)).max(-1) < 0.02).sum() > 100
+
+
+def make_model(model_type="gpt2", dropout=False):
+    """A tiny model for the blocks of the fixture."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **TINY_CONFIGS[model_type])
+    for name, value in ({} if dropout else WITHOUT_DROPOUT[model_type]).items():
+        setattr(config, name, value)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **values):
+    """Runs the loop. Blocks are an array or a `Split`; those of evaluation may be {name: blocks}. Returns the loop's
+    lines of training, its last evaluation, and the final weights."""
+    from accelerate import Accelerator
+
+    from train_loop import loop
+    from train_loop.checkpoint import Checkpoints
+    from train_loop.data import Split
+    from train_loop.optim import build_optimizer, build_scheduler
+    from train_loop.position import Position
+    from train_loop.report import Metrics
+    from train_loop.services import Services
+    from train_loop.settings import Settings
+    from train_loop.stop import StopSignal
+
+    values = {
+        "checkpointing_steps": "none",
+        "logging_steps": 1,
+        "num_train_epochs": 1.0,
+        "learning_rate": 1e-3,
+    } | values
+    settings = Settings(output_dir=str(output_dir), **values)
+    output_dir.mkdir()
+    eval_blocks = eval_blocks if isinstance(eval_blocks, dict) else {"validation": eval_blocks}
+    as_split = lambda blocks: blocks if isinstance(blocks, Split) else Split("blocks", blocks)  # noqa: E731
+    train_split, eval_splits = as_split(train_blocks), {name: as_split(b) for name, b in eval_blocks.items()}
+    accelerator = accelerator or Accelerator(cpu=True)
+    torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
+    torch.manual_seed(settings.seed)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
+    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
+    metrics = Metrics(output_dir, num_steps, is_main=True)
+    position = Position()
+    checkpoints = Checkpoints(settings, accelerator)
+    with StopSignal() as stop:
+        loop.train(
+            model=prepared,
+            optimizer=optimizer,
+            scheduler=build_scheduler(optimizer, settings, num_steps),
+            position=position,
+            train_split=train_split,
+            eval_splits=eval_splits,
+            settings=settings,
+            services=Services(accelerator, metrics, checkpoints, stop),
+        )
+    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
 
 def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):

@@ -174,7 +174,7 @@ def test_a_finished_run_whose_checkpoints_are_gone_is_left_as_it_was(arguments, 
 def test_a_run_stopped_in_its_last_evaluation_keeps_that_line_however_often_it_is_resumed(
     arguments, reference, tmp_path, monkeypatch
 ):
-    evaluate, num_evaluations = loop.evaluate, sum("eval_loss" in line for line in lines_of(reference))
+    evaluate, num_evaluations = loop.evaluate_splits, sum("eval_loss" in line for line in lines_of(reference))
 
     def with_a_signal_in_the_last(*values):
         nonlocal num_evaluations
@@ -183,7 +183,7 @@ def test_a_run_stopped_in_its_last_evaluation_keeps_that_line_however_often_it_i
             os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*values)
 
-    monkeypatch.setattr(loop, "evaluate", with_a_signal_in_the_last)
+    monkeypatch.setattr(loop, "evaluate_splits", with_a_signal_in_the_last)
     run_dir = tmp_path / "run"
     assert main([*arguments, f"--output_dir={run_dir}"]) == 75
     for _ in range(2):

@@ -10,7 +10,7 @@ from conftest import TINY_CONFIGS, VOCAB
 from test_loop import make_model
 from transformers import AutoModelForCausalLM
 
-from train_loop.data.blocks import Split, load_split
+from train_loop.data.blocks import Split, Windows, load_split
 from train_loop.data.rows import Rows
 from train_loop.evaluate import evaluate, shares
 from train_loop.model import load_tokenizer
@@ -144,3 +144,17 @@ def test_processes_share_the_windows_and_have_equally_many_batches():
         windows = [list(window) for batches in of_ranks for window in batches]
         assert sorted(itertools.chain(*windows)) == list(range(num_windows))
         assert max(map(len, windows)) <= batch_size
+
+
+@pytest.mark.parametrize(
+    "world_size, expected", [(1, [(5, 5)]), (2, [(3, 3), (3, 2)]), (8, [(1, 1)] * 5 + [(1, 0)] * 3)]
+)
+def test_a_micro_batch_that_is_larger_than_the_data_is_not_filled_up(world_size, expected):
+    """(blocks, of which with targets) of each process, for a micro-batch of 32."""
+    found = []
+    for rank in range(world_size):
+        windows = Windows(BLOCKS, np.arange(5), 32, 2, world_size, rank)
+        (labels,) = windows[0]["labels"]
+        assert len(windows) == 1
+        found.append((len(labels), int((labels[:, 0] != -100).sum())))
+    assert found == expected

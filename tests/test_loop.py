@@ -7,66 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from accelerate import Accelerator
-from conftest import BLOCK, TINY_CONFIGS, VOCAB, largest_difference
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+from conftest import BLOCK, largest_difference, make_model, train
+from transformers import Trainer, TrainingArguments
 
-from train_loop import loop
-from train_loop.checkpoint.checkpoint import Checkpoints
-from train_loop.data.blocks import IGNORED, Split, Windows, block_order, load_windows
+from train_loop.data.blocks import IGNORED, Windows, block_order, load_windows
 from train_loop.loss import count_targets, next_token_loss
-from train_loop.optim import build_optimizer, build_scheduler
-from train_loop.position import Position
-from train_loop.report.metrics import Metrics
-from train_loop.services import Services
-from train_loop.settings.settings import Settings
-from train_loop.stop import StopSignal
-
-NO_DROPOUT = {"gpt2": {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, "llama": {}}
-
-
-def make_model(model_type="gpt2", dropout=False):
-    torch.manual_seed(1)
-    config = AutoConfig.for_model(model_type, vocab_size=VOCAB, **TINY_CONFIGS[model_type])
-    for name, value in ({} if dropout else NO_DROPOUT[model_type]).items():
-        setattr(config, name, value)
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-
-
-def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **values):
-    """The loop's lines of training, its last evaluation, and the final weights."""
-    values = {
-        "checkpointing_steps": "none",
-        "logging_steps": 1,
-        "num_train_epochs": 1.0,
-        "learning_rate": 1e-3,
-    } | values
-    settings = Settings(output_dir=str(output_dir), **values)
-    output_dir.mkdir()
-    eval_blocks = eval_blocks if isinstance(eval_blocks, dict) else {"validation": eval_blocks}
-    as_split = lambda blocks: blocks if isinstance(blocks, Split) else Split("blocks", blocks)  # noqa: E731
-    train_split, eval_splits = as_split(train_blocks), {name: as_split(b) for name, b in eval_blocks.items()}
-    accelerator = accelerator or Accelerator(cpu=True)
-    torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
-    torch.manual_seed(settings.seed)
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
-    prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
-    metrics = Metrics(output_dir, num_steps, is_main=True)
-    position = Position()
-    checkpoints = Checkpoints(settings, accelerator)
-    with StopSignal() as stop:
-        loop.train(
-            model=prepared,
-            optimizer=optimizer,
-            scheduler=build_scheduler(optimizer, settings, num_steps),
-            position=position,
-            train_split=train_split,
-            eval_splits=eval_splits,
-            settings=settings,
-            services=Services(accelerator, metrics, checkpoints, stop),
-        )
-    lines = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line], position.evaluation, model.state_dict()
 
 
 class RecordingTrainer(Trainer):
@@ -304,33 +249,27 @@ def test_loss_counts_the_targets_after_the_shift(blocks):
     assert (nll_sum / num_targets).item() == pytest.approx(model(input_ids, labels=labels).loss.item(), rel=1e-6)
 
 
-def smoothed(model, batch, epsilon=0.1):
+def smoothed(logits, targets, **of_rows):
     """An objective of one's own: label smoothing, with the plain loss logged beside it."""
-    log_p = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float().log_softmax(-1)
-    labels = batch["labels"][:, 1:]
-    is_target = labels != IGNORED
-    plain = -log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0][is_target].sum()
-    uniform = -log_p.mean(-1)[is_target].sum()
-    return (1 - epsilon) * plain + epsilon * uniform, is_target.sum(), {"plain_loss": plain.detach()}
+    is_target, log_p = targets != IGNORED, logits.log_softmax(-1)
+    plain = -log_p.gather(-1, targets.clamp(min=0)[:, None])[:, 0][is_target].sum()
+    return 0.9 * plain - 0.1 * log_p.mean(-1)[is_target].sum(), {"plain_loss": plain}
 
 
-def with_z_loss(model, batch, weight=1e-2):
+def with_z_loss(logits, targets, **of_rows):
     """Another: the squared log of the softmax's denominator is added to the nats of each target."""
-    logits = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1].float()
-    labels = batch["labels"][:, 1:]
-    nll = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="sum")
-    z = logits.logsumexp(-1)[labels != IGNORED].square().sum()
-    return nll + weight * z, (labels != IGNORED).sum(), {"z_loss": z.detach()}
+    nll = torch.nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    z = logits.logsumexp(-1)[targets != IGNORED].square().sum()
+    return nll + 1e-2 * z, {"z_loss": z}
 
 
 @pytest.mark.parametrize("objective", [smoothed, with_z_loss])
 def test_an_objective_of_ones_own_is_normalised_and_logged_in_training_and_evaluation(
     objective, blocks, tmp_path, monkeypatch
 ):
-    """Put in the place of next_token_loss: it still does not matter how a step is cut, and evaluation shows it."""
+    """It still does not matter how a step is cut, and evaluation reports it beside the plain loss."""
     plain_lines, _, plain_weights = train(make_model(), blocks, blocks[:3], tmp_path / "plain")
-    monkeypatch.setattr("train_loop.loop.next_token_loss", objective)
-    monkeypatch.setattr("train_loop.evaluate.next_token_loss", objective)
+    monkeypatch.setattr("train_loop.loss.objective", objective)
     one = train(make_model(), blocks, blocks[:3], tmp_path / "one", per_device_train_batch_size=8)
     many = train(
         make_model(),
@@ -341,7 +280,7 @@ def test_an_objective_of_ones_own_is_normalised_and_logged_in_training_and_evalu
         gradient_accumulation_steps=4,
     )
     (extra,) = one[0][0].keys() - plain_lines[0].keys()
-    assert extra in ("plain_loss", "z_loss") and f"eval_{extra}" in one[1]
+    assert extra in ("plain_loss", "z_loss") and {f"eval_{extra}", "eval_objective"} <= one[1].keys()
     for a, b in zip(one[0], many[0], strict=True):
         assert (b["loss"], b[extra]) == pytest.approx((a["loss"], a[extra]), rel=1e-5)
     assert largest_difference(one[2], many[2]) < 1e-5

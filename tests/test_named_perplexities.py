@@ -141,16 +141,16 @@ def test_words_are_counted_without_line_ends_and_with_them():
 @pytest.mark.parametrize("merges", [(), (("a", "y"), ("Ġ", "d"), ("Ġd", "ay"))])
 def test_the_text_of_any_number_of_tokens_ends_where_the_last_one_does(begin, merges):
     """For each number of tokens: the bytes of those that stand for text. A character that is cut counts as whole."""
-    tokenizer, rows = byte_tokenizer(begin, merges), TEXT[:5]
+    tokenizer, rows = byte_tokenizer(begin, merges), [row for row in TEXT[:5] if not row.isspace()]
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}
     pieces = []  # the bytes of each token, none for one that stands for no text
     for row in rows:
-        tokens = [] if row.isspace() else tokenizer.tokenize(row)
+        tokens = tokenizer.tokenize(row)
         pieces += [b""] * (begin is not None)
         pieces += [b"<unk>" if token == "<unk>" else bytes(letters[letter] for letter in token) for token in tokens]
-        pieces += [b""] * (begin is not None or bool(tokens))  # the end-of-text token
+        pieces.append(b"")  # the end-of-text token
     text = b"".join(pieces)
-    assert text.decode() == "".join(row for row in rows if not row.isspace())
+    assert text.decode() == "".join(rows)
     for n in range(len(pieces) + 1):
         covered = covered_text(Rows.of(rows), tokenizer, tokenizer.eos_token_id, n)
         assert covered.is_text.tolist() == [piece != b"" for piece in pieces[:n]]

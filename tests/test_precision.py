@@ -3,9 +3,9 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import BLOCK, LAUNCH, TINY, largest_difference, lines_of, run, weights_of
-from test_loop import make_model, train
+from conftest import BLOCK, LAUNCH, TINY, largest_difference, lines_of, make_model, run, train, weights_of
 
+from train_loop.checkpoint import Checkpoints
 from train_loop.main import main
 
 
@@ -67,3 +67,23 @@ def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(bloc
         assert b["loss"] == pytest.approx(a["loss"], rel=1e-6)
         assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-5), "norms are of unscaled gradients"
     assert largest_difference(scaled_weights, weights) < 1e-5
+
+
+def test_after_a_step_that_the_scaler_skips_nothing_is_saved_or_evaluated_again(blocks, tmp_path, monkeypatch):
+    """The scale grows after the second step to one that overflows, so that some windows are skipped then."""
+    saved, save = [], Checkpoints.save
+
+    def counted(self, position, *arguments):
+        saved.append(position.step)
+        save(self, position, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", counted)
+    accelerator = Float16(torch.amp.GradScaler("cpu", init_scale=1.0, growth_factor=2.0**127, growth_interval=2))
+    options = {"max_train_steps": 4, "checkpointing_steps": "2", "eval_steps": 2, "per_device_train_batch_size": 22}
+    try:
+        lines, _, _ = train(make_model(), blocks, blocks[:2], tmp_path / "run", accelerator, **options)
+    finally:
+        accelerator.state._mixed_precision = "no"
+    assert lines[-1]["epoch"] > 4, "no window was skipped"
+    assert saved == [2, 4]
+    assert [line["step"] for line in lines_of(tmp_path / "run") if "eval_loss" in line] == [0, 2, 4]

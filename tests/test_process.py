@@ -218,7 +218,8 @@ def test_a_run_resumed_from_a_folder_of_another_name_can_be_resumed_again(argume
     assert f"--resume_from_checkpoint '{named}'" in capsys.readouterr().err
 
 
-LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND": "no"}  # how a process knows that a launcher started it
+# how a process knows that a launcher started it
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_DYNAMO_MODE": "default"}
 
 
 def shell(command, **environment):

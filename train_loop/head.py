@@ -111,7 +111,7 @@ def inspect_head(model: nn.Module) -> Head:
 
     def forward(hidden):
         seen.append(tuple(hidden.shape))
-        return made_up
+        return made_up.clone()
 
     was_training = model.training
     model.eval()
@@ -122,7 +122,7 @@ def inspect_head(model: nn.Module) -> Head:
         model.train(was_training)
     if seen != [(1, 8, head.in_features)] or logits.shape != made_up.shape:
         return full("the model does not take its logits from one call of its head")
-    if logits.requires_grad:
+    if logits.requires_grad:  # the made-up ones had no gradient
         return full("trained weights stand between the model's head and its logits")
     scale, cap = logits[0, 0, 0].item() / tiny, logits[0, 0, 1].item()
     scale = 1.0 if abs(scale - 1) < 1e-6 else scale
@@ -160,7 +160,7 @@ class _Rows:
     objectives: tuple[Objective, ...]
     targets: Tensor  # [N]
     of_rows: dict[str, Any]
-    sums: list[tuple[Tensor, dict[str, Tensor]]] = field(default_factory=list)
+    sums: list[dict[str, Tensor]] = field(default_factory=list)  # of each objective: its own as "", and its extras'
 
     def add(self, logits: Tensor, rows: slice) -> Tensor:
         """Adds to `sums` what the objectives give for `logits` of some rows. Returns the first one's sum over them,
@@ -169,22 +169,19 @@ class _Rows:
             name: value[rows] if isinstance(value, Tensor) and value.dim() else value
             for name, value in self.of_rows.items()
         }
-        with_gradient = torch.is_grad_enabled()
-        first = None
+        totals = []
         for i, objective in enumerate(self.objectives):
-            with torch.set_grad_enabled(with_gradient and i == 0):
+            differentiated = logits.requires_grad and i == 0
+            with torch.set_grad_enabled(differentiated):
                 result = objective(logits, self.targets[rows], **of_rows)
-            check_result(result, objective, ("sum", "extras"))
-            total, extras = result
-            if i == 0:
-                first = total
-            extras = {name: value.detach() for name, value in extras.items()}
+            check_result(result, objective, ("sum", "extras"), differentiated)
+            totals.append(result[0])
+            found = {"": result[0].detach(), **{name: value.detach() for name, value in result[1].items()}}
             if len(self.sums) <= i:
-                self.sums.append((torch.zeros_like(total, requires_grad=False), dict.fromkeys(extras, 0)))
-            before, before_extras = self.sums[i]
-            added = {name: before_extras[name] + value for name, value in extras.items()}
-            self.sums[i] = before + total.detach(), added
-        return first
+                self.sums.append(found)
+            else:
+                self.sums[i] = {name: self.sums[i][name] + value for name, value in found.items()}
+        return totals[0]
 
 
 def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tuple[list[tuple[Tensor, dict]], Any]:
@@ -195,9 +192,9 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
     are among them. The first objective's sum can be differentiated; the others are evaluated on the same logits.
 
     `batch` holds "input_ids" and "labels" [B, T], and what else the model's forward takes. What is not a tensor
-    ("step"), and tensors [B, T] that are named "target_...", go to the objectives by name instead: a tensor's value at a
-    token goes to the row that predicts this token. "positions", [n], always goes there: the row's position in its
-    block, from 0.
+    ("step"), and tensors [B, T, ...] that are named "target_...", go to the objectives by name instead: a tensor's
+    value at a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position
+    in its block, from 0.
     """
     causal_lm = getattr(model, "module", model)  # DDP's wrapper has the model inside
     labels, inputs, of_rows = batch["labels"], {}, {}
@@ -205,7 +202,7 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
         if not isinstance(value, Tensor):
             of_rows[name] = value
         elif name.startswith("target_"):
-            of_rows[name] = value[:, 1:].flatten()
+            of_rows[name] = value[:, 1:].flatten(0, 1)
         elif name != "labels":
             inputs[name] = value
     of_rows["positions"] = torch.arange(labels.shape[1] - 1, device=labels.device).repeat(len(labels))
@@ -213,11 +210,13 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
     if rows.head.in_chunks:
         with _sum_in_the_place_of_logits(causal_lm, rows):
             output = model(**inputs, use_cache=False)
-        first = output.logits
+        first = output.logits.view(())
     else:
         output = model(**inputs, use_cache=False)
         first = _sum_over_logits(output.logits[:, :-1].flatten(0, 1), rows)
-    return [(first, rows.sums[0][1]), *rows.sums[1:]], output
+    totals = [first, *(sums[""] for sums in rows.sums[1:])]
+    extras = [{name: value for name, value in sums.items() if name} for sums in rows.sums]
+    return list(zip(totals, extras, strict=True)), output
 
 
 @contextlib.contextmanager
@@ -242,7 +241,8 @@ def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[N
 
     def forward_of_head(hidden):  # [B, T, D]
         hidden = hidden[:, :-1].flatten(0, 1)
-        sums.append(_LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled()))
+        total = _LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled())
+        sums.append(total.view(1, 1, 1))  # as many dimensions as logits
         return sums[0]
 
     def forward(*args, **kwargs):
@@ -321,7 +321,7 @@ class _LinearInChunks(torch.autograd.Function):
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
         ctx.gradients = grad_hidden, grad_weight, grad_bias
-        return rows.sums[0][0]
+        return rows.sums[0][""]
 
     @staticmethod
     def backward(ctx, grad_sum):
@@ -333,8 +333,9 @@ class _LinearInChunks(torch.autograd.Function):
         return *gradients, None, None
 
 
-def check_result(result: Any, function: Callable, names: tuple[str, ...]) -> None:
-    """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras)."""
+def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:
+    """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras), scalars,
+    the sum with a gradient if it is to be `differentiated`."""
     code = getattr(function, "__code__", None)
     who = getattr(function, "__name__", repr(function)) + (f" ({code.co_filename})" if code else "")
     if not isinstance(result, tuple) or len(result) != len(names):
@@ -348,5 +349,5 @@ def check_result(result: Any, function: Callable, names: tuple[str, ...]) -> Non
         if value.dim() or not value.is_floating_point():
             shape = list(value.shape)
             raise ValueError(f"{who}: {name} has the shape {shape} and {value.dtype}. It must be one float: sum it up")
-    if torch.is_grad_enabled() and not result[0].requires_grad:
+    if differentiated and not result[0].requires_grad:
         raise ValueError(f"{who}: the sum has no gradient. It was not computed from the logits, or was detached")

@@ -24,7 +24,8 @@ except ImportError:  # Windows has no such lock
     fcntl = None
 
 NAME = ".lock"
-RESTART_SECONDS = 30  # the processes of the attempt before may still be ending, on another host too
+PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is
+RESTART_PATIENCE = 30  # of a run that its launcher starts again: on another host processes may still be ending
 
 
 @contextlib.contextmanager
@@ -40,7 +41,7 @@ def held(folder: Path):
         return
     # the launcher says whether it starts a run again by itself
     restarts = any(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) > 0 for name in ("MAX_RESTARTS", "RESTART_COUNT"))
-    descriptor, made = _taken(folder, time.monotonic() + (RESTART_SECONDS if restarts else 0))
+    descriptor, made = _taken(folder, time.monotonic() + (RESTART_PATIENCE if restarts else PATIENCE))
     try:
         yield
     finally:
@@ -65,7 +66,7 @@ def _taken(folder, deadline):
         except (BlockingIOError, PermissionError):  # which of the two depends on the system
             holder = os.pread(descriptor, 1000, 0)
             os.close(descriptor)
-            if time.monotonic() >= deadline:
+            if time.monotonic() >= deadline + (0 if holder else 10):
                 raise UserError(_refusal(folder, holder)) from None
             time.sleep(0.1)
             continue

@@ -30,8 +30,9 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dic
     """(sum, number of targets, extras) of a micro-batch, for training: the objective's sum over all its rows.
 
     A loss that needs more than the logits of some rows (a teacher, hidden states, whole sequences) goes here. `batch`:
-    see `head.sum_over_rows`. Extras must be without gradient; they are logged as means over the targets. A mixture of
-    experts adds its auxiliary loss, if its config asks for it (`output_router_logits`), times the number of targets.
+    see `head.sum_over_rows`; what you add to it as "target_..." [B, T, ...] goes to the objective. Extras must be
+    without gradient; they are logged as means over the targets. A mixture of experts adds its auxiliary loss, if its
+    config asks for it (`output_router_logits`), times the number of targets.
     """
     [(total, extras)], output = sum_over_rows(model, batch, objective)
     num_targets = count_targets(batch["labels"])

@@ -30,7 +30,7 @@ def check_loss(model: nn.Module, split: Split | Stream, settings: Settings, acce
         options = {"step": 0, "label_smoothing": settings.label_smoothing_factor}
         with torch.enable_grad():
             result = next_token_loss(model, batch | options)
-            check_result(result, next_token_loss, ("sum", "number of targets", "extras"))
+            check_result(result, next_token_loss, ("sum", "number of targets", "extras"), True)
         attached = [name for name, value in result[2].items() if value.requires_grad]
         if attached:
             raise ValueError(

@@ -71,6 +71,8 @@ def set_surroundings(settings, is_main):
     be reached."""
     if settings.tuning:
         tuning.keep_memory()
+    if settings.cache_dir:
+        os.environ |= {"HF_HUB_CACHE": settings.cache_dir, "HF_DATASETS_CACHE": settings.cache_dir}
     if settings.preprocessing_num_workers:
         os.environ["RAYON_NUM_THREADS"] = str(settings.preprocessing_num_workers)  # read by tokenizers at first use
     if not (is_main and sys.stderr.isatty()):

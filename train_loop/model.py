@@ -180,12 +180,16 @@ def _pretrained_model(settings, config, tokenizer):
     beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
     if beyond:
         some = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (", ..." if len(beyond) > 5 else "")
-        raise UserError(
+        problem = (
             f"the tokenizer has tokens beyond the model's vocabulary of {vocab_size:,}: {some}. Give the model's own "
-            "tokenizer as tokenizer_name; or, where your text does not need these tokens, save the "
-            "tokenizer in a folder, delete them from added_tokens in its tokenizer.json and from "
-            "tokenizer_config.json, and give that folder"
+            "tokenizer as tokenizer_name"
         )
+        if {token for _, token in beyond} <= tokenizer.get_added_vocab().keys():  # they may be taken out again
+            problem += (
+                "; or, where your text does not need these tokens, save the tokenizer in a folder, delete them from "
+                "added_tokens in its tokenizer.json and from its tokenizer_config.json, and give that folder"
+            )
+        raise UserError(problem)
     return model
 
 

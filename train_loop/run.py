@@ -4,6 +4,7 @@ settings -> rows -> blocks -> model -> optimizer -> where an earlier run was -> 
 """
 
 import contextlib
+import shlex
 import time
 
 from accelerate.utils import set_seed
@@ -138,7 +139,7 @@ def run(settings, stop, repository=None):
         if is_main:
             output_dir.write_results(settings.output_dir, {**results, "exported": exported})
             print(f"done: {settings.output_dir}. Generate text with")
-            print(f'  python -m train_loop.generate {settings.output_dir} "The value of"')
+            print(f'  python -m train_loop.generate {shlex.quote(settings.output_dir)} "The value of"')
         return True
 
 

@@ -79,8 +79,8 @@ class StopSignal:
         return signal.Signals(self.number).name if self.number else ""
 
 
-# `accelerate launch` of one process, and of several, and torchrun each set one of them; a shell sets none
-LAUNCHED = {"ACCELERATE_DYNAMO_BACKEND", "TORCHELASTIC_RUN_ID"}
+# what `accelerate launch` gives to every process that it starts; by hand nobody sets all of them
+ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"}
 
 
 def end_with_launcher(number: int):
@@ -90,26 +90,21 @@ def end_with_launcher(number: int):
     Before there is anything to save the signal is SIGKILL: a process that waits for its peers in C code answers to no
     other one.
     """
-    if sys.platform != "linux" or not LAUNCHED & os.environ.keys():
+    is_launched = os.environ.keys() >= ACCELERATE or "TORCHELASTIC_RUN_ID" in os.environ  # the latter by torchrun
+    if sys.platform != "linux" or not is_launched:
         return
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, number)
-    if not has_launcher():  # it died before the line above
+    if is_orphan():  # the launcher died before the line above
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def has_launcher() -> bool:
-    """Whether a Python is among the processes above this one. Launchers are; a process whose launcher died belongs to
-    the system's first process, or to another one that takes in orphans."""
-    pid = os.getppid()
-    while pid > 0:
-        try:
-            parent = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-            if "python" in Path(os.readlink(f"/proc/{pid}/exe")).name:
-                return True
-        except PermissionError:  # another user's: no launcher of ours
-            pass
-        except OSError:  # it has just died; or there is no /proc, and nothing can be known
-            return not Path("/proc/self/stat").exists()
-        pid = parent
-    return False
+def is_orphan() -> bool:
+    """Whether the parent of this process is one that takes in orphans: the system's first process, or systemd. In a
+    container the first process may be the launcher itself, a Python."""
+    parent = os.getppid()
+    try:
+        name = Path(Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")[0]).name
+    except OSError:  # there is no /proc
+        return False
+    return (parent == 1 or name == "systemd") and "python" not in name

@@ -33,44 +33,41 @@ ARGUMENTS = [
 ]
 
 
-def processes_of(mark):
-    """The ids of the processes that have `mark` in their command."""
+def processes_of(mark, launcher):
+    """The ids of the processes that have `mark` in their command, without the launcher."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             command = (folder / "cmdline").read_bytes()
         except OSError:  # it has just ended
             continue
-        if mark.encode() in command:
+        if mark.encode() in command and int(folder.name) != launcher.pid:
             found.append(int(folder.name))
     return found
 
 
 def outlived(num_processes, number, seconds, from_first_process, output_dir):
     """(seconds until the run's last process ended, None where one was left; how far the run had come)"""
-    config = ROOT / "launch_configs" / ("cpu.yaml" if num_processes == 1 else "multi_cpu.yaml")
+    config, mark = ROOT / "launch_configs" / ("cpu.yaml" if num_processes == 1 else "multi_cpu.yaml"), str(output_dir)
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "train_loop/main.py"]
-    with open(f"{output_dir}.txt", "wb") as log:
-        launcher = subprocess.Popen(
-            [*command, *ARGUMENTS, f"--output_dir={output_dir}"], cwd=ROOT, stdout=log, stderr=log
-        )
-        while from_first_process and len(processes_of(str(output_dir))) < 2:  # the launcher is one
-            time.sleep(0.005)
-        time.sleep(seconds)
-        stage = (
-            "training" if (output_dir / "metrics.jsonl").exists() else f"{len(processes_of(str(output_dir)))} started"
-        )
-        launcher.send_signal(number)
-        began = time.monotonic()
-        while time.monotonic() - began < PATIENCE:
-            launcher.poll()
-            if not processes_of(str(output_dir)):
-                return time.monotonic() - began, stage
-            time.sleep(0.1)
-    for pid in processes_of(str(output_dir)):
+    log = subprocess.DEVNULL
+    launcher = subprocess.Popen([*command, *ARGUMENTS, f"--output_dir={mark}"], cwd=ROOT, stdout=log, stderr=log)
+    while from_first_process and not processes_of(mark, launcher):
+        time.sleep(0.005)
+    time.sleep(seconds)
+    has_metrics = (output_dir / "metrics.jsonl").exists()
+    stage = "training" if has_metrics else f"{len(processes_of(mark, launcher))} started"
+    launcher.send_signal(number)
+    began = time.monotonic()
+    while left := processes_of(mark, launcher):
+        if time.monotonic() - began > PATIENCE:
+            break
+        time.sleep(0.05)
+    took = time.monotonic() - began
+    for pid in left:
         os.kill(pid, signal.SIGKILL)
-    launcher.wait()
-    return None, stage
+    launcher.wait()  # torch's says at length that it was stopped
+    return None if left else took, stage
 
 
 def main():

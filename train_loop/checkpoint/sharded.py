@@ -64,7 +64,7 @@ def write_share(tensors, path, is_main):
     try:
         path.touch()
         mode = path.stat().st_mode  # of any new file; safetensors lets nobody else read its own
-        save_file(rows, path, metadata={"first_rows": json.dumps(first_rows)})
+        save_file(rows, path, metadata={"first_rows": json.dumps(first_rows, sort_keys=True)})
         path.chmod(mode)
     except Exception as error:  # safetensors has an error class of its own for a full disk
         raise OSError(str(error)) from error

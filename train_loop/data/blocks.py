@@ -142,7 +142,7 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     tokens, _, _ = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
-        raise UserError(f"the {name} data has {len(tokens):,} tokens, less than one block of {settings.block_size}")
+        raise UserError(too_few(name, rows, len(tokens), settings))
     max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
     document_end = end_of_text if settings.document_attention else None
     split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, document_end)
@@ -153,6 +153,18 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     if name != "training" and settings.named_perplexities:
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
     return split
+
+
+def too_few(name, rows, num_tokens, settings):
+    """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
+    size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
+    ways = f"give a block_size of at most {num_tokens}, or more text"
+    if rows.span.start:
+        ways = (
+            f"give a validation_split_percentage above {settings.validation_split_percentage}, a validation_file, or "
+        )
+        ways += f"a block_size of at most {num_tokens}"
+    return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
 
 
 def end_of_documents(tokenizer, settings):
@@ -187,17 +199,16 @@ class Windows(torch.utils.data.Dataset):
     its blocks need, filled up with blocks that have no targets: each block is seen once, and every process has the
     same number of micro-batches. `labels` equal `input_ids`: the shift to the next token happens in the loss.
 
-    `num_context`: the first tokens of each block but the first are context alone, no targets (a sliding window).
     `document_end`: after this token positions begin at 0 again, and the token there is no target. From positions that
     do not rise by one, transformers' models build attention masks that keep documents apart.
     """
 
-    def __init__(
-        self, blocks, order, micro_batch_size, num_micro_batches, world_size=1, rank=0, num_context=0, document_end=None
-    ):
-        self.blocks, self.order, self.num_context, self.document_end = blocks, order, num_context, document_end
-        self.micro_batch_size, self.world_size, self.rank = micro_batch_size, world_size, rank
-        self.blocks_per_window = world_size * num_micro_batches * micro_batch_size
+    def __init__(self, blocks, order, micro_batch_size, num_micro_batches, world_size=1, rank=0, document_end=None):
+        self.blocks, self.order, self.document_end = blocks, order, document_end
+        # a micro-batch that is larger than the data has no more fillers than it takes to share it evenly
+        self.micro_batch_size = min(micro_batch_size, -(-len(order) // world_size))
+        self.world_size, self.rank = world_size, rank
+        self.blocks_per_window = world_size * num_micro_batches * self.micro_batch_size
 
     def __len__(self):
         return -(-len(self.order) // self.blocks_per_window)
@@ -209,7 +220,6 @@ class Windows(torch.utils.data.Dataset):
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         input_ids = self.blocks[indices].astype(np.int64)
         labels = input_ids.copy()
-        labels[indices > 0, : self.num_context] = IGNORED
         window = {"input_ids": input_ids, "labels": labels}
         if self.document_end is not None:
             window["position_ids"] = positions_in_documents(input_ids, self.document_end)

@@ -23,10 +23,9 @@ class JsonLines(Lines):
                 continue
             text = decode(path, byte, line).removeprefix("\ufeff")  # files with a BOM that were joined
             try:
-                row = self.decoder.decode(text)
+                row = self.decoder.decode(text.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else one_line(error)
-                raise broken(path, line_at(path, byte), reason) from error
+                raise broken(path, line_at(path, byte), _reason(error)) from error
             if not isinstance(row, tuple):
                 raise broken(path, line_at(path, byte), "the line is no JSON object")
             yield byte, row
@@ -62,7 +61,7 @@ class JsonArray:
             rows = JsonLines.decoder.decode(content)
         except (ValueError, RecursionError) as error:
             where = f"line {error.lineno:,}" if isinstance(error, json.JSONDecodeError) else ""
-            raise broken(path, where, getattr(error, "msg", "") or one_line(error)) from error
+            raise broken(path, where, _reason(error)) from error
         for number, row in enumerate(rows, start=1):
             row = (("text", row),) if isinstance(row, str) else row
             if not isinstance(row, tuple):
@@ -86,6 +85,12 @@ class JsonArray:
 
     def num_rows(self, path):
         return sum(1 for _ in self._rows(path))
+
+
+def _reason(error: ValueError | RecursionError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+    return one_line(error)
 
 
 def _text_of(row: tuple, column: str) -> tuple[str, str]:

@@ -96,10 +96,10 @@ def only_text(rows: Any, settings) -> Rows:
     )
 
 
-def text_column(columns, texts, settings):
-    """The name of the column that is meant, one of `columns`; `texts`: those of them that are known to hold text.
-    Raises UserError where there is none, or not just one."""
-    column = settings.text_column or ("text" if "text" in texts else texts[0] if len(texts) == 1 else None)
+def text_column(columns: list[str], texts: list[str], settings) -> str:
+    """The name of the column that is meant, one of `columns`: the one that is set, or "text", or the only one of
+    `texts`, which are those that seem to hold text. Raises UserError where there is none, or not just one."""
+    column = settings.text_column or ("text" if "text" in columns else texts[0] if len(texts) == 1 else None)
     if column not in columns:
         wanted = f"no column {column!r} of text" if column else "not just one column of text"
         raise UserError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")

@@ -67,15 +67,11 @@ class Csv:
         return [cells[index] for _, cells in chunk]
 
     def columns(self, path):
-        """A column whose first 1,000 cells are all numbers is one of text only if there is no other column."""
+        """A column whose first 1,000 cells are all numbers is one of text only if all columns are like that."""
         header = self._header(path)
         rows = [cells for _, cells in islice(self._records(path, 0), 1, 1001)]
-        texts = [
-            name
-            for i, name in enumerate(header)
-            if len(header) == 1 or not all(_is_number(cells[i]) for cells in rows if i < len(cells))
-        ]
-        return header, texts
+        texts = [n for i, n in enumerate(header) if not all(_is_number(cells[i]) for cells in rows if i < len(cells))]
+        return header, texts or header
 
     def num_rows(self, path):
         return sum(1 for _ in self._records(path, 0)) - bool(self._header(path))

@@ -37,7 +37,8 @@ def covered_text(rows, tokenizer, end_of_text, num_tokens):
         encoding = tokenizer(text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
         num_own = len(encode([text], tokenizer, end_of_text))  # with an end-of-text token after the row
         of_row = np.zeros(num_own, dtype=bool)
-        of_row[: len(encoding["input_ids"])] = np.logical_not(encoding["special_tokens_mask"])
+        by_tokenizer = np.logical_not(encoding["special_tokens_mask"])[:num_own]
+        of_row[: len(by_tokenizer)] = by_tokenizer
         is_text.append(of_row[:num_left])
         is_cut = num_own > num_left
         if is_cut:

@@ -14,6 +14,8 @@ class Samples:
 
     def _encode(self, prompt):
         """As rows are tokenised, but for an end of text that the tokenizer puts after them: the text goes on here."""
+        if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():  # e.g. a shell's Latin-1
+            raise UserError(f"sample_prompt {prompt!r} is not UTF-8 text")
         ids = self.tokenizer(prompt)["input_ids"]
         end = self.tokenizer.eos_token_id
         if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token):

@@ -52,7 +52,7 @@ class Trackers:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         output_dir = Path(self.settings.output_dir)
-        run_name = output_dir.resolve().name
+        run_name = self.settings.run_name or output_dir.resolve().name
         projects = {"tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}
         new = {"tensorboard": {"purge_step": step or 0}, "mlflow": {"run_name": run_name}, "wandb": {"name": run_name}}
         for name in wanted_trackers(self.settings):

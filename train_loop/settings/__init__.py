@@ -3,6 +3,7 @@
 settings.py        every setting: name, type, default, what it means
 command_line.py    defaults, then a recipe (YAML), then the command line
 contradictions.py  settings that do not go together, files that are not usable
+habits.py          what becomes of the arguments of transformers' scripts; README.md lists them
 """
 
 from train_loop.settings.command_line import read_settings

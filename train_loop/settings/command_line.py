@@ -15,7 +15,8 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.errors import UserError
+from train_loop.errors import UserError, tell
+from train_loop.settings import habits
 from train_loop.settings.contradictions import contradictions
 from train_loop.settings.settings import Settings, as_recipe
 
@@ -23,6 +24,7 @@ PACKAGE = Path(__file__).parent.parent
 RECIPES = PACKAGE / "recipes"
 # in an installed package they are inside it, in a clone beside it
 LAUNCH_CONFIGS = next((p for p in (PACKAGE / "launch_configs", PACKAGE.parent / "launch_configs") if p.is_dir()), None)
+RECIPE_BYTES = 2**20  # a larger file is no recipe
 # where none of these is given, and no recipe either, the run is the quickstart
 MODEL_OR_DATA = {
     "model_name_or_path",
@@ -42,7 +44,7 @@ def read_settings(argv):
     those that came out, as a recipe, `--print_launch_config NAME` prints a launch config. All three leave with
     SystemExit.
     """
-    problems, values = [], {}
+    problems, remarks, entries, values = [], [], {}, {}
     recipe, flags = _split_command_line(argv, problems)
     if "print_launch_config" in flags:
         _print_launch_config(flags["print_launch_config"])
@@ -50,26 +52,34 @@ def read_settings(argv):
     if recipe is None and not MODEL_OR_DATA & set(flags):
         recipe = "quickstart"
     if recipe is not None:
-        _take(_read_recipe(recipe, problems), f"recipe {recipe}: ", values, problems)
-    _take(flags, "the command line: --", values, problems)
+        entries = _read_recipe(recipe, problems)
+        _take(entries, f"recipe {recipe}: ", values, problems, remarks)
+    _take(flags, "the command line: --", values, problems, remarks)
     settings = Settings(**values)
     problems = problems or contradictions(settings)
     if problems:
         raise UserError("\n".join(problems))
+    if habits.ALIASES.keys() & {*entries, *flags}:
+        remarks += habits.remarks_on_defaults(values)
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    for remark in remarks if is_main else []:
+        tell(f"note: {remark}")
     if print_config:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if is_main:
             print(as_recipe(settings), end="")
         sys.exit()
     return settings
 
 
-def _take(entries, source, values, problems):
+def _take(entries, source, values, problems, remarks):
     """Puts `entries`, {name: value as it was written}, into `values` as what they are to be. `source`: how a message
     about one of them begins."""
     fields = {f.name: f for f in dataclasses.fields(Settings)}
+    entries, written, refused = habits.translate(entries, remarks)
+    problems += [f"{source}{name}: {instead}" for name, instead in refused]
     for name, value in entries.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1)
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)  # with less, --lora_r would be --seed
             dashes = "--" * source.endswith("--")
             hint = f"; did you mean {dashes}{close[0]}?" if close else ""
             problems.append(f"{source}{name} is not a setting{hint}")
@@ -77,11 +87,14 @@ def _take(entries, source, values, problems):
         f = fields[name]
         try:
             values[name] = convert(value, f.type)
+            if f.metadata["is_path"] and values[name] is not None:
+                values[name] = os.path.expanduser(values[name])
             if values[name] is not None and f.metadata["check"] and not f.metadata["check"](values[name]):
                 raise ValueError
         except (ValueError, OverflowError, RecursionError):  # the last: JSON that is nested too deep
             wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
-            problems.append(f"{source}{name} is {value!r}, but must be {wanted}")
+            shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
+            problems.append(f"{source}{written.get(name, name)} is {shown}, but must be {wanted}")
 
 
 def convert(value, kind):
@@ -144,17 +157,24 @@ def _split_command_line(argv, problems):
             metavar="true|false" if f.type is bool else _type_name(f.type).split()[-1].upper(),
             help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
         )
+    for name in habits.ALIASES:
+        parser.add_argument(f"--{name}", nargs="?", const="true", help=argparse.SUPPRESS)
+    for name in [*habits.NO_EFFECT, *habits.REFUSED]:
+        parser.add_argument(f"--{name}", nargs="*", help=argparse.SUPPRESS)
     known, unknown = parser.parse_known_args(map(_underscored, argv))
     flags = vars(known)
     for word in unknown:
         if word.startswith("--"):
             flags[word[2:].split("=")[0]] = ""
         elif not (unknown.index(word) and unknown[unknown.index(word) - 1].startswith("--")):
-            problems.append(f"the command line: {word!r} belongs to no flag")
+            hint = f"; did you mean --config {word}?" if word.endswith((".yaml", ".yml", ".json")) else ""
+            problems.append(f"the command line: {word!r} belongs to no flag{hint}")
     if "config" in flags and flags["config"] is None:
         problems.append("the command line: --config needs the name of a recipe or a YAML file")
     for name, value in flags.items():
-        if value in (None, []) and name != "config":
+        if name in habits.REFUSED or name in habits.NO_EFFECT:
+            flags[name] = " ".join(value) or "true"
+        elif value in (None, []) and name != "config":
             flags[name] = ""  # a flag without its value: no type takes this
     return flags.pop("config", None), flags
 
@@ -183,20 +203,42 @@ def _print_launch_config(name):
     sys.exit()
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML as recipes need it. A key stands once. There are no aliases: a few lines of them can mean billions of
+    values."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe takes no aliases (*name)")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a name is given twice")
+        return mapping
+
+
 def _read_recipe(recipe, problems):
     """The mapping in a recipe, by name or by path; {} and a problem if there is none."""
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
-        path = Path(recipe)
+        path = Path(recipe).expanduser()
     try:
-        entries = yaml.safe_load(path.read_text(encoding="utf-8"))
+        with open(path, encoding="utf-8") as file:
+            text = file.read(RECIPE_BYTES + 1)
+        if len(text) > RECIPE_BYTES:
+            raise ValueError(f"it is larger than {RECIPE_BYTES:,} characters")
+        entries = yaml.load(text, _Loader)
         if not isinstance(entries, dict):
             raise ValueError("it is not a list of 'name: value' lines")
         return {str(name): value for name, value in entries.items()}
     except FileNotFoundError:
         problems.append(f"the command line: --config {recipe} is neither a file nor a recipe; recipes are {_recipes()}")
+    except RecursionError:
+        problems.append(f"--config {recipe} cannot be read: its lists are nested too deep")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        problems.append(f"--config {recipe} cannot be read: {' '.join(str(error).split())}")
+        problems.append(f"--config {recipe} cannot be read: {' '.join(str(error).split())[:300]}")
     return {}
 
 

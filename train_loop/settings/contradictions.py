@@ -31,6 +31,8 @@ def contradictions(s):
         found.append("model_type needs tokenizer_name or tokenizer_vocab_size")
     if s.dataset_name and (s.train_file or s.validation_file):
         found.append("give dataset_name or files, not both")
+    if s.dataset_name == "wikitext" and not Path("wikitext").exists():
+        found.append("dataset_name wikitext: the hub has it as Salesforce/wikitext; give that name")
     if s.dataset_config_name and not s.dataset_name:
         found.append("dataset_config_name goes with dataset_name")
     if s.eval_only and not s.model_name_or_path:

@@ -25,9 +25,11 @@ SCHEDULES: dict[str, dict[str, float]] = {
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
-def setting(group, default, help, check=None, wanted=""):
-    """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words."""
-    return field(default=default, metadata={"group": group, "help": help, "check": check, "wanted": wanted})
+def setting(group, default, help, check=None, wanted="", is_path=False):
+    """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the
+    value of one that is a path, or may be one, ~ is the home folder."""
+    metadata = {"group": group, "help": help, "check": check, "wanted": wanted, "is_path": is_path}
+    return field(default=default, metadata=metadata)
 
 
 def at_least(low):
@@ -49,8 +51,12 @@ FRACTION = {"check": lambda value: 0 <= value < 1, "wanted": "at least 0 and bel
 class Settings:
     """Every setting of a run. A value is None where the setting is off or is worked out from the others."""
 
-    model_name_or_path: str | None = setting("model", None, "model to fine-tune: a name on the hub or a folder")
-    config_name: str | None = setting("model", None, "train from scratch: a model config's hub name, folder or .json")
+    model_name_or_path: str | None = setting(
+        "model", None, "model to fine-tune: a name on the hub or a folder", is_path=True
+    )
+    config_name: str | None = setting(
+        "model", None, "train from scratch: a model config's hub name, folder or .json", is_path=True
+    )
     model_type: str | None = setting("model", None, "train from scratch: an architecture of transformers, e.g. gpt2")
     config_overrides: str | None = setting(
         "model", None, "with config_name or model_type: changes to the config, e.g. n_layer=4,n_embd=256"
@@ -59,14 +65,19 @@ class Settings:
     gguf_file: str | None = setting(
         "model", None, "name of a GGUF file in model_name_or_path: weights, config and tokenizer come from it"
     )
-    tokenizer_name: str | None = setting("model", None, "tokenizer's hub name or folder; else the model's own")
+    tokenizer_name: str | None = setting(
+        "model", None, "tokenizer's hub name or folder; else the model's own", is_path=True
+    )
     tokenizer_vocab_size: int | None = setting(
         "model", None, "train a byte-level BPE tokenizer of this many tokens on the training rows", **at_least(257)
+    )
+    cache_dir: str | None = setting(
+        "model", None, "folder for what is downloaded from the hub and for prepared data; else the cache", is_path=True
     )
     trust_remote_code: bool = setting("model", False, "run Python code that comes with the model: only if you read it")
 
     dataset_name: str | None = setting(
-        "data", None, "data set: a name on the hub, a folder, or python_docs (comes with Python)"
+        "data", None, "data set: a name on the hub, a folder, or python_docs (comes with Python)", is_path=True
     )
     dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
     train_file: str | None = setting(
@@ -74,8 +85,9 @@ class Settings:
         None,
         "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
         "each of which is a row",
+        is_path=True,
     )
-    validation_file: str | None = setting("data", None, "validation rows, likewise")
+    validation_file: str | None = setting("data", None, "validation rows, likewise", is_path=True)
     validation_split_percentage: int = setting(
         "data",
         5,
@@ -191,7 +203,7 @@ class Settings:
         **at_least(1),
     )
     named_perplexities: bool = setting(
-        "evaluation", False, "also word_perplexity and bits_per_byte, comparable between tokenizers"
+        "evaluation", False, "also bits_per_byte and perplexities per word, comparable between tokenizers"
     )
     sample_prompt: list[str] | None = setting(  # noqa: RUF009
         "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
@@ -201,7 +213,7 @@ class Settings:
     dry_run: bool = setting(
         "output", False, "print what the run will take in memory and time, from a few steps, and leave nothing"
     )
-    output_dir: str | None = setting("output", None, "folder for the model and the records of the run")
+    output_dir: str | None = setting("output", None, "folder for the model and the records of the run", is_path=True)
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
     logging_first_step: bool = setting("output", False, "also log a line of training loss after the first step")
@@ -212,6 +224,7 @@ class Settings:
         check=lambda names: names in (["all"], ["none"]) or set(names) <= set(TRACKERS),
         wanted=f"all, none (the default), or some of {', '.join(TRACKERS)}",
     )
+    run_name: str | None = setting("output", None, "the run's name in trackers; else that of output_dir")
     checkpointing_steps: str = setting(
         "checkpoints",
         "epoch",
@@ -223,7 +236,10 @@ class Settings:
         "checkpoints", 2, "newest checkpoints to keep, beside the one with the best validation loss", **at_least(1)
     )
     resume_from_checkpoint: str | None = setting(
-        "checkpoints", None, "auto: go on from output_dir's newest whole checkpoint, or start; or a checkpoint's folder"
+        "checkpoints",
+        None,
+        "auto: resume from output_dir's newest whole checkpoint, or start; or a checkpoint's folder",
+        is_path=True,
     )
     resume_with_changes: bool = setting(
         "checkpoints", False, "go on although settings changed that change the result: more epochs, another rate"

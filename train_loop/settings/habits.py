@@ -1,0 +1,298 @@
+"""What those who come from transformers write: the arguments of TrainingArguments, run_clm and run_clm_no_trainer.
+
+    same       a setting has the name; SAME says where it is not quite the same
+    alias      another name for a setting, stored under the setting's own
+    no effect  taken, with a line that says why nothing depends on it here
+    refused    with a sentence that says what to give instead
+
+README.md beside this file lists them all, as `page` writes it.
+"""
+
+TRUE = ("true", "yes", "y", "t", "1")
+
+SAME = {
+    "model_name_or_path": "",
+    "config_name": "without model_name_or_path: the weights are drawn at random",
+    "model_type": "",
+    "config_overrides": "also with config_name",
+    "model_revision": "of the model and its tokenizer; default: the main branch",
+    "tokenizer_name": "",
+    "trust_remote_code": "",
+    "cache_dir": "",
+    "dataset_name": "WikiText is Salesforce/wikitext on the hub today",
+    "dataset_config_name": "",
+    "train_file": "also jsonl, parquet, .gz, folders, patterns",
+    "validation_file": "likewise",
+    "validation_split_percentage": "the last rows are held out; run_clm holds out the first",
+    "max_train_samples": "blocks",
+    "max_eval_samples": "blocks",
+    "streaming": "needs max_train_steps and validation data",
+    "block_size": "default 128; run_clm's is the model's positions, at most 1,024. More than it has is an error",
+    "preprocessing_num_workers": "threads; the blocks do not depend on it",
+    "output_dir": "a folder with a run in it is refused",
+    "overwrite_output_dir": "",
+    "per_device_train_batch_size": "",
+    "per_device_eval_batch_size": "",
+    "gradient_accumulation_steps": "",
+    "learning_rate": "",
+    "weight_decay": "",
+    "adam_beta1": "",
+    "adam_beta2": "",
+    "adam_epsilon": "",
+    "max_grad_norm": "",
+    "num_train_epochs": "",
+    "max_train_steps": "",
+    "lr_scheduler_type": "--help lists them",
+    "lr_scheduler_kwargs": "--help lists what each schedule takes",
+    "num_warmup_steps": "",
+    "warmup_ratio": "",
+    "label_smoothing_factor": "in training only: the validation loss is a plain cross entropy",
+    "seed": "",
+    "tf32": "",
+    "logging_steps": "a whole number of steps, no share",
+    "logging_first_step": "",
+    "report_to": "",
+    "run_name": "",
+    "eval_steps": "a whole number of steps, no share; without it once an epoch",
+    "eval_delay": "",
+    "checkpointing_steps": "default: epoch",
+    "load_best_model_at_end": "best is the lowest validation loss",
+    "resume_from_checkpoint": "a checkpoint's folder, or auto; true means auto",
+    "push_to_hub": "",
+    "hub_model_id": "",
+    "hub_private_repo": "",
+    "hub_strategy": "end (the default) or every_save",
+    "ddp_timeout": "default 600 seconds",
+}
+
+# alias: (setting, remark)
+ALIASES = {
+    "max_steps": ("max_train_steps", "-1 is none"),
+    "warmup_steps": ("num_warmup_steps", "below 1 it is a share: warmup_ratio"),
+    "save_steps": ("checkpointing_steps", ""),
+    "save_strategy": ("checkpointing_steps", "steps: every save_steps or 500; epoch; no: none"),
+    "save_total_limit": ("checkpoints_total_limit", "the best one is kept beside them; 0 keeps all"),
+    "eval_strategy": ("eval_steps", "steps: every eval_steps, or logging_steps; epoch: once an epoch"),
+    "evaluation_strategy": ("eval_steps", "the older name of eval_strategy"),
+    "do_train": ("eval_only", "training is what a run does anyway"),
+    "do_eval": ("eval_only", "without do_train: evaluate and stop"),
+    "with_tracking": ("report_to", "all, where report_to is not given"),
+    "auto_find_batch_size": ("auto_micro_batch", "accumulation rises as the micro-batch falls: the same losses"),
+}
+
+LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
+NO_EFFECT = {
+    "overwrite_cache": "cached tokens are found by the data's content, so changed data is never taken from the cache",
+    "low_cpu_mem_usage": "models are loaded so by today's transformers",
+    "ignore_data_skip": "resuming skips no data: it begins at the right block at once",
+    "prediction_loss_only": "evaluation works out the loss alone",
+    "eval_on_start": "the model is evaluated before the first step anyway",
+    "logging_nan_inf_filter": "a loss that is not finite stops the run",
+    "log_level": "the console is plain; metrics.jsonl is the record",
+    "log_level_replica": "the main process alone prints",
+    "log_on_each_node": "the main process alone prints",
+    "disable_tqdm": "progress bars are shown in a terminal only",
+    "remove_unused_columns": "the text column alone is read",
+    "include_num_input_tokens_seen": "tokens_seen is in metrics.jsonl anyway",
+    "include_tokens_per_second": "tokens_per_second is in metrics.jsonl anyway",
+    "save_safetensors": "checkpoints are safetensors anyway",
+    "skip_memory_metrics": "peaks of memory are in all_results.json anyway",
+    "length_column_name": "blocks are equally long",
+    "ddp_bucket_cap_mb": "torch's default is used",
+    **dict.fromkeys(
+        ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), "evaluation keeps sums only"
+    ),
+    **{f"dataloader_{name}": "blocks are cut before training, so there is no loader" for name in LOADER},
+}
+
+
+def _launch(flag):
+    return f"give it to the launcher: accelerate launch {flag} train_loop/main.py ..."
+
+
+HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
+COMPILE = _launch("--dynamo_backend inductor")
+SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
+CHECKPOINTING = "to save memory give --auto_micro_batch, or shard the model with launch_configs/fsdp.yaml"
+DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
+METRIC = "this is code of one's own: change train_loop/evaluate.py"
+# name: (what to do instead, values that ask for what is done anyway and are taken)
+REFUSED = {
+    "bf16": (_launch("--mixed_precision bf16"), "false"),
+    "fp16": (_launch("--mixed_precision fp16"), "false"),
+    "bf16_full_eval": ("evaluation takes the launcher's precision, and sums in float32", "false"),
+    "fp16_full_eval": ("evaluation takes the launcher's precision, and sums in float32", "false"),
+    "dtype": (HALF, "float32"),
+    "torch_dtype": (HALF, "float32"),
+    "use_cpu": (_launch("--config_file launch_configs/cpu.yaml"), "false"),
+    "no_cuda": (_launch("--config_file launch_configs/cpu.yaml"), "false"),
+    "torch_compile": (COMPILE, "false"),
+    "torch_compile_backend": (COMPILE, ""),
+    "torch_compile_mode": (_launch("--dynamo_backend inductor --dynamo_mode MODE"), ""),
+    "fsdp": (SHARDING, ""),
+    "fsdp_config": (SHARDING, ""),
+    "deepspeed": (
+        "DeepSpeed is not supported; FSDP is: accelerate launch --config_file launch_configs/fsdp.yaml ...",
+        "",
+    ),
+    "local_rank": (_launch("--num_processes N"), "-1"),
+    "ddp_backend": (DDP, ""),
+    "ddp_find_unused_parameters": (DDP, "false"),
+    "ddp_broadcast_buffers": (DDP, ""),
+    "ddp_static_graph": (DDP, "false"),
+    "accelerator_config": (_launch("--config_file FILE"), ""),
+    "parallelism_config": (SHARDING, ""),
+    "gradient_checkpointing": (CHECKPOINTING, "false"),
+    "activation_checkpointing": (CHECKPOINTING, "false"),
+    "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
+    "use_liger_kernel": ("the loss already works without logits", "false"),
+    "liger_kernel_config": ("the loss already works without logits", ""),
+    "optim": ("the optimizer is AdamW; the place to change it is train_loop/optim.py", "adamw_torch,adamw_torch_fused"),
+    "optim_args": ("the place to change the optimizer is train_loop/optim.py", ""),
+    "optim_target_modules": ("the place to change the optimizer is train_loop/optim.py", ""),
+    "neftune_noise_alpha": ("the place for noise on embeddings is train_loop/model.py", ""),
+    "average_tokens_across_devices": ("the loss is always the mean over the tokens of all processes", "true"),
+    "torch_empty_cache_steps": ("the place for it is train_loop/loop.py", ""),
+    "logging_strategy": ("a line comes every logging_steps steps: give --logging_steps N", "steps"),
+    "logging_dir": ("TensorBoard's files lie in output_dir/tensorboard", ""),
+    "project": ("for wandb set the environment variable WANDB_PROJECT", "huggingface"),
+    "include_for_metrics": (METRIC, ""),
+    "include_inputs_for_metrics": (METRIC, "false"),
+    "batch_eval_metrics": (METRIC, "false"),
+    "label_names": ("labels are the tokens themselves", ""),
+    "metric_for_best_model": ("the best model is that of the lowest validation loss", "loss,eval_loss"),
+    "greater_is_better": ("the best model is that of the lowest validation loss", "false"),
+    "save_only_model": ("a checkpoint holds all that resuming needs; the model alone is exported at the end", "false"),
+    "save_on_each_node": ("checkpoints are written once: all machines must see output_dir", "false"),
+    "enable_jit_checkpoint": ("SIGTERM saves a checkpoint anyway", "false"),
+    "hub_always_push": ("while a push is not over the next one is left out; the last one is not", "false"),
+    "hub_revision": ("the main branch is pushed to", "main"),
+    "restore_callback_states_from_checkpoint": ("there are no callbacks", "false"),
+    "full_determinism": ("on a CPU a run is the same bit for bit anyway; for GPUs see torch's manual", "false"),
+    "data_seed": ("seed decides the order of blocks too: give --seed", ""),
+    "dataloader_drop_last": ("each block is seen exactly once an epoch, also those of a last short batch", "false"),
+    "train_sampling_strategy": ("the place to change the order of blocks is data/blocks.py", "random"),
+    "group_by_length": ("blocks are equally long", "false"),
+    "debug": ("--traceback shows where an error is from", ""),
+    "do_predict": ("to write text: python -m train_loop.generate FOLDER PROMPT", "false"),
+    "keep_linebreaks": ("line breaks are part of the text, and kept", "true"),
+    "no_keep_linebreaks": ("line breaks are part of the text, and kept", "false"),
+    "use_fast_tokenizer": ("fast tokenizers only", "true"),
+    "no_use_fast_tokenizer": ("fast tokenizers only", "false"),
+    "use_slow_tokenizer": ("fast tokenizers only", "false"),
+    **dict.fromkeys(
+        ("token", "hub_token", "use_auth_token"),
+        ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
+    ),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), (CHECKPOINTING, "")),
+    **dict.fromkeys(
+        ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+        ("trackers get their defaults; the place to change that is train_loop/report/trackers.py", ""),
+    ),
+}
+
+
+def is_habit(name):
+    return name in ALIASES or name in NO_EFFECT or name in REFUSED
+
+
+def translate(entries, remarks):
+    """(settings, written, refused) of `entries`, {name: value as it was written}: the same with settings' names in the
+    place of aliases; {setting: the name that was written} of those; [(name, what to do instead)]. What has no effect
+    goes to `remarks`."""
+    problems = []
+    settings = {name: value for name, value in entries.items() if not is_habit(name)}
+    if str(settings.get("resume_from_checkpoint")).lower() == "true":
+        settings["resume_from_checkpoint"] = "auto"
+    for name in entries:
+        if name in NO_EFFECT:
+            remarks.append(f"{name} has no effect: {NO_EFFECT[name]}")
+        elif name in REFUSED and entries[name] is not None and _text(entries[name]) not in REFUSED[name][1].split(","):
+            problems.append((name, REFUSED[name][0]))
+    found, written = {}, {}
+    for name in [name for name in entries if name in ALIASES]:
+        target, value = _meaning(name, entries[name], entries, problems)
+        if target is None:
+            continue
+        if target in entries and target != "eval_steps" and settings[target] != value:
+            problems.append((name, f"{target} is given too: give one of them"))
+        found[target], written[target] = value, name
+    return settings | found, written, problems
+
+
+def remarks_on_defaults(values):
+    """What one who writes aliases may not expect of the settings `values`, {name: value}, that were given."""
+    found = []
+    if "block_size" not in values:
+        found.append("block_size is 128 where it is not given; run_clm takes the model's positions, at most 1,024")
+    if values.get("train_file") and not values.get("validation_file") and not values.get("streaming"):
+        found.append("without a validation_file the last rows are held out; run_clm holds out the first")
+    return found
+
+
+def _meaning(name, value, entries, problems):
+    """(setting, value) that an alias stands for; (None, None) where nothing is to be set."""
+    text = _text(value)
+    number = _number(value)
+    target = ALIASES[name][0]
+    if name == "max_steps":
+        return target, None if number is not None and number <= 0 else value
+    if name == "save_total_limit":
+        return target, None if number is not None and number <= 0 else value
+    if name == "warmup_steps" and number is not None and 0 < number < 1:
+        return "warmup_ratio", value
+    if name == "save_steps" and "save_strategy" in entries:
+        return None, None
+    if name in ("save_strategy", "eval_strategy", "evaluation_strategy"):
+        if text == "epoch":
+            return target, "epoch" if name == "save_strategy" else None
+        if text == "steps":
+            every = entries.get("logging_steps", 500) if name != "save_strategy" else 500
+            return target, entries.get("save_steps" if name == "save_strategy" else "eval_steps", every)
+        if text == "no" and name == "save_strategy":
+            return target, "none"
+        wanted = {
+            "best": "give --load_best_model_at_end, which keeps the best model's checkpoint",
+            "no": "the model is evaluated before the first step, once an epoch and at the end; --eval_steps N with N "
+            "above the number of steps leaves the first and the last",
+        }
+        problems.append((name, wanted.get(text, "must be steps, epoch or no")))
+        return None, None
+    if name in ("do_train", "do_eval"):
+        only_evaluates = name == "do_eval" and text in TRUE and _text(entries.get("do_train", "false")) not in TRUE
+        return (target, "true") if only_evaluates else (None, None)
+    if name == "with_tracking":
+        return (target, "all") if text in TRUE and "report_to" not in entries else (None, None)
+    return target, value
+
+
+def _text(value):
+    return str(value).strip().lower()
+
+
+def _number(value):
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def page():
+    """README.md of this folder: what each argument becomes."""
+    lines = [
+        "# Arguments of transformers' scripts",
+        "",
+        "What becomes of the arguments of `TrainingArguments`, `run_clm.py` and `run_clm_no_trainer.py`, in a recipe",
+        "or on the command line. Any other argument is refused as unknown. This page is written from `habits.py`:",
+        "",
+        "    python -c 'from train_loop.settings.habits import page; print(page(), end=\"\")'",
+        "",
+        "| argument | here | |",
+        "|---|---|---|",
+    ]
+    rows = [(name, "same", note) for name, note in SAME.items()]
+    rows += [(name, f"alias of `{target}`", note) for name, (target, note) in ALIASES.items()]
+    rows += [(name, "no effect", why) for name, why in NO_EFFECT.items()]
+    for name, (instead, taken) in REFUSED.items():
+        rows.append((name, f"refused, but for {taken.replace(',', ', ')}" if taken else "refused", instead))
+    return "\n".join([*lines, *(f"| `{name}` | {kind} | {note} |" for name, kind, note in sorted(rows))]) + "\n"
