@@ -11,10 +11,8 @@ def test_every_part_runs_at_toy_size_and_comes_into_the_table(tmp_path):
     parts = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
     parts.remove("sharded")
     assert len(parts) == 9
-    script = "tests/benchmarks/gpu.py"
-    done = run(
-        script, "--toy", "--minutes=9", f"--out={tmp_path}", "--only", *parts, timeout=600, CUDA_VISIBLE_DEVICES=""
-    )
+    arguments = ["tests/benchmarks/gpu.py", "--toy", "--minutes=9", f"--out={tmp_path}", "--only", *parts]
+    done = run(*arguments, timeout=600, CUDA_VISIBLE_DEVICES="")
     found = json.loads((tmp_path / "results.json").read_text())
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(found["parts"]) == parts and not found["left out"]
