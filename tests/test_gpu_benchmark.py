@@ -3,14 +3,18 @@
 import json
 import re
 
+import pytest
 from conftest import ROOT, run
 
+PARTS = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
+QUICK = ["golden", "resume", "speed"]
 
-def test_every_part_runs_at_toy_size_and_comes_into_the_table(tmp_path):
-    # FSDP's part starts the launcher, which takes as long as all others: it is run by hand
-    parts = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
-    parts.remove("sharded")
-    assert len(parts) == 9
+
+@pytest.mark.parametrize(
+    "parts", [QUICK, pytest.param([part for part in PARTS if part not in QUICK], marks=pytest.mark.slow)]
+)
+def test_a_part_runs_at_toy_size_and_comes_into_the_table(parts, tmp_path):
+    assert len(PARTS) == 10
     arguments = ["tests/benchmarks/gpu.py", "--toy", "--minutes=9", f"--out={tmp_path}", "--only", *parts]
     done = run(*arguments, timeout=600, CUDA_VISIBLE_DEVICES="")
     found = json.loads((tmp_path / "results.json").read_text())
