@@ -35,6 +35,7 @@ SAME = {
     "per_device_eval_batch_size": "",
     "gradient_accumulation_steps": "",
     "learning_rate": "",
+    "gradient_checkpointing": "",
     "weight_decay": "",
     "adam_beta1": "",
     "adam_beta2": "",
@@ -113,7 +114,7 @@ def _launch(flag):
 HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
 COMPILE = _launch("--dynamo_backend inductor")
 SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
-CHECKPOINTING = "to save memory give --auto_micro_batch, or shard the model with launch_configs/fsdp.yaml"
+CHECKPOINTING = "the setting is called gradient_checkpointing: give --gradient_checkpointing true"
 DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
 # name: (what to do instead, values that ask for what is done anyway and are taken)
@@ -142,7 +143,6 @@ REFUSED = {
     "ddp_static_graph": (DDP, "false"),
     "accelerator_config": (_launch("--config_file FILE"), ""),
     "parallelism_config": (SHARDING, ""),
-    "gradient_checkpointing": (CHECKPOINTING, "false"),
     "activation_checkpointing": (CHECKPOINTING, "false"),
     "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
     "use_liger_kernel": ("the loss already works without logits", "false"),
