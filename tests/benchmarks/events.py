@@ -44,7 +44,7 @@ EVENTS = {
     "os.listdir",
     "os.scandir",
 }
-READS = {"os.listdir", "os.scandir"}
+NEED_NO_SPACE = {"os.listdir", "os.scandir", "os.remove", "os.rmdir"}
 TIMINGS = {"tokens_per_second", "train_runtime", "checkpoint_runtime", "peak_memory_gib", "exported"}
 
 
@@ -139,12 +139,14 @@ def hook(folder, counted, strike, full_disk):
         path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
         if not path.startswith(folder):
             return
-        if full_disk and (event in READS or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))):
+        if full_disk and (
+            event in NEED_NO_SPACE or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        ):
             return
         number = int.from_bytes(counted[:], "little") + 1
         counted[:] = number.to_bytes(8, "little")
         if number == strike:
-            if full_disk and event != "os.remove":
+            if full_disk:
                 raise OSError(errno.ENOSPC, "No space left on device", path)
             os.kill(os.getpid(), signal.SIGKILL)
 
