@@ -32,12 +32,12 @@ SHAPES = {  # layers, width, heads
 
 TRAINER = """
 import json, sys, time
+import numpy as np
 import torch
-from datasets import load_dataset
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 folder, data, precision, batch, num_steps, evaluate = *sys.argv[1:4], *map(int, sys.argv[4:])
-blocks = load_dataset("parquet", data_files=data, split="train", cache_dir=folder + "/cache").with_format("torch")
+blocks = [{"input_ids": block, "labels": block} for block in torch.from_numpy(np.load(data))]
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 model.loss_type = "ForCausalLM"  # counts a block's targets as it does for other models: 127, not 128
 times = []
@@ -69,25 +69,24 @@ print(json.dumps(done))
 """
 
 
-def prepare(folder, num_blocks, block_size, shape):
+def prepare(folder, num_blocks, block_size, shape, vocab=VOCAB):
     """A folder with the model and a word-level tokenizer of as many tokens, and files of the same random tokens."""
     import numpy as np
     import torch
-    from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     layers, width, heads = shape
-    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=VOCAB)
+    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocab)
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{VOCAB - 1}").save_pretrained(folder)
-    blocks = np.random.default_rng(0).integers(VOCAB, size=(num_blocks, block_size))
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token=f"w{vocab - 1}").save_pretrained(folder)
+    blocks = np.random.default_rng(0).integers(vocab, size=(num_blocks, block_size))
     text = "\n".join(" ".join(f"w{token}" for token in block) for block in blocks)
     (folder / "data.txt").write_text(text + "\n", encoding="utf-8")
-    Dataset.from_dict({"input_ids": blocks, "labels": blocks}).to_parquet(folder / "data.parquet")
+    np.save(folder / "blocks.npy", blocks)
 
 
 def run(command, environment=()):
@@ -146,7 +145,7 @@ def trainers(folder, batch, num_steps, evaluate, options):
     """The same of `transformers.Trainer`."""
     script = folder / "trainer.py"
     script.write_text(TRAINER)
-    command = [sys.executable, script, folder, folder / "data.parquet", options.precision, batch, num_steps]
+    command = [sys.executable, script, folder, folder / "blocks.npy", options.precision, batch, num_steps]
     printed, peak = run([*command, int(evaluate)])
     done = json.loads(printed[-1])
     return done | {"peak": done.pop("device_peak", peak)}

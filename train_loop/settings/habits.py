@@ -35,7 +35,6 @@ SAME = {
     "per_device_eval_batch_size": "",
     "gradient_accumulation_steps": "",
     "learning_rate": "",
-    "gradient_checkpointing": "",
     "weight_decay": "",
     "adam_beta1": "",
     "adam_beta2": "",
@@ -49,6 +48,7 @@ SAME = {
     "warmup_ratio": "",
     "label_smoothing_factor": "in training only: the validation loss is a plain cross entropy",
     "seed": "",
+    "gradient_checkpointing": "with dropout too the losses stay the same",
     "tf32": "",
     "logging_steps": "a whole number of steps, no share",
     "logging_first_step": "",
@@ -78,6 +78,8 @@ ALIASES = {
     "do_train": ("eval_only", "training is what a run does anyway"),
     "do_eval": ("eval_only", "without do_train: evaluate and stop"),
     "with_tracking": ("report_to", "all, where report_to is not given"),
+    "activation_checkpointing": ("gradient_checkpointing", "its newer name"),
+    "full_determinism": ("deterministic", ""),
     "auto_find_batch_size": ("auto_micro_batch", "accumulation rises as the micro-batch falls: the same losses"),
 }
 
@@ -114,9 +116,9 @@ def _launch(flag):
 HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
 COMPILE = _launch("--dynamo_backend inductor")
 SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
-CHECKPOINTING = "the setting is called gradient_checkpointing: give --gradient_checkpointing true"
 DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
+RECOMPUTED = "gradient_checkpointing takes torch's way without reentry, with dropout's masks drawn again as they were"
 # name: (what to do instead, values that ask for what is done anyway and are taken)
 REFUSED = {
     "bf16": (_launch("--mixed_precision bf16"), "false"),
@@ -143,7 +145,6 @@ REFUSED = {
     "ddp_static_graph": (DDP, "false"),
     "accelerator_config": (_launch("--config_file FILE"), ""),
     "parallelism_config": (SHARDING, ""),
-    "activation_checkpointing": (CHECKPOINTING, "false"),
     "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
     "use_liger_kernel": ("the loss already works without logits", "false"),
     "liger_kernel_config": ("the loss already works without logits", ""),
@@ -168,7 +169,6 @@ REFUSED = {
     "hub_always_push": ("while a push is not over the next one is left out; the last one is not", "false"),
     "hub_revision": ("the main branch is pushed to", "main"),
     "restore_callback_states_from_checkpoint": ("there are no callbacks", "false"),
-    "full_determinism": ("on a CPU a run is the same bit for bit anyway; for GPUs see torch's manual", "false"),
     "data_seed": ("seed decides the order of blocks too: give --seed", ""),
     "dataloader_drop_last": ("each block is seen exactly once an epoch, also those of a last short batch", "false"),
     "train_sampling_strategy": ("the place to change the order of blocks is data/blocks.py", "random"),
@@ -184,7 +184,7 @@ REFUSED = {
         ("token", "hub_token", "use_auth_token"),
         ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
     ),
-    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), (CHECKPOINTING, "")),
+    **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), (RECOMPUTED, "")),
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
         ("trackers get their defaults; the place to change that is train_loop/report/trackers.py", ""),
