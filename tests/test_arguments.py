@@ -220,3 +220,21 @@ def test_downloads_and_prepared_data_go_into_the_cache_that_is_named(names, tmp_
     done = run("train_loop/main.py", *words.split(), f"--cache_dir={tmp_path}/cache", HF_HOME=str(tmp_path / "home"))
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "cache").iterdir()) and not (tmp_path / "home").exists()
+
+
+def test_a_run_has_the_name_that_it_was_given_in_a_tracker(names, tmp_path, monkeypatch):
+    for name, value in {
+        "ALLOW_FILE_STORE": "true",
+        "DISABLE_TELEMETRY": "true",
+        "TRACKING_URI": f"file:{tmp_path}/m",
+    }.items():
+        monkeypatch.setenv(f"MLFLOW_{name}", value)
+    from mlflow import MlflowClient
+
+    words = f"--model_name_or_path={names['model']} --train_file={names['text']} --validation_file={names['text']}"
+    words += f" --output_dir={tmp_path}/out --max_steps=1 --num_threads=1 --report_to=mlflow --run_name=mine"
+    assert main(words.split()) == 0
+    client = MlflowClient(f"file:{tmp_path}/m")
+    (experiment,) = (e for e in client.search_experiments() if e.name == "train_loop")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.run_name == "mine"

@@ -1,10 +1,11 @@
 """Finished means that the exported files are this run's; no record keeps a whole checkpoint from being resumed."""
 
+import json
 import shutil
 
 import pytest
 from accelerate import Accelerator
-from conftest import EXPORTED, TINY, assert_same_run, copy_until
+from conftest import EXPORTED, TINY, assert_same_run, copy_until, run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -207,3 +208,19 @@ def test_a_checkpoints_files_have_the_mode_of_any_new_file(reference, tmp_path):
     (tmp_path / "new").touch()
     modes = {path.stat().st_mode for path in reference.rglob("*") if path.is_file()}
     assert modes == {(tmp_path / "new").stat().st_mode}
+
+
+@pytest.mark.parametrize("more", [["--every=40"], ["--every=40", "--full_disk"]])
+def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(more):
+    """The short form of tests/benchmarks/events.py, which strikes at each of them."""
+    done = run("tests/benchmarks/events.py", "--seconds=60", *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = json.loads(done.stdout)
+    assert counts["equal"] == counts["runs"] > 0 and counts["struck"] > 0
+
+
+def test_a_run_whose_files_are_damaged_ends_in_a_sentence_or_right():
+    """The short form of tests/benchmarks/damages.py, which tries each file and each damage."""
+    done = run("tests/benchmarks/damages.py", "--states=10", "--seconds=60")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["states"] > 0

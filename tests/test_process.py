@@ -363,6 +363,8 @@ def test_an_optimizer_of_another_class_is_refused(arguments, monkeypatch, capsys
     told = capsys.readouterr().err
     assert "optimizer: torch.optim.adamw.AdamW -> torch.optim.nadam.NAdam" in told and "optimizer's options: " in told
     assert "--resume_with_changes" in told
+    assert main([*arguments, "--resume_from_checkpoint=auto", "--resume_with_changes"]) == 0
+    assert "its state starts empty" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):

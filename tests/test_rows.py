@@ -169,13 +169,15 @@ def test_the_rows_of_a_data_set_folder_are_those_of_its_files(kind, small_chunks
     assert folder_rows(folder, streaming=True) == expected
 
 
+# Python's writer leaves \n and \r without quotes where they do not end its lines
+ENDS = [(csv.QUOTE_MINIMAL, "\r\n"), (csv.QUOTE_ALL, "\r\n"), (csv.QUOTE_ALL, "\n"), (csv.QUOTE_ALL, "\r")]
+
+
 @many
-@given(
-    rows=ROWS, quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]), end=st.sampled_from(["\n", "\r\n", "\r"])
-)
-def test_a_csv_cell_is_the_text_that_stands_there(small_chunks, tmp_path, rows, quoting, end):
+@given(rows=ROWS, how=st.sampled_from(ENDS))
+def test_a_csv_cell_is_the_text_that_stands_there(small_chunks, tmp_path, rows, how):
     path = tmp_path / "rows.csv"
-    path.write_bytes(write_csv(rows, quoting, end))
+    path.write_bytes(write_csv(rows, *how))
     assert prepared(path) == rows and streamed(path) == rows
 
 

@@ -191,8 +191,8 @@ def test_of_several_processes_one_makes_the_tokens_and_one_that_is_killed_leaves
     killed = start("die")
     assert killed.communicate()[0] == "made\n" and killed.returncode == -9
     assert list(folder.glob("*.partial")) and not list(folder.glob("*.int32"))
-    outputs = [process.communicate()[0].split() for process in [start("live") for _ in range(3)]]
-    assert sorted(map(tuple, outputs)) == [("100000",), ("100000",), ("made", "100000")]
+    outputs = [process.communicate()[0].split() for process in [start("live") for _ in range(2)]]
+    assert sorted(map(tuple, outputs)) == [("100000",), ("made", "100000")]
     assert not list(folder.glob("*.partial"))
 
 

@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from train_loop import lock
+from train_loop.checkpoint import has_checkpoints
 from train_loop.errors import UserError, tell
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.settings import Settings, as_recipe
@@ -70,7 +71,7 @@ def check_output_dir(settings: Settings) -> None:
         raise UserError(f"output_dir {name} is no UTF-8, and safetensors reads no such folder: choose another name")
     if path.exists() and not path.is_dir():
         raise UserError(f"output_dir {path} is a file")
-    is_run = (path / MARK).is_file()
+    is_run = (path / MARK).is_file() or has_checkpoints(path / "checkpoints")
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK | os.X_OK):
         raise UserError(f"output_dir {path} cannot be written: no permission in {place}")
@@ -113,7 +114,7 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
         (path / "all_results.json").unlink(missing_ok=True)  # from here on the run is not finished
         for name in PARTIALS:  # of a run that was killed
             remove(path / name)
-        if settings.overwrite_output_dir and (path / MARK).is_file():
+        if settings.overwrite_output_dir:
             _overwrite(path, set(exported) if isinstance(exported, dict) else set())
         elif not resuming:  # what a run left that was killed before its first checkpoint
             (path / "metrics.jsonl").unlink(missing_ok=True)

@@ -13,7 +13,9 @@ files must lie in the folder. With --full_disk an attempt must end with exit sta
 """
 
 import argparse
+import contextlib
 import errno
+import importlib
 import json
 import mmap
 import os
@@ -42,7 +44,7 @@ EVENTS = {
     "os.listdir",
     "os.scandir",
 }
-READS = {"os.listdir", "os.scandir"}
+NEED_NO_SPACE = {"os.listdir", "os.scandir", "os.remove", "os.rmdir"}
 TIMINGS = {"tokens_per_second", "train_runtime", "checkpoint_runtime", "peak_memory_gib", "exported"}
 
 
@@ -98,6 +100,23 @@ def attempt(arguments, output_dir, processes, log, strike=0, full_disk=False):
     return statuses, int.from_bytes(counted[:], "little")
 
 
+def load_libraries(arguments, folder):
+    """Imports what a run imports, so that the attempts, which are forked from here, need not. A run of this process
+    itself would leave threads behind, which do not outlive a fork."""
+    from train_loop import run  # noqa: F401
+
+    if not (pid := os.fork()):
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        status = run_main([*arguments, f"--output_dir={folder}/first"])
+        (folder / "modules.json").write_text(json.dumps([name for name in sys.modules if "__main__" not in name]))
+        os._exit(status)
+    if os.waitpid(pid, 0)[1]:
+        raise SystemExit("the first run failed")
+    for name in json.loads((folder / "modules.json").read_text()):
+        with contextlib.suppress(Exception):  # some want to be imported by another one
+            importlib.import_module(name)
+
+
 def run_main(arguments):
     from train_loop.main import main
 
@@ -120,12 +139,14 @@ def hook(folder, counted, strike, full_disk):
         path = os.fsdecode(arguments[0]) if isinstance(arguments[0], (str, bytes, os.PathLike)) else ""
         if not path.startswith(folder):
             return
-        if full_disk and (event in READS or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))):
+        if full_disk and (
+            event in NEED_NO_SPACE or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR))
+        ):
             return
         number = int.from_bytes(counted[:], "little") + 1
         counted[:] = number.to_bytes(8, "little")
         if number == strike:
-            if full_disk and event != "os.remove":
+            if full_disk:
                 raise OSError(errno.ENOSPC, "No space left on device", path)
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -153,21 +174,20 @@ def without_timings(values):
     return {name: value for name, value in values.items() if name not in TIMINGS}
 
 
-def harness(processes, full_disk, every, folder):
+def harness(processes, full_disk, first, every, seconds, folder):
     """Strikes at each event; returns the counts. Raises SystemExit at the first difference."""
-    import torch  # noqa: F401  loaded before forking
-    import transformers  # noqa: F401
-
-    from train_loop import run  # noqa: F401
-
     arguments, log, generator = prepare(folder), folder / "log.txt", random.Random(0)
+    load_libraries(arguments, folder)
     statuses, num_events = attempt(arguments, folder / "reference" / "run", processes, log, 0, full_disk)
     if set(statuses) != {0}:
         raise SystemExit(f"the reference run failed; see {log}")
     expected = result(folder / "reference" / "run")
     counts = {"events of a run": num_events, "struck": 0, "struck in a resumed run": 0, "runs": 0, "equal": 0}
     began = time.monotonic()
-    for number in range(1, num_events + 1, every):
+    for number in range(first, num_events + 1, every):
+        if time.monotonic() > began + seconds:
+            break
+        counts["last event"] = number
         output_dir, strike, resumed = folder / str(number) / "run", number, 0
         while True:
             log.unlink()
@@ -201,9 +221,13 @@ if __name__ == "__main__":
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--full_disk", action="store_true")
     parser.add_argument("--every", type=int, default=1, help="strike at each n-th event only")
+    parser.add_argument("--first", type=int, default=1, help="begin with this event")
+    parser.add_argument("--seconds", type=float, default=3600, help="stop after so long")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="events_"))
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    print(json.dumps(harness(options.processes, options.full_disk, options.every, folder)))
+    print(
+        json.dumps(harness(options.processes, options.full_disk, options.first, options.every, options.seconds, folder))
+    )
     shutil.rmtree(folder)

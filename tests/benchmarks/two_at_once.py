@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
 
-from events import prepare, result, run_main  # noqa: E402
+from events import load_libraries, prepare, result, run_main  # noqa: E402
 
 
 def start(arguments, log, at):
@@ -36,12 +36,8 @@ def statuses(pids):
 
 
 def harness(times, folder):
-    import torch  # noqa: F401  loaded before forking
-    import transformers  # noqa: F401
-
-    from train_loop import run  # noqa: F401
-
     arguments, place = prepare(folder), folder / "place" / "run"
+    load_libraries(arguments, folder)
     command, interrupted = [*arguments, f"--output_dir={place}"], folder / "interrupted"
     logs = [folder / "0.txt", folder / "1.txt"]
     assert statuses([start([*command, "--checkpoints_total_limit=9"], logs[0], 0)]) == [0], logs[0].read_text()

@@ -6,7 +6,7 @@ random_state.py random states of a process
 """
 
 from train_loop.checkpoint.checkpoint import Checkpoints, load_weights
-from train_loop.checkpoint.durable import damage, damage_of_files, flushed, name_of
+from train_loop.checkpoint.durable import damage, damage_of_files, flushed, has_checkpoints, name_of
 from train_loop.checkpoint.identity import run_identity
 from train_loop.checkpoint.sharded import Shares, named_tensors, unsharded, unsharded_tensors
 
@@ -16,6 +16,7 @@ __all__ = [
     "damage",
     "damage_of_files",
     "flushed",
+    "has_checkpoints",
     "load_weights",
     "name_of",
     "named_tensors",

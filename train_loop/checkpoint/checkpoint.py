@@ -230,7 +230,10 @@ class Checkpoints:
                     tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
-        load_optimizer(path, model, optimizer, state["optimizer"])
+        if state["identity"]["optimizer"] == self.identity["optimizer"]:
+            load_optimizer(path, model, optimizer, state["optimizer"])
+        elif self.accelerator.is_main_process:
+            tell("the optimizer is of a different class: its state starts empty")
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         metrics.load_state_dict(state["metrics"])

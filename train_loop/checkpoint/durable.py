@@ -69,6 +69,11 @@ def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
     return sorted((manifest_of(path).get("step", int(path.name.removeprefix("step-"))), path) for path in paths)
 
 
+def has_checkpoints(folder: Path) -> bool:
+    """Whether a run saved something in `folder` whose manifest can be read."""
+    return any(manifest_of(path) for _, path in checkpoints_in(folder))
+
+
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, oldest first, whole or not."""
     return [step for step, _ in checkpoints_in(folder)]

@@ -63,13 +63,15 @@ class Publisher:
 
     def export_model(self, model, lines, results):
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
-        Returns what `export` does on the main one, {} on the others."""
+        Returns what `export` does, and the same of metrics.jsonl, on the main one; {} on the others."""
         self.end()
         is_main, model = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
         state_dict = unsharded_tensors(model, keep=is_main)
         if is_main:
             card = model_card(self, model, lines, results)
-            return export(Path(self.settings.output_dir), model, state_dict, self.tokenizer, card)
+            folder = Path(self.settings.output_dir)
+            exported = export(folder, model, state_dict, self.tokenizer, card)
+            return exported | {"metrics.jsonl": flushed(folder / "metrics.jsonl")}
         return {}
 
     def push_checkpoint(self, checkpoint, step, model, metrics):

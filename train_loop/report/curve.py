@@ -10,15 +10,15 @@ from pathlib import Path
 
 import numpy as np
 
-from train_loop.errors import UserError
+from train_loop.errors import UserError, warn
 
 MIN_POINTS_TO_SMOOTH = 20
 WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 
 def read_lines(path):
-    """The lines of a metrics.jsonl; a last one that is still being written is left out. Raises UserError where there
-    is no such file, or it is damaged."""
+    """The lines of a metrics.jsonl. A last one that is still being written is left out, and so is a damaged one, with a
+    warning. Raises UserError where no line can be read."""
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -30,11 +30,12 @@ def read_lines(path):
         try:
             line = json.loads(text)
             line["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is damaged: line {number} is no line of metrics") from error
+        except (ValueError, KeyError, TypeError, RecursionError):
+            warn(f"{path} is damaged: line {number} is no line of metrics, and is left out")
+            continue
         lines.append(line)
     if not lines:
-        raise UserError(f"{path} is empty: nothing was logged yet")
+        raise UserError(f"{path} holds no line of metrics: nothing was logged yet, or it is damaged")
     return lines
 
 
