@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import transformers
 from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -85,6 +86,10 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
     assert generated.stdout.startswith("The value") and len(generated.stdout.strip()) > len("The value")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="transformers asks for some of the tokenizer's files on the main branch",
+)
 def test_the_revision_of_a_model_is_the_one_that_is_asked_for(healthy, text_file, tmp_path):
     launcher = (*ONLINE, sys.executable, "train_loop/main.py")
     arguments = ["--model_name_or_path=distilgpt2", f"--validation_file={text_file}", "--eval_only"]
