@@ -114,7 +114,7 @@ class _Rows:
     sums: list[dict[str, Tensor]] = field(default_factory=list)  # of each objective: its own as "", and its extras'
 
     def add(self, logits: Tensor, rows: slice) -> Tensor:
-        """Adds what the objectives give for `logits` of some rows to `sums`. Returns the first one's, with its graph."""
+        """Adds what the objectives give for `logits` of some rows to `sums`. Returns the first, with its graph."""
         of_rows = {n: value[rows] if isinstance(value, Tensor) else value for n, value in self.of_rows.items()}
         totals = []
         for i, objective in enumerate(self.objectives):
