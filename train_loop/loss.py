@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from train_loop.cross_entropy import cross_entropy
 from train_loop.data import IGNORED
-from train_loop.head import Batch, auxiliary_loss, cross_entropy, sum_over_rows
+from train_loop.head import Batch, auxiliary_loss, sum_over_rows
 
 
 def objective(
