@@ -1,4 +1,4 @@
-"""The five changes that README shows, each taken from there, applied to a copy of the package, and run."""
+"""The changes in `changes/`, to which README leads: each is applied to a copy of the package, and run."""
 
 import importlib
 import json
@@ -16,16 +16,22 @@ from conftest import ROOT, TINY, TWO, assert_same_run, copy_until, lines_of, run
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("\n### Five changes\n")[1].split("\n## ")[0]
-DIFFS = dict(re.findall(r"^\*\*(.+?)\*\*.*?^```diff\n(.*?)^```$", SECTION, re.MULTILINE | re.DOTALL))
+CHANGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "tests" / "changes").glob("*.patch")}
 SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3", "--num_threads=1"]
 
 
 def test_each_change_has_at_most_twenty_lines_in_one_file():
-    assert len(DIFFS) == 5 == SECTION.count("```diff")
-    for diff in DIFFS.values():
+    for diff in CHANGES.values():
         assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) == 1
         assert 0 < len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 20
+
+
+def test_readme_leads_to_each_change_and_shows_the_objectives_as_it_is():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"tests/changes/(\w+)\.patch", readme)) == CHANGES.keys()
+    (shown,) = re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
+    edited = [line for line in CHANGES["focal_loss"].splitlines() if re.match(r"[+-](?!\+\+ |-- )", line)]
+    assert [line for line in edited if "import" not in line] == shown.splitlines()
 
 
 @pytest.fixture
@@ -38,9 +44,9 @@ def change(tmp_path, monkeypatch):
         for name in [name for name in sys.modules if name.split(".")[0] == "train_loop"]:
             del sys.modules[name]
 
-    def apply(title):
+    def apply(name):
         shutil.copytree(ROOT / "train_loop", tmp_path / "train_loop")
-        subprocess.run(["git", "apply", "-"], input=DIFFS[title], cwd=tmp_path, text=True, check=True)
+        subprocess.run(["git", "apply", "-"], input=CHANGES[name], cwd=tmp_path, text=True, check=True)
         forget()
         module = importlib.import_module("train_loop.main")
         assert Path(module.__file__).parent.parent == tmp_path
@@ -71,35 +77,35 @@ def resume_from_step_3(main, arguments, output_dir):
     return resumed
 
 
-def test_label_smoothing_is_torchs_in_training_and_none_in_evaluation(change, base, text_file, tmp_path):
-    """With and without logits, values and gradients. Tolerance: sums in another order, in float32."""
-    main = change("Label smoothing")
-    from train_loop.loss import next_token_loss, put_loss_in_head
+def test_the_focal_loss_is_trained_without_full_logits_and_validation_stays_plain(change, base, text_file, tmp_path):
+    """On a trained model, values and gradients against autograd through full logits. Tolerance: float32 rounding."""
+    main = change("focal_loss")
+    from train_loop.head import head_of
+    from train_loop.loss import next_token_loss
 
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
     labels = ids.masked_fill(ids % 5 == 0, -100)
-    assert put_loss_in_head(model)
-    for smoothing, grad in ((0.1, True), (0.0, False)):
-        with torch.set_grad_enabled(grad):
-            logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
-            wanted = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum", label_smoothing=smoothing)
-            for model.loss_in_head in (True, False):
-                loss = next_token_loss(model, {"input_ids": ids, "labels": labels})[0]
-                torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
-                if grad:
-                    gradients = [
-                        torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (loss, wanted)
-                    ]
-                    for got, expected in zip(*gradients, strict=True):
-                        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert main([*TINY, *SHORT, f"--train_file={text_file}", f"--output_dir={tmp_path}/run"]) == 0
-    losses = [line["eval_loss"] for line in lines_of(tmp_path / "run") if "eval_loss" in line]
-    assert losses[-1] < losses[0]
+    loss, _, extras = next_token_loss(model, {"input_ids": ids, "labels": labels})
+    assert head_of(model).in_chunks
+    logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+    nats = F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="none")
+    wanted = ((1 - torch.exp(-nats)) ** 2 * nats).sum()
+    torch.testing.assert_close((loss, extras["nll"]), (wanted, nats.sum()), rtol=1e-5, atol=0, check_stride=False)
+    gradients = [torch.autograd.grad(x, list(model.parameters()), retain_graph=True) for x in (loss, wanted)]
+    for got, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+    arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--block_size=32", "--learning_rate=1e-3"]
+    arguments += [*SHORT, "--max_train_samples=48", "--max_eval_samples=4"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    lines = lines_of(tmp_path / "run")
+    assert all(line["eval_objective"] < line["eval_loss"] == line["eval_nll"] for line in lines if "eval_loss" in line)
+    assert all(line["loss"] < 0.98 * line["nll"] for line in lines if "nll" in line)
 
 
 def test_distillation_moves_the_student_towards_a_frozen_teacher(change, base, text_file, tmp_path):
-    main = change("Distillation")
+    main = change("distillation")
     from train_loop import loss
 
     shutil.copytree(base, tmp_path / "runs" / "teacher")
@@ -137,7 +143,7 @@ def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(
     change, base, text_file, tmp_path, capsys
 ):
     peft = pytest.importorskip("peft")
-    main = change("LoRA")
+    main = change("lora")
     arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--block_size=32", "--learning_rate=1e-2"]
     arguments += [*SHORT, "--max_train_samples=48", "--max_eval_samples=4"]
     assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
@@ -170,7 +176,7 @@ def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(
 
 
 def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file, tmp_path):
-    main = change("A metric of one's own")
+    main = change("metric")
     arguments = [f"--model_name_or_path={base}", f"--validation_file={text_file}", "--block_size=32", "--eval_only"]
     arguments += ["--max_eval_samples=30"]
     launched = run(
@@ -199,7 +205,7 @@ def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file,
 
 
 def test_rows_of_a_database_train_as_the_same_rows_of_a_file(change, text_file, tmp_path):
-    main = change("Rows from elsewhere")
+    main = change("rows_from_sqlite")
     texts = text_file.read_text().split("\n\n")
     with sqlite3.connect(tmp_path / "posts.sqlite") as database:
         database.execute("CREATE TABLE posts (id INTEGER PRIMARY KEY, body TEXT)")

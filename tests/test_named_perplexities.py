@@ -125,7 +125,8 @@ def test_a_tokenizer_that_begins_each_row_has_the_perplexities_of_one_that_does_
     )
     assert begun["eval_tokens"] > plain["eval_tokens"]
     for name in NAMED:
-        assert plain[name] == pytest.approx(begun[name], rel=1e-6) == ended[name], name
+        # float32 rounding of the nats, times the 23 nats of a word
+        assert plain[name] == pytest.approx(begun[name], rel=1e-5) == ended[name], name
 
 
 def test_words_are_counted_without_line_ends_and_with_them():

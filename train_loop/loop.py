@@ -90,7 +90,8 @@ def train(
             # gradients are summed up here, and exchanged between processes with the last micro-batch only
             is_last = i == num_micro_batches - 1
             with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
-                nll, _, extras = next_token_loss(model, {name: value[i] for name, value in window.items()})
+                micro_batch = {name: value[i] for name, value in window.items()} | for_objective(position, settings)
+                nll, _, extras = next_token_loss(model, micro_batch)
                 accelerator.backward(nll * W / num_targets)  # x W: the exchange averages over processes
             for name, value in {"loss": nll.detach(), **extras}.items():
                 sums[name] = sums.get(name, 0) + value
@@ -122,6 +123,11 @@ def windows_from(position, split, settings, accelerator):
     while True:
         yield from split.windows(settings, accelerator, position)  # the rest of the epoch's
         position.epoch, position.window = position.epoch + 1, 0
+
+
+def for_objective(position, settings):
+    """What the objective gets by name in training, beside what belongs to its rows (`loss.py`). `step`: those taken."""
+    return {"step": position.step, "label_smoothing": settings.label_smoothing_factor}
 
 
 def evaluation_is_due(position, last_step, settings):

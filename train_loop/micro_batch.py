@@ -5,7 +5,7 @@ import gc
 
 import torch
 
-from train_loop.data import Windows
+from train_loop.data import Split, Stream, Windows
 from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
 from train_loop.memory import is_out_of_memory
@@ -35,16 +35,22 @@ def fit_micro_batch(model, split, settings, accelerator):
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
 
 
+def trial_batch(split: Split | Stream, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """A micro-batch of the first `num_blocks` training blocks, taken again from the first where there are fewer:
+    {"input_ids", "labels", ...}, each [num_blocks, T]."""
+    blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
+    window = Windows(split.blocks, blocks, num_blocks, 1, document_end=split.document_end)[0]
+    return {name: value[0].to(device) for name, value in window.items()}
+
+
 def _fits(model, split, micro_batch_size, accelerator):
     """1 if a micro-batch fits, 0 if not."""
-    blocks = torch.arange(micro_batch_size).numpy() % len(split.blocks)
-    window = Windows(split.blocks, blocks, micro_batch_size, 1, document_end=split.document_end)[0]
     model.train()
     moments = []
     try:
         with torch.random.fork_rng(), accelerator.no_sync(model):
             moments += [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
-            batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
+            batch = trial_batch(split, micro_batch_size, accelerator.device)
             accelerator.backward(next_token_loss(model, batch)[0])
         return 1
     except (RuntimeError, MemoryError) as error:

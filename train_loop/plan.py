@@ -19,10 +19,11 @@ from torch.utils._pytree import tree_leaves
 
 from train_loop import launch, loop
 from train_loop.checkpoint import Checkpoints
-from train_loop.data import Windows
 from train_loop.evaluate import evaluate
-from train_loop.loss import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE, next_token_loss
+from train_loop.head import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE
+from train_loop.loss import next_token_loss
 from train_loop.memory import available_bytes, peak_memory_gib, resident_bytes
+from train_loop.micro_batch import trial_batch
 from train_loop.position import Position
 from train_loop.report import Metrics
 
@@ -103,9 +104,7 @@ def working_bytes(model, split, settings, accelerator):
     size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
     peaks = []
     for num_blocks in (size, 2 * size):
-        blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
-        window = Windows(split.blocks, blocks, num_blocks, 1, document_end=split.document_end)[0]
-        batch = {name: value[0].to(accelerator.device) for name, value in window.items()}
+        batch = trial_batch(split, num_blocks, accelerator.device)
         with torch.random.fork_rng(), accelerator.no_sync(model):
             with LiveBytes(*model.parameters(), *model.buffers(), *batch.values()) as counted:
                 for _ in range(min(settings.gradient_accumulation_steps, 2)):  # gradients are there in the second

@@ -13,7 +13,8 @@ from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Stream, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate
-from train_loop.loss import put_loss_in_head
+from train_loop.head import head_of
+from train_loop.loss_check import check_loss
 from train_loop.micro_batch import fit_micro_batch
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
@@ -49,8 +50,8 @@ def run(settings, stop, repository=None):
 
         # -> model
         model = load_model(settings, config, tokenizer)
-        if not put_loss_in_head(model):
-            accelerator.print("loss        through whole logits: without them this model's loss would be another one")
+        for remark in head_of(model).remarks:
+            accelerator.print(f"loss        {remark}")
         launch.compile_in_place(model, accelerator)
         if settings.eval_only:
             evaluate_only(model, eval_split, settings, accelerator, held_out, show_progress)
@@ -65,6 +66,8 @@ def run(settings, stop, repository=None):
         model, optimizer = launch.prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
+        for remark in check_loss(model, train_split, settings, accelerator):
+            accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
         whole, splits = accelerator.unwrap_model(model), [train_split, eval_split]
         arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 from train_loop import loop, tuning  # noqa: E402
 from train_loop.checkpoint.checkpoint import Checkpoints  # noqa: E402
 from train_loop.data.blocks import Split, Windows, block_order  # noqa: E402
-from train_loop.loss import next_token_loss, put_loss_in_head  # noqa: E402
+from train_loop.loss import next_token_loss  # noqa: E402
 from train_loop.optim import build_optimizer, build_scheduler  # noqa: E402
 from train_loop.position import Position  # noqa: E402
 from train_loop.report.metrics import Metrics  # noqa: E402
@@ -55,7 +55,6 @@ def make():
         num_key_value_heads=4,
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    assert put_loss_in_head(model)
     return model.train()
 
 

@@ -40,6 +40,7 @@ def profile(plain, batch_size, num_warm):
     from torch.profiler import ProfilerActivity
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from train_loop.head import Head
     from train_loop.lean import use_lean_modules
     from train_loop.loss import next_token_loss
 
@@ -47,7 +48,7 @@ def profile(plain, batch_size, num_warm):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=6), dtype=torch.float32).train()
     if not plain:
         use_lean_modules(model)
-    model.loss_in_head = not plain
+    model.inspected_head = Head(in_chunks=not plain)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
     ids = torch.randint(50257, (batch_size, 128))
 

@@ -15,6 +15,7 @@ CHANGEABLE = {
     "adam_beta2",
     "adam_epsilon",
     "max_grad_norm",
+    "label_smoothing_factor",
     "mixed_precision",
     "tf32",
     "training files' times of change",

@@ -123,6 +123,9 @@ class Settings:
     early_stopping_threshold: float = setting(
         "training", 0.0, "nats per token by which an evaluation must beat the best to count as lower", **at_least(0)
     )
+    label_smoothing_factor: float = setting(
+        "training", 0.0, "share of each target's probability that is spread over the vocabulary", **FRACTION
+    )
     seed: int = setting("training", 42, "seed of weights, dropout and the order of blocks", **at_least(0))
     num_threads: int | None = setting(
         "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)

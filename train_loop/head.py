@@ -1,0 +1,353 @@
+"""From the model's last hidden states to an objective, some rows at a time: logits of all rows never exist together.
+
+`loss.py` says what is minimised. This file works it out: it cuts the rows into chunks, computes the logits of a chunk,
+lets autograd differentiate the objective with respect to these logits alone, and takes the two products of the linear
+head by hand. The result is the one through full logits, for any differentiable objective.
+
+B: blocks in a micro-batch, T: tokens of a block, N: rows, the positions that predict a token, B x (T - 1) of them,
+D: width of the model, V: vocabulary.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train_loop.data import IGNORED
+
+ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, and gain nothing
+ROWS_PER_CHUNK_ELSEWHERE = 2048
+
+Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what is named in `sum_over_rows`
+Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, inplace: bool = False) -> Tensor:
+    """-log softmax(logits)[target] of each row in nats, [N], 0 where the target is -100. Differentiable, once.
+
+    `logits` [N, V], `targets` [N]; `label_smoothing` as in torch. With `inplace` the result takes the place of the
+    logits in memory: one chunk of logits less is held, and the head takes up to 5 % less time on a CPU. Use it only
+    where the logits are not used elsewhere: afterwards they are NaN, so that such a use cannot go unnoticed.
+    """
+    padded = getattr(logits, "padded", None)
+    inplace = inplace and padded is not None  # only the logits that this file handed out are its own to overwrite
+    nats = _CrossEntropy.apply(logits, logits.detach() if padded is None else padded, targets, label_smoothing, inplace)
+    if inplace:
+        logits.data = logits.new_full((1, 1), torch.nan).expand(logits.shape)
+    return nats
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """`padded` [N, at least V] holds the logits, and -inf behind them. The buffer of its log-softmax becomes the
+    gradient. `F.cross_entropy` would hold one more."""
+
+    @staticmethod
+    def forward(ctx, logits, padded, targets, smoothing, inplace):
+        ctx.smoothing, ctx.num_logits = smoothing, logits.shape[1]
+        ctx.is_target, ctx.targets = targets != IGNORED, targets.clamp(min=0)[:, None]
+        # on a GPU a new tensor is as fast
+        ctx.log_p = torch.log_softmax(padded, -1, out=padded if inplace and padded.device.type == "cpu" else None)
+        log_p = ctx.log_p.gather(1, ctx.targets)[:, 0]
+        if smoothing:
+            log_p = torch.lerp(log_p, ctx.log_p[:, : ctx.num_logits].mean(1), smoothing)
+        return -(log_p * ctx.is_target)
+
+    @staticmethod
+    def backward(ctx, grad_nats):
+        grad, ctx.log_p = ctx.log_p, None
+        if grad is None:
+            raise RuntimeError("cross_entropy (head.py) can be differentiated once: its memory became the gradient")
+        on_target = torch.full_like(ctx.targets, ctx.smoothing - 1, dtype=grad.dtype)
+        grad = grad.exp_().scatter_add_(1, ctx.targets, on_target)[:, : ctx.num_logits]  # softmax - one-hot
+        if ctx.smoothing:
+            grad -= ctx.smoothing / ctx.num_logits
+        grad_nats = (grad_nats * ctx.is_target)[:, None]
+        if grad.device.type != "cpu" or not (grad_nats == 1).all():  # a GPU would have to be waited for
+            grad *= grad_nats
+        return grad, None, None, None, None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does between its last hidden states and its logits, and adds to its own loss."""
+
+    in_chunks: bool  # logits = capped(scale * (hidden @ weight.T + bias)), and nothing else
+    scale: float = 1.0
+    cap: float | None = None  # capped(x) = cap * tanh(x / cap)
+    auxiliary_weight: float | None = None  # of the auxiliary loss that the config asks for
+    remarks: tuple[str, ...] = ()  # sentences for the user
+
+    def adapt(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def head_of(model: nn.Module) -> Head:
+    """What `inspect_head` finds of `model`, looked at once. `model` is not wrapped by DDP."""
+    if "inspected_head" not in model.__dict__:
+        model.inspected_head = inspect_head(model)
+    return model.inspected_head
+
+
+@torch.no_grad()
+def inspect_head(model: nn.Module) -> Head:
+    """Finds out what `model` does to its logits. Made-up numbers, from tiny to huge, are put in the place of what its
+    last linear layer returns: what the model makes of them is seen exactly, whatever its weights are."""
+    weight, remarks = _auxiliary_weight(model)
+    full = lambda why: Head(False, auxiliary_weight=weight, remarks=(f"from full logits: {why}", *remarks))  # noqa: E731
+    head = model.get_output_embeddings()
+    # a subclass with a forward of its own (an adapter, a quantised layer) is more than weight and bias
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head._forward_hooks:
+        return full(f"the head is a {type(head).__name__}, not a plain linear layer")
+    ids = torch.arange(8, device=model.device)[None] * 7 % model.get_input_embeddings().num_embeddings
+    made_up = torch.linspace(-60, 60, 8 * head.out_features, device=model.device).view(1, 8, -1)
+    tiny, huge = 2.0**-10, 1e6
+    made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
+    seen = []
+
+    def forward(hidden):
+        seen.append(tuple(hidden.shape))
+        return made_up.clone()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with _forward_replaced(head, forward), torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    if seen != [(1, 8, head.in_features)] or logits.shape != made_up.shape:
+        return full("the model does not take its logits from one call of its head")
+    if logits.requires_grad:  # the made-up ones had no gradient
+        return full("trained weights stand between the model's head and its logits")
+    scale, cap = logits[0, 0, 0].item() / tiny, logits[0, 0, 1].item()
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    found = Head(True, scale, cap if cap < scale * huge / 2 else None, weight, remarks)
+    if not torch.allclose(found.adapt(made_up), logits, rtol=1e-5, atol=1e-5):
+        return full("the model changes its logits in a way that is not known here")
+    return found
+
+
+def _auxiliary_weight(model: nn.Module) -> tuple[float | None, tuple[str, ...]]:
+    """(weight, remarks) of the auxiliary loss of a mixture of experts, if `model.config` asks for it."""
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None, ()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        for place in (model, config):
+            if getattr(place, name, None) is not None:
+                return float(getattr(place, name)), ()
+    return None, ("output_router_logits is on, but no weight for the auxiliary loss is known: it is left out",)
+
+
+def auxiliary_loss(model: nn.Module, output: Any) -> tuple[Tensor, Tensor] | None:
+    """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None where its config
+    does not ask for it. `output` is what the model's forward returned."""
+    weight = head_of(getattr(model, "module", model)).auxiliary_weight
+    aux_loss = getattr(output, "aux_loss", None)
+    return None if weight is None or aux_loss is None else (weight * aux_loss, aux_loss.detach())
+
+
+@dataclass
+class _Rows:
+    """What belongs to the N rows of a micro-batch, and the sums over them so far."""
+
+    head: Head
+    objectives: tuple[Objective, ...]
+    targets: Tensor  # [N]
+    of_rows: dict[str, Any]
+    sums: list[dict[str, Tensor]] = field(default_factory=list)  # of each objective: its own as "", and its extras'
+
+    def add(self, logits: Tensor, rows: slice) -> Tensor:
+        """Adds to `sums` what the objectives give for `logits` of some rows. Returns the first one's sum over them,
+        with its graph; the others are only looked at."""
+        of_rows = {
+            name: value[rows] if isinstance(value, Tensor) and value.dim() else value
+            for name, value in self.of_rows.items()
+        }
+        totals = []
+        for i, objective in enumerate(self.objectives):
+            differentiated = logits.requires_grad and i == 0
+            with torch.set_grad_enabled(differentiated):
+                result = objective(logits, self.targets[rows], **of_rows)
+            check_result(result, objective, ("sum", "extras"), differentiated)
+            totals.append(result[0])
+            found = {"": result[0].detach(), **{name: value.detach() for name, value in result[1].items()}}
+            if len(self.sums) <= i:
+                self.sums.append(found)
+            else:
+                self.sums[i] = {name: self.sums[i][name] + value for name, value in found.items()}
+        return totals[0]
+
+
+def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tuple[list[tuple[Tensor, dict]], Any]:
+    """([(sum, extras) of each objective], what the model's forward returned).
+
+    An objective is called as objective(logits [n, V] float32, targets [n], **of_rows) for some rows at a time, and
+    returns (scalar to be minimised, {name: further scalar}); both are summed over the rows. Rows whose target is -100
+    are among them. The first objective's sum can be differentiated; the others are evaluated on the same logits.
+
+    `batch` holds "input_ids" and "labels" [B, T], and what else the model's forward takes. What is not a tensor
+    ("step"), and tensors [B, T, ...] that are named "target_...", go to the objectives by name instead: a tensor's
+    value at a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position
+    in its block, from 0.
+    """
+    causal_lm = getattr(model, "module", model)  # DDP's wrapper has the model inside
+    labels, inputs, of_rows = batch["labels"], {}, {}
+    for name, value in batch.items():
+        if not isinstance(value, Tensor):
+            of_rows[name] = value
+        elif name.startswith("target_"):
+            of_rows[name] = value[:, 1:].flatten(0, 1)
+        elif name != "labels":
+            inputs[name] = value
+    of_rows["positions"] = torch.arange(labels.shape[1] - 1, device=labels.device).repeat(len(labels))
+    rows = _Rows(head_of(causal_lm), objectives, labels[:, 1:].flatten(), of_rows)
+    if rows.head.in_chunks:
+        with _sum_in_the_place_of_logits(causal_lm, rows):
+            output = model(**inputs, use_cache=False)
+        first = output.logits.view(())
+    else:
+        output = model(**inputs, use_cache=False)
+        first = _sum_over_logits(output.logits[:, :-1].flatten(0, 1), rows)
+    totals = [first, *(sums[""] for sums in rows.sums[1:])]
+    extras = [{name: value for name, value in sums.items() if name} for sums in rows.sums]
+    return list(zip(totals, extras, strict=True)), output
+
+
+@contextlib.contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # Accelerate puts its autocast there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+@contextlib.contextmanager
+def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[None]:
+    """Within it the model's forward returns the first objective's sum where it would return logits. The model itself is
+    called as ever, so DDP, FSDP, autocast and hooks see nothing new."""
+    head, forward_of_model = causal_lm.get_output_embeddings(), causal_lm.forward
+    sums = []
+
+    def forward_of_head(hidden):  # [B, T, D]
+        hidden = hidden[:, :-1].flatten(0, 1)
+        total = _LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled())
+        sums.append(total.view(1, 1, 1))  # as many dimensions as logits
+        return sums[0]
+
+    def forward(*args, **kwargs):
+        with _forward_replaced(head, forward_of_head):
+            output = forward_of_model(*args, **kwargs)
+        (output.logits,) = sums  # a model with a cap or a scale has applied it to the sum
+        return output
+
+    with _forward_replaced(causal_lm, forward):
+        yield
+
+
+def _sum_over_logits(logits: Tensor, rows: _Rows) -> Tensor:
+    """The first objective's sum over full logits [N, V]."""
+    num_rows = ROWS_PER_CHUNK.get(logits.device.type, ROWS_PER_CHUNK_ELSEWHERE)
+    first, total = 0, 0
+    with torch.autocast(logits.device.type, enabled=False):
+        for chunk in logits.split(num_rows):  # its gradient is put together once; that of slices would be added up
+            chunk = chunk.to(torch.float32, copy=True)
+            chunk.padded = chunk.detach()
+            total = total + rows.add(chunk, slice(first, first + num_rows))
+            first += num_rows
+    return total
+
+
+class _LinearInChunks(torch.autograd.Function):
+    """The first objective's sum over logits = hidden @ weight.T + bias, a float32 scalar.
+
+    hidden [N, D], weight [V, D], bias [V] or None. The logits of a chunk become at once its share of the loss and of
+    the gradients, which wait for the backward pass: logits are never held for more than a chunk nor computed twice.
+    Products are taken in autocast's precision, as a linear layer's would be; everything else is float32.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, rows, with_gradients):
+        kind = hidden.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        grad_hidden = torch.empty_like(hidden) if needs[0] else None
+        # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
+        grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
+        grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
+
+        V, num_rows = len(weight), ROWS_PER_CHUNK.get(kind, ROWS_PER_CHUNK_ELSEWHERE)
+        # rows of logits begin on a cache line's boundary: matrix products are up to 1.4 times as fast there on a CPU
+        padded = torch.empty(min(num_rows, len(hidden)), -(-V // 64) * 64, device=hidden.device)
+        with torch.autocast(kind, enabled=False):
+            low = weight.to(dtype)
+            for first in range(0, len(hidden), num_rows):
+                some = slice(first, first + num_rows)
+                x = hidden[some].to(dtype)
+                chunk = padded[: len(x)]
+                chunk[:, V:] = -torch.inf
+                if dtype == chunk.dtype:
+                    torch.mm(x, low.T, out=chunk[:, :V])
+                else:
+                    chunk[:, :V].copy_(x @ low.T)
+                if bias is not None:
+                    chunk[:, :V] += bias
+                with torch.set_grad_enabled(any(needs)):
+                    leaf = chunk[:, :V].detach().requires_grad_(any(needs))
+                    logits = rows.head.adapt(leaf)
+                    logits.padded = chunk if logits is leaf else logits.detach()
+                    total = rows.add(logits, some)
+                if not any(needs):
+                    continue
+                (grad_logits,) = torch.autograd.grad(total, leaf)
+                grad_logits = grad_logits.to(dtype)
+                if needs[0]:
+                    grad_hidden[some] = grad_logits @ low
+                if needs[1] and dtype == grad_weight.dtype:  # beta 0: written, not added to, and not read before
+                    grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
+                elif needs[1]:
+                    product = grad_logits.T @ x
+                    grad_weight = grad_weight.add_(product) if first else grad_weight.copy_(product)
+                if grad_bias is not None:
+                    grad_bias += grad_logits.sum(0)
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return rows.sums[0][""]
+
+    @staticmethod
+    def backward(ctx, grad_sum):
+        if ctx.gradients is None:
+            raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
+        # scaled in place: a copy of the weight's gradient would be as large as the weight
+        gradients = [gradient if gradient is None else gradient.mul_(grad_sum) for gradient in ctx.gradients]
+        ctx.gradients = None
+        return *gradients, None, None
+
+
+def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:
+    """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras), scalars,
+    the sum with a gradient if it is to be `differentiated`."""
+    code = getattr(function, "__code__", None)
+    who = getattr(function, "__name__", repr(function)) + (f" ({code.co_filename})" if code else "")
+    if not isinstance(result, tuple) or len(result) != len(names):
+        got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
+        raise TypeError(f"{who} returned {got}. It must return {len(names)}: ({', '.join(names)})")
+    if not isinstance(result[-1], dict):
+        raise TypeError(f"{who}: the extras are a {type(result[-1]).__name__}. They must be a dict {{name: scalar}}")
+    for name, value in {"the sum": result[0], **{f"the extra {n!r}": v for n, v in result[-1].items()}}.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{who}: {name} is a {type(value).__name__}. It must be a tensor with one number")
+        if value.dim() or not value.is_floating_point():
+            shape = list(value.shape)
+            raise ValueError(f"{who}: {name} has the shape {shape} and {value.dtype}. It must be one float: sum it up")
+    if differentiated and not result[0].requires_grad:
+        raise ValueError(f"{who}: the sum has no gradient. It was not computed from the logits, or was detached")

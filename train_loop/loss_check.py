@@ -1,0 +1,81 @@
+"""What the loss returns, looked at once, before the first step. Nothing is decided here: it is said."""
+
+import inspect
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from train_loop.data import Split, Stream
+from train_loop.head import auxiliary_loss, check_result
+from train_loop.loss import next_token_loss, plain_next_token_loss
+from train_loop.micro_batch import trial_batch
+from train_loop.settings import Settings
+
+
+def check_loss(model: nn.Module, split: Split | Stream, settings: Settings, accelerator: Accelerator) -> list[str]:
+    """Sentences for the user about the loss of one training block: where the objective looks like a mean, and where
+    the model's own loss (`labels=`) is not plain cross entropy. One block, so that the peak of memory does not move;
+    nothing under FSDP. The model is in evaluation mode, so no random number is drawn.
+
+    Raises TypeError or ValueError where `next_token_loss` or `objective` does not return what it must.
+    """
+    if accelerator.distributed_type == "FSDP":
+        return []
+    model = getattr(model, "module", model)  # DDP would wait for a backward pass
+    batch = trial_batch(split, 1, accelerator.device)
+    was_training = model.training
+    model.eval()
+    try:
+        options = {"step": 0, "label_smoothing": settings.label_smoothing_factor}
+        with torch.enable_grad():
+            result = next_token_loss(model, batch | options)
+            check_result(result, next_token_loss, ("sum", "number of targets", "extras"), True)
+        attached = [name for name, value in result[2].items() if value.requires_grad]
+        if attached:
+            raise ValueError(
+                f"next_token_loss: the extra {attached[0]!r} still has its gradient, and would keep the graph of each "
+                "step in memory: return it with .detach()"
+            )
+        total = result[0].item()
+        del result
+        with torch.no_grad():
+            nll_sum, num_targets, _ = plain_next_token_loss(model, batch)
+            nll_sum, num_targets = nll_sum.item(), int(num_targets)
+            own = _own_loss(model, batch) if num_targets else None
+    finally:
+        model.train(was_training)
+    if nll_sum == nll_sum and total != total:
+        raise ValueError(
+            f"the objective of one training block is nan, while its plain cross entropy is {nll_sum:.4f} nats: look "
+            "for 0 log 0 or inf - inf in loss.py, and for logits that are used after cross_entropy(..., inplace=True)"
+        )
+    remarks = []
+    if num_targets > 1 and abs(total * num_targets / nll_sum - 1) < 0.1:
+        remarks += [
+            f"warning: the objective of one block is {total:.4f},",
+            f"the plain cross entropy of its {num_targets:,} targets {nll_sum:.2f} nats in sum.",
+            "If the objective is a mean, return a sum: the loop divides by the targets",
+        ]
+    if own is not None:
+        mean, T = nll_sum / num_targets, batch["labels"].shape[1]
+        tolerance = 1e-4 if accelerator.mixed_precision == "no" else 1e-2  # of bfloat16's logits
+        # some models divide by the T tokens of a block, of which T - 1 are targets
+        if min(abs(own / mean - 1), abs(own / (mean * (T - 1) / T) - 1)) > tolerance:
+            remarks += [
+                "the model's own loss is not the plain cross entropy trained here:",
+                f"{own:.6f} and {mean:.6f} nats per target, on one training block",
+            ]
+    return remarks
+
+
+def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
+    """The loss that the model works out itself, nats per target, without a mixture's auxiliary loss; None where it has
+    none."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return None
+    output = model(**batch, use_cache=False)
+    if output.loss is None:
+        return None
+    auxiliary = auxiliary_loss(model, output)
+    return output.loss.item() - (auxiliary[0].item() if auxiliary else 0.0)
