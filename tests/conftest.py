@@ -25,6 +25,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
 
 VOCAB, BLOCK = 97, 16  # of the blocks below
 
@@ -180,35 +181,6 @@ def nobody_there():
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-WATCHED = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-import mlflow
-from torch.utils import tensorboard
-from train_loop import compare, run
-from train_loop.report import metrics
-from train_loop.main import main
-plain = metrics.Metrics.count_step
-for attempt in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        store = Path(os.environ.setdefault("MLFLOW_TRACKING_URI", "file:" + attempt["store"])[5:])
-        def count_step(self, step, *arguments):
-            if step == attempt.get("dies_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if step == attempt.get("loses_its_store_at"):
-                shutil.rmtree(store)
-                store.write_text("gone")
-            plain(self, step, *arguments)
-        metrics.Metrics.count_step = count_step
-        print("::", flush=True)
-        status = main(attempt["arguments"])
-        sys.stdout.flush()
-        os._exit(status)
-    print("exit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def watched(text_file, tmp_path_factory):
     """Runs that learn eight blocks by heart, so that the validation loss soon rises: 40 steps with an evaluation every
@@ -250,7 +222,7 @@ def watched(text_file, tmp_path_factory):
         },
     ]
     environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = run("-c", WATCHED, json.dumps(attempts), timeout=600, **environment)
+    done = run_program("watched.py", json.dumps(attempts), timeout=600, **environment)
     outputs = done.stdout.split("::\n")[1:]
     statuses = [int(output.split()[-1]) for output in outputs]
     assert statuses == [0, -9, -9, 0, 0], done.stdout + done.stderr
@@ -333,6 +305,11 @@ def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+def run_program(name, *arguments, **options):
+    """Runs a program of tests/programs as `run` does; it imports the package of this checkout."""
+    return run(PROGRAMS / name, *arguments, **{"PYTHONPATH": str(ROOT), **options})
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import torch
 from conftest import (
     LAUNCH,
     NO_DROPOUT,
+    PROGRAMS,
     ROOT,
     TINY,
     TWO,
@@ -25,6 +26,7 @@ from conftest import (
     largest_file,
     lines_of,
     run,
+    run_program,
     without_timings,
 )
 
@@ -278,26 +280,10 @@ def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(step, message, argum
     assert_same_run(tmp_path / "run", reference)
 
 
-NAN_ON_ONE_RANK = """
-import os, sys, torch
-from train_loop import loss, loop
-plain, calls = loss.next_token_loss, [0]
-def poisoned(model, batch):
-    calls[0] += model.training
-    nll, count, extras = plain(model, batch)
-    return (nll * torch.nan if model.training and calls[0] == 7 and os.environ["RANK"] == "1" else nll), count, extras
-loop.next_token_loss = poisoned
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
-
-
 def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(NAN_ON_ONE_RANK)
     output_dir = tmp_path / "run"
     batch = ["--per_device_train_batch_size=4", "--logging_steps=1"]
-    done = run(script, *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("nan_on_rank_1.py", *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert (
@@ -307,30 +293,12 @@ def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments,
     assert [line["step"] for line in lines_of(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-DIES_ONCE = """
-import os, signal, sys
-from pathlib import Path
-from train_loop import optim, loop
-from train_loop.report.metrics import Metrics
-plain = Metrics.count_step
-def dying(self, step, *arguments):
-    if step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
-        os.kill(os.getpid(), getattr(signal, os.environ["DEED"]))
-    plain(self, step, *arguments)
-Metrics.count_step = dying
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
-
-
 def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DIES_ONCE)
     arguments = [*arguments, "--per_device_train_batch_size=4"]
     launcher = (*TWO, "--max_restarts=2")
-    environment = {"PYTHONPATH": str(ROOT), "DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
-    done = run(script, *arguments, f"--output_dir={tmp_path}/run", launcher=launcher, **environment)
+    environment = {"DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
+    arguments_of_run = [*arguments, f"--output_dir={tmp_path}/run"]
+    done = run_program("rank_1_dies_once.py", *arguments_of_run, launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr
     assert "checkpoints/step-000005" in done.stdout
     done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/reference", launcher=TWO)
@@ -339,11 +307,9 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(argument
 
 
 def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DIES_ONCE)
     arguments = [*arguments, "--per_device_train_batch_size=4", "--ddp_timeout=5", f"--output_dir={tmp_path}/run"]
     launched = subprocess.Popen(
-        [*TWO, script, *arguments],
+        [*TWO, PROGRAMS / "rank_1_dies_once.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DEED": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
         stdout=subprocess.DEVNULL,
@@ -390,24 +356,11 @@ def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, referenc
 
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(arguments, tmp_path):
     """The first one comes while a step takes for ever."""
-    script = """
-import sys, time
-from train_loop import loss, loop
-plain = loss.next_token_loss
-def slow(model, batch):
-    if model.training and len(list(Path(sys.argv[1]).glob("checkpoints/step-000005"))):
-        print("slow", flush=True)
-        time.sleep(600)
-    return plain(model, batch)
-from pathlib import Path
-loop.next_token_loss = slow
-from train_loop.main import main
-sys.exit(main(sys.argv[2:]))
-"""
     output_dir = tmp_path / "run"
     running = subprocess.Popen(
-        [sys.executable, "-c", script, output_dir, *arguments, f"--output_dir={output_dir}"],
+        [sys.executable, PROGRAMS / "hangs_after_step_5.py", output_dir, *arguments, f"--output_dir={output_dir}"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

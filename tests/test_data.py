@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_file, run
+from conftest import PROGRAMS, ROOT, largest_file, run_program
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -371,26 +371,13 @@ def test_a_text_file_that_changes_while_it_is_read_is_an_error_and_leaves_no_tok
     assert set(cache_folder().rglob("*.int32")) == before and not list(cache_folder().rglob("*.partial"))
 
 
-PREPARE = """
-import sys
-from train_loop.settings.settings import Settings
-from train_loop.data.blocks import load_split
-from train_loop.data.rows import Rows, load_rows
-from train_loop.model import load_tokenizer
-settings = Settings(train_file=sys.argv[1], validation_split_percentage=50, tokenizer_vocab_size=280, block_size=8)
-train, validation, _ = load_rows(settings)
-tokenizer = load_tokenizer(settings, Rows.of(["one two three"] * 9))
-print(len(load_split(train, tokenizer, "training", settings).blocks), "datasets" in sys.modules)
-"""
-
-
 def test_a_kill_leaves_nothing_that_is_taken_for_finished_and_the_next_run_clears_it_away(text_file, tmp_path):
     """And all that without importing `datasets`, which takes a second."""
     large, small = tmp_path / "large.txt", tmp_path / "small.txt"
     large.write_text(text_file.read_text(encoding="utf-8") * 400, encoding="utf-8")
     small.write_text("one two three\n" * 40, encoding="utf-8")
     environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen([sys.executable, "-c", PREPARE, str(large)], env=environment)
+    killed = subprocess.Popen([sys.executable, PROGRAMS / "prepares_tokens.py", str(large)], env=environment)
     try:
         deadline = time.monotonic() + 60
         while not any(path.stat().st_size for path in tmp_path.rglob("*.partial")) and time.monotonic() < deadline:
@@ -400,7 +387,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_finished_and_the_next_run_clear
         killed.kill()
         killed.wait()
     assert len(list(tmp_path.rglob("*.partial"))) == 1 and not list(tmp_path.rglob("*.int32"))
-    done = run("-c", PREPARE, small, HF_HOME=str(tmp_path))
+    done = run_program("prepares_tokens.py", small, HF_HOME=str(tmp_path))
     assert done.stdout.split() == ["10", "False"], done.stderr  # 20 rows of 4 tokens
     assert len(list(tmp_path.rglob("*.int32"))) == 1 and not list(tmp_path.rglob("*.partial"))
 

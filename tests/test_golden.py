@@ -5,7 +5,7 @@ eighth step has gone through seven updates; a wrong normalisation, shift or sche
 """
 
 import pytest
-from test_loop import make_model, train
+from conftest import make_model, train
 
 GOLDEN = {
     "gpt2": [4.58254, 4.5931, 4.51337, 4.46804, 4.24375, 4.21801, 4.19372, 4.06828, 4.02718],

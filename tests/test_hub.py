@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import transformers
-from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -50,13 +50,6 @@ def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-GENERATE = """
-import sys
-from transformers import pipeline
-print(pipeline("text-generation", model=sys.argv[1])("The value", max_new_tokens=5)[0]["generated_text"])
-"""
-
-
 def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_by_its_name(healthy, tmp_path):
     """The recipe's own names. Then another machine, with a cache of its own and no token, asks for what was pushed."""
     output_dir = tmp_path / "runs" / "distilgpt2-finetuned-wikitext2"
@@ -81,7 +74,7 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
 
     environment = healthy.environment(tmp_path / "another cache")
     name = "me/distilgpt2-finetuned-wikitext2"
-    generated = run("-c", GENERATE, name, launcher=(*ONLINE, sys.executable), **environment)
+    generated = run_program("generates.py", name, launcher=(*ONLINE, sys.executable), **environment)
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("The value") and len(generated.stdout.strip()) > len("The value")
 

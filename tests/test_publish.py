@@ -6,7 +6,7 @@ import sys
 
 import huggingface_hub
 import pytest
-from conftest import ONLINE, TINY, lines_of, run
+from conftest import ONLINE, TINY, lines_of, run_program
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
 
@@ -67,26 +67,15 @@ def test_the_card_says_how_the_model_was_made_and_measured(runs):
     assert f'model="{runs}/first"' in first
 
 
-VALIDATE = """
-import sys
-from huggingface_hub import ModelCard
-card = ModelCard.load(sys.argv[1])
-card.validate()
-card.data.license = ["not", 1]
-try:
-    card.validate()
-except ValueError as error:
-    print("refused:", error)
-"""
-
-
 @pytest.mark.skipif(int(huggingface_hub.__version__.split(".")[0]) < 2, reason="the client asks huggingface.co alone")
 def test_the_hub_takes_the_card(runs, tmp_path):
     """The client sends it to the hub; a card that is broken is sent as well, and refused."""
     with HubServer(tmp_path / "hub", {}) as hub:
         for name in ("first", "second"):
             environment = hub.environment(tmp_path / "cache")
-            done = run("-c", VALIDATE, runs / name / "README.md", launcher=(*ONLINE, sys.executable), **environment)
+            done = run_program(
+                "validates_card.py", runs / name / "README.md", launcher=(*ONLINE, sys.executable), **environment
+            )
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith("refused:") and "license" in done.stdout
         assert [status for _, path, status, _ in hub.requests if path == "/api/validate-yaml"] == [200, 400] * 2

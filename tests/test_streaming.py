@@ -23,6 +23,7 @@ from conftest import (
     copy_until,
     lines_of,
     run,
+    run_program,
     without_timings,
 )
 from hub_server import HubServer
@@ -372,18 +373,6 @@ def test_another_stream_is_refused(change, said, arguments, reference, texts, tm
         assert_same_run(tmp_path / "run", reference)
 
 
-TWICE = """
-import shutil, sys
-from train_loop.main import main
-*words, folder = sys.argv[1:]
-statuses = [main([*words, f"--output_dir={folder}/run"])]
-shutil.copytree(f"{folder}/run", f"{folder}/resumed")
-shutil.rmtree(f"{folder}/resumed/checkpoints/step-000020")
-statuses += [main([*words, f"--output_dir={folder}/resumed", "--resume_from_checkpoint=auto"])]
-sys.exit(max(statuses))
-"""
-
-
 def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, texts, tmp_path):
     """The hub is one on loopback; half of the text's files are read when the run is interrupted."""
     folder = tmp_path / "set"
@@ -395,9 +384,9 @@ def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, te
     with HubServer(tmp_path / "hub", {}) as hub:
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.add("datasets", "me/prose", files)
-        environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        environment = hub.environment(tmp_path / "cache")
         words_there = [*words, "--dataset_name=me/prose", tmp_path]
-        done = run("-c", TWICE, *words_there, launcher=(*ONLINE, sys.executable), **environment)
+        done = run_program("streams_twice.py", *words_there, launcher=(*ONLINE, sys.executable), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "streamed from 2 files on the hub" in done.stdout
     assert main([*words, f"--dataset_name={folder}", f"--output_dir={tmp_path}/local"]) == 0
