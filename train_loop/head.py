@@ -45,7 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
     gradient. `F.cross_entropy` would hold one more."""
 
     @staticmethod
-    def forward(ctx, logits, padded, targets, smoothing, inplace):
+    def forward(ctx: Any, logits: Tensor, padded: Tensor, targets: Tensor, smoothing: float, inplace: bool) -> Tensor:
         ctx.smoothing, ctx.num_logits = smoothing, logits.shape[1]
         ctx.is_target, ctx.targets = targets != IGNORED, targets.clamp(min=0)[:, None]
         # on a GPU a new tensor is as fast
@@ -56,7 +56,7 @@ class _CrossEntropy(torch.autograd.Function):
         return -(log_p * ctx.is_target)
 
     @staticmethod
-    def backward(ctx, grad_nats):
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
         grad, ctx.log_p = ctx.log_p, None
         if grad is None:
             raise RuntimeError("cross_entropy (head.py) can be differentiated once: its memory became the gradient")
@@ -109,7 +109,7 @@ def inspect_head(model: nn.Module) -> Head:
     made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
     seen = []
 
-    def forward(hidden):
+    def forward(hidden: Tensor) -> Tensor:
         seen.append(tuple(hidden.shape))
         return made_up.clone()
 
@@ -239,13 +239,13 @@ def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[N
     head, forward_of_model = causal_lm.get_output_embeddings(), causal_lm.forward
     sums = []
 
-    def forward_of_head(hidden):  # [B, T, D]
+    def forward_of_head(hidden: Tensor) -> Tensor:  # [B, T, D]
         hidden = hidden[:, :-1].flatten(0, 1)
         total = _LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled())
         sums.append(total.view(1, 1, 1))  # as many dimensions as logits
         return sums[0]
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with _forward_replaced(head, forward_of_head):
             output = forward_of_model(*args, **kwargs)
         (output.logits,) = sums  # a model with a cap or a scale has applied it to the sum
@@ -277,7 +277,9 @@ class _LinearInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, with_gradients):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, with_gradients: bool
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
@@ -324,7 +326,7 @@ class _LinearInChunks(torch.autograd.Function):
         return rows.sums[0][""]
 
     @staticmethod
-    def backward(ctx, grad_sum):
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
         # scaled in place: a copy of the weight's gradient would be as large as the weight

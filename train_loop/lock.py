@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from train_loop.errors import UserError, warn
@@ -29,7 +30,7 @@ RESTART_PATIENCE = 30  # of a run that its launcher starts again: on another hos
 
 
 @contextlib.contextmanager
-def held(folder: Path):
+def held(folder: Path) -> Iterator[None]:
     """Holds the lock of `folder`, which is made if it is not there and removed if nothing came into it.
 
     Raises UserError, with who holds it, where another process does; OSError where the folder cannot be written.
@@ -52,7 +53,7 @@ def held(folder: Path):
         os.close(descriptor)
 
 
-def _taken(folder, deadline):
+def _taken(folder: Path, deadline: float) -> tuple[int, list[Path]]:
     """(descriptor of the locked file, folders that were made for it, the innermost first)."""
     while True:
         path, made = folder / NAME, [p for p in (folder, *folder.parents) if not p.exists()]
@@ -82,14 +83,14 @@ def _taken(folder, deadline):
     return descriptor, made
 
 
-def _is_still(path, descriptor):
+def _is_still(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _refusal(folder, holder):
+def _refusal(folder: Path, holder: bytes) -> str:
     try:
         holder = json.loads(holder)
         who = f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"

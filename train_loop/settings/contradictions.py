@@ -6,7 +6,7 @@ from train_loop.files import FILE_KINDS, data_files, file_kind
 from train_loop.settings.settings import SCHEDULES, Settings
 
 
-def contradictions(s):
+def contradictions(s: Settings) -> list[str]:
     """One line for each set of settings that do not go together, and for each input file that is not usable."""
     found = []
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(s, n)]
@@ -102,7 +102,7 @@ def contradictions(s):
     return found
 
 
-def _schedule_problems(s):
+def _schedule_problems(s: Settings) -> list[str]:
     """The same for the learning rate alone."""
     schedule, given = s.lr_scheduler_type, s.lr_scheduler_kwargs or {}
     known, found = SCHEDULES[schedule], []

@@ -5,7 +5,9 @@ Names and defaults are those of `transformers.TrainingArguments` and its `run_cl
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import yaml
 
@@ -25,22 +27,29 @@ SCHEDULES: dict[str, dict[str, float]] = {
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
-def setting(group, default, help, check=None, wanted="", is_path=False):
+def setting(
+    group: str,
+    default: Any,
+    help: str,
+    check: Callable[[Any], bool] | None = None,
+    wanted: str = "",
+    is_path: bool = False,
+) -> Any:
     """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the
     value of one that is a path, or may be one, ~ is the home folder."""
     metadata = {"group": group, "help": help, "check": check, "wanted": wanted, "is_path": is_path}
     return field(default=default, metadata=metadata)
 
 
-def at_least(low):
+def at_least(low: float) -> dict[str, Any]:
     return {"check": lambda value: value >= low, "wanted": f"at least {low}"}
 
 
-def above(low):
+def above(low: float) -> dict[str, Any]:
     return {"check": lambda value: value > low, "wanted": f"above {low}"}
 
 
-def one_of(*names):
+def one_of(*names: str) -> dict[str, Any]:
     return {"check": lambda value: value in names, "wanted": "one of " + ", ".join(names)}
 
 
@@ -283,6 +292,6 @@ class Settings:
         return steps
 
 
-def as_recipe(settings):
+def as_recipe(settings: Settings) -> str:
     """Every setting as YAML, which `--config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
