@@ -56,7 +56,7 @@ def use_cache_if_unreachable(settings: Settings) -> bool:
 
 def is_hub_name(name: str | None) -> bool:
     """Whether the name of a model or a data set means one on the hub: it is none of ours, and no folder here."""
-    return bool(name) and name != "python_docs" and not Path(name).exists()
+    return name not in (None, "", "python_docs") and not Path(name).exists()
 
 
 def check_push(settings: Settings, unreachable: bool) -> str | None:
@@ -70,7 +70,7 @@ def check_push(settings: Settings, unreachable: bool) -> str | None:
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
+    name = settings.hub_model_id or settings.folder.resolve().name
     try:
         validate_repo_id(name)
     except HFValidationError as error:

@@ -66,13 +66,14 @@ def _choose_kernels(deterministic: bool) -> None:
     """With `deterministic`, torch's strict mode: it alone makes attention's backward pass on a GPU deterministic. An
     operation without a deterministic kernel raises RuntimeError there."""
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill buffers that are written anyway
+    # it would fill buffers that are written anyway
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it; read at its first product
         torch.backends.cudnn.benchmark = False
 
 
-ALIVE = []  # what `prepare` made
+ALIVE: list[Any] = []  # what `prepare` made
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from train_loop.errors import one_line, warn
 
@@ -34,7 +35,7 @@ ATTENTION_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dro
 ATTENTION_ARGUMENTS |= {"position_bias", "kwargs"}
 
 
-def use_lean_modules(model: torch.nn.Module) -> None:
+def use_lean_modules(model: PreTrainedModel) -> None:
     """Replaces, in place, modules of `model` and its attention function by leaner equals.
 
     Where transformers has moved what is needed, the model stays as it is, and a warning says so.

@@ -22,7 +22,7 @@ from train_loop.errors import UserError, warn
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # what `held` asks before anything else
 
 NAME = ".lock"
 PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is
@@ -76,10 +76,10 @@ def _taken(folder: Path, deadline: float) -> tuple[int, list[Path]]:
         if _is_still(path, descriptor):
             break
         os.close(descriptor)  # its holder ended and removed it in between
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     os.ftruncate(descriptor, 0)
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
     return descriptor, made
 
 
@@ -92,8 +92,8 @@ def _is_still(path: Path, descriptor: int) -> bool:
 
 def _refusal(folder: Path, holder: bytes) -> str:
     try:
-        holder = json.loads(holder)
-        who = f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
+        found = json.loads(holder)
+        who = f"process {found['pid']} on host {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):  # it has not said so yet
         who = "another process"
     return f"output_dir {folder} is used by another run: {who}. Wait for it, stop it, or choose another output_dir"

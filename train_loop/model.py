@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
+
+# transformers exports its automatic classes by a way of its own, which no checker sees
+from transformers import (  # type: ignore[attr-defined]
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -23,7 +25,6 @@ from transformers import (
     GPT2TokenizerFast,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -71,7 +72,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | None) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
@@ -94,7 +95,7 @@ def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | No
     return tokenizer
 
 
-def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
@@ -140,7 +141,7 @@ def _origin(settings: Settings) -> dict[str, Any]:
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
-def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any) -> Any:
+def _load(loader: Any, name: str | None, settings: Settings, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 
@@ -41,7 +42,8 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number, self.since, self.deferred = 0, 0.0, False
-        self.group, self.timeout = None, None
+        self.group: torch.distributed.ProcessGroup | None = None
+        self.timeout = 0.0  # seconds that a process waits for its peers
         listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
         handler = signal.SIG_DFL if int(os.environ.get("WORLD_SIZE", 1)) > 1 else self._receive
         self.previous = {number: signal.signal(number, handler) for number in listened}

@@ -49,4 +49,4 @@ def num_threads(settings: Settings) -> int:
 
 def num_cores() -> int:
     """CPU cores that this process may use (a container or a scheduler may allow it fewer than there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -11,11 +11,11 @@ from train_loop.errors import UserError
 
 def rng_state() -> dict[str, Any]:
     """The random states of this process, as JSON takes them."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
         "device": torch.get_device_module(device).get_rng_state().tolist() if device else None,
     }

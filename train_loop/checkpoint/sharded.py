@@ -6,9 +6,12 @@ written once. `torch.distributed.checkpoint` writes files of its own (pickled on
 a tied weight twice; here one file is as safe to read as another.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from operator import itemgetter
+from typing import TYPE_CHECKING, Any, TypeGuard
 from pathlib import Path
 
 import torch
@@ -17,10 +20,13 @@ from safetensors.torch import save_file
 
 from train_loop.checkpoint.durable import manifest_of
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Tensors = dict[str, torch.Tensor]  # parameters and buffers, or an optimizer's tensors, by name
 
 
-def is_sharded(tensor: torch.Tensor) -> bool:
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
 
 
@@ -78,7 +84,7 @@ class Shares:
     What the manifest does not name is not read."""
 
     def __init__(self, folder: Path, stem: str) -> None:
-        self.pieces = {}  # name: [(file, index of its first row)]
+        self.pieces: dict[str, list[tuple[Any, int]]] = {}  # name: [(file of `safe_open`, index of its first row)]
         pattern = rf"{stem}(-\d+-of-\d+)?\.safetensors"
         for name in sorted(name for name in manifest_of(folder)["files"] if re.fullmatch(pattern, name)):
             file = safe_open(folder / name, "pt")

@@ -120,7 +120,7 @@ class Split:
             yield Window(tensors, end=Place(start.epoch, number, per_epoch=len(windows)))
 
     def digest(self) -> str:
-        return hashlib.blake2b(np.ascontiguousarray(self.blocks), digest_size=16).hexdigest()
+        return hashlib.blake2b(np.ascontiguousarray(self.blocks).data, digest_size=16).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What stands for the training data in a checkpoint's identity."""
@@ -178,7 +178,7 @@ def end_of_documents(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> 
     return tokenizer.eos_token_id if settings.add_eos_token else None
 
 
-def group_texts(rows: Sequence[np.ndarray | list[int]], block_size: int) -> tuple[np.ndarray, int]:
+def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:
     """(blocks [n, block_size], number of tokens dropped): the rows' tokens, one row after the other, cut every
     `block_size`; the tokens of a last, short block are dropped. One single array is cut where it lies, not copied."""
     tokens = rows[0] if len(rows) == 1 else np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
@@ -233,12 +233,12 @@ class Windows(torch.utils.data.Dataset):
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
         input_ids = self.blocks[indices].astype(np.int64)
         labels = input_ids.copy()
-        window = {"input_ids": input_ids, "labels": labels}
+        tensors = {"input_ids": input_ids, "labels": labels}
         if self.document_end is not None:
-            window["position_ids"] = positions_in_documents(input_ids, self.document_end)
-            labels[window["position_ids"] == 0] = IGNORED
+            tensors["position_ids"] = positions_in_documents(input_ids, self.document_end)
+            labels[tensors["position_ids"] == 0] = IGNORED
         labels[indices == -1] = IGNORED
-        return {name: torch.from_numpy(array) for name, array in window.items()}
+        return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 def positions_in_documents(input_ids: np.ndarray, document_end: int) -> np.ndarray:

@@ -110,7 +110,7 @@ def _text_of(row: tuple, column: str) -> tuple[str, str]:
 
 def _columns_of(rows: Iterable[tuple]) -> tuple[list[str], list[str]]:
     """(all columns, those of text) of JSON objects: a column is one of text if none of its values is anything else."""
-    is_text = {}
+    is_text: dict[str, bool] = {}
     for row in rows:
         for name, value in row:
             is_text[name] = is_text.get(name, True) and (value is None or isinstance(value, str))

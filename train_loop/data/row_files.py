@@ -44,22 +44,22 @@ class Rows:
 def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row: bool = False) -> Rows:
     """The rows of files of one kind, one file after the other. Raises UserError where one cannot be read, or where
     there are no rows."""
-    paths = [str(path) for path in paths]
-    formats = [format_of(path, each_is_a_row) for path in paths]
-    column = text_column(*formats[0].columns(paths[0]), settings)
-    digests = [_digest(path) for path in paths]
-    num_rows = sum(format.num_rows(path) for format, path in zip(formats, paths, strict=True))
+    names = [str(path) for path in paths]
+    formats = [format_of(path, each_is_a_row) for path in names]
+    column = text_column(*formats[0].columns(names[0]), settings)
+    digests = [_digest(path) for path in names]
+    num_rows = sum(format.num_rows(path) for format, path in zip(formats, names, strict=True))
     if not num_rows:
-        raise UserError(f"{', '.join(paths)}: the data has no rows")
+        raise UserError(f"{', '.join(names)}: the data has no rows")
 
     def read() -> Iterator[str]:
-        for format, path, digest in zip(formats, paths, digests, strict=True):
+        for format, path, digest in zip(formats, names, digests, strict=True):
             for place, chunk in format.chunks(path, 0, CHUNK_BYTES, column):
                 yield from format.texts(path, place, chunk, column)
             if _digest(path) != digest:  # what was read belongs to no content that could be named
                 raise UserError(f"{path} was changed while it was read: start again")
 
-    kinds = [file_kind(path) for path in paths]
+    kinds = [file_kind(path) for path in names]
     return Rows(read, digest_of([kinds, each_is_a_row, column, digests]), range(num_rows))
 
 

@@ -45,7 +45,7 @@ def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
     prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
-    eval_rows = load_file(settings.validation_file, settings)
+    assert settings.validation_file and settings.train_file
     if settings.eval_only:
         return None, eval_rows, ""
     files = data_files(settings.train_file)
@@ -186,11 +186,11 @@ class Table:
     """
 
     def __init__(self, open: Callable[[], Any], files: Files | RemoteFiles, settings: Settings) -> None:
-        self.open, self.files, self.column = open, files, None
-        row = next(iter(open()), {})
-        self.column = text_column(row, [name for name, value in row.items() if isinstance(value, str)], settings)
+        self.open, self.files = open, files
+        row: dict[str, Any] = next(iter(open()), {})
+        self.column = text_column(list(row), [name for name, value in row.items() if isinstance(value, str)], settings)
 
-    def chunks(self, place: Any) -> Iterator[tuple[Any, list[str]]]:
+    def chunks(self, place: Any) -> Iterator[tuple[Any, list[str | None]]]:
         """(place, texts) of each chunk, from a place on, or from the beginning."""
         texts, num_characters = [], 0
         try:

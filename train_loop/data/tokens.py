@@ -7,7 +7,7 @@ row, of which the empty ones then have no tokens.
 import errno
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
@@ -113,7 +113,8 @@ def _write_tokens(
     The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
     what comes back, while this one reads rows and writes arrays.
     """
-    counts, batches = np.zeros(2, dtype=np.int64), deque()
+    counts = np.zeros(2, dtype=np.int64)
+    batches: deque[Future[np.ndarray]] = deque()
     bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
     with bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
         for texts in _batches(rows, name):

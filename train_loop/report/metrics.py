@@ -50,17 +50,18 @@ class Metrics:
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
         self.show_progress, self.trackers = show_progress, trackers
         self.mfu_per_token_rate = mfu_per_token_rate  # mfu = this x tokens_per_second
-        self.lines = []  # every line of metrics.jsonl
-        self.train_nats = self.train_tokens = self.train_seconds = 0
+        self.lines: list[Line] = []  # every line of metrics.jsonl
+        self.train_nats, self.train_tokens, self.train_seconds = 0.0, 0, 0.0
         self.num_skipped_steps = 0
-        self.bar = None
-        self.train_loss = None  # of the last training line
-        self.latest = {"step": 0, "epoch": 0.0}  # of the last optimizer step
+        self.bar: tqdm | None = None
+        self.train_loss: float | None = None  # of the last training line
+        self.latest: dict[str, Any] = {"step": 0, "epoch": 0.0}  # of the last optimizer step
         self.has_head = False  # of the table
         self._restart()
 
     def _restart(self) -> None:
-        self.sums, self.tokens = {}, 0
+        self.sums: dict[str, Any] = {}  # numbers, or tensors until they are fetched; the tokens too
+        self.tokens: Any = 0
         self.started = time.perf_counter()
 
     def count_step(

@@ -46,14 +46,14 @@ class Samples:
         model.eval()
         written = {}
         with torch.no_grad():
-            for prompt, ids in self.prompts.items():
-                ids = torch.tensor([ids], device=device)
+            for prompt, prompt_ids in self.prompts.items():
+                ids = torch.tensor([prompt_ids], device=device)
                 for _ in range(NUM_NEW_TOKENS):
                     logits = model(input_ids=ids[:, -self.context :], use_cache=False).logits  # [1, T, V]
                     ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
                 new = ids[0, -NUM_NEW_TOKENS:].tolist()
                 if self.tokenizer.eos_token_id in new:
                     new = new[: new.index(self.tokenizer.eos_token_id)]
-                written[prompt] = self.tokenizer.decode(new, skip_special_tokens=True)
+                written[prompt] = str(self.tokenizer.decode(new, skip_special_tokens=True))
         model.train(was_training)
         return written

@@ -42,9 +42,12 @@ class Trackers:
     """The trackers of one run. The main process starts them; on the others there are none, and nothing happens."""
 
     def __init__(self, settings: Settings) -> None:
-        self.settings, self.running = settings, []
-        self.ids = {}  # of the runs, by tracker, as its class takes them; kept in checkpoints
-        self.sent = set()  # (metric, step) that MLflow had before this start
+        self.settings = settings
+        self.running: list[Any] = []  # Accelerate's trackers
+        self.ids: dict[
+            str, dict[str, Any]
+        ] = {}  # of the runs, by tracker, as its class takes them; kept in checkpoints
+        self.sent: set[tuple[str, int]] = set()  # (metric, step) that MLflow had before this start
 
     def start(self, lines: list[Line], step: int | None) -> None:
         """Starts them for a run that goes on from `step`, or a new one (None). `lines`: of metrics.jsonl so far."""
@@ -53,7 +56,7 @@ class Trackers:
         # a server that is gone must not keep the run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        output_dir = Path(self.settings.output_dir)
+        output_dir = self.settings.folder
         run_name = self.settings.run_name or output_dir.resolve().name
         projects = {"tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}
         new = {"tensorboard": {"purge_step": step or 0}, "mlflow": {"run_name": run_name}, "wandb": {"name": run_name}}

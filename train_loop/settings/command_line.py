@@ -45,7 +45,10 @@ def read_settings(argv: list[str]) -> Settings:
     those that came out, as a recipe, `--print_launch_config NAME` prints a launch config. All three leave with
     SystemExit.
     """
-    problems, remarks, entries, values = [], [], {}, {}
+    problems: list[str] = []
+    remarks: list[str] = []
+    entries: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     recipe, flags = _split_command_line(argv, problems)
     if "print_launch_config" in flags:
         _print_launch_config(flags["print_launch_config"])
@@ -145,7 +148,7 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
         nargs="?",
         help=f"print a file to start with, and stop; one of: {', '.join(_launch_configs())}",
     )
-    groups = {}
+    groups: dict[str, Any] = {}
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)

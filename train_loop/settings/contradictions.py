@@ -17,7 +17,7 @@ def contradictions(s: Settings) -> list[str]:
         found.append("model_name_or_path is a GGUF file: give its folder, and its name as gguf_file")
     elif s.gguf_file and not s.model_name_or_path:
         found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
-    elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
+    elif s.gguf_file and (folder := Path(s.model_name_or_path or "")).is_dir() and not (folder / s.gguf_file).is_file():
         found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
     if s.model_revision and s.model_type:
         found.append("model_revision goes with model_name_or_path or config_name")
