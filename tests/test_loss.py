@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import head
 from train_loop.checkpoint.checkpoint import Checkpoints
+from train_loop.cross_entropy import cross_entropy
 from train_loop.data.blocks import IGNORED
 from train_loop.finite import FiniteGuard
-from train_loop.head import cross_entropy, head_of, sum_over_rows
+from train_loop.head import head_of, sum_over_rows
 from train_loop.loss import count_targets, next_token_loss, objective, plain_next_token_loss
 from train_loop.settings.settings import Settings
 

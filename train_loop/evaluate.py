@@ -63,8 +63,7 @@ def shares(num_windows: int, batch_size: int, world_size: int, rank: int) -> lis
 
 def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tensor]:
     """The windows with these numbers: {"input_ids", "labels"}, each [B, T] of int64; where documents are kept apart
-    also {"position_ids"}; where special tokens are to be told from text also {"special_labels"}, those of the `labels`
-    that stand for no text.
+    also {"position_ids"}; where special tokens are to be told from text also {"target_is_text"} of bool.
 
     Window i begins at token i * stride. Its targets are its tokens that the window before did not have; `labels` are
     -100 elsewhere. The last one may be short and is filled up. No windows make a batch of one without targets: the
@@ -87,7 +86,7 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
         batch["position_ids"] = positions_in_documents(input_ids, split.document_end)
         labels[batch["position_ids"] == 0] = IGNORED
     if split.text and not split.text.is_text.all():
-        batch["special_labels"] = np.where(is_text, IGNORED, labels)
+        batch["target_is_text"] = is_text
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
@@ -112,15 +111,13 @@ def evaluate(
     Returns None where `stop`, a `StopSignal`, comes in between.
     The nats and the targets of every process are summed once, at the end, in float64. Training is left as it was:
     the model's mode is put back, and no random number is drawn.
-    Named perplexities take a second pass over each batch if a tokenizer puts special tokens around the rows.
     """
     block_size = split.blocks.shape[1]
     stride = settings.eval_stride or block_size
     num_windows = 1 + -(-(split.blocks.size + len(split.tail) - block_size) // stride)
     processes = accelerator.num_processes, accelerator.process_index
     own = shares(num_windows, settings.per_device_eval_batch_size, *processes)
-    # nats, targets, and whatever else the loss wants logged: of all targets, and of those that stand for no text
-    sums, special = {}, {}
+    sums = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
     was_training = model.training
     model.eval()
     for windows in tqdm(own, desc="evaluating", unit=" batches", disable=not show_progress, leave=False):
@@ -128,24 +125,19 @@ def evaluate(
             model.train(was_training)
             return None
         batch = {name: value.to(accelerator.device) for name, value in batch_of(split, windows, stride).items()}
-        special_labels = batch.pop("special_labels", None)
-        for totals, labels in ((sums, batch["labels"]), (special, special_labels)):
-            if labels is not None:
-                nll, num_targets, extras = plain_next_token_loss(model, {**batch, "labels": labels})
-                for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
-                    totals[name] = totals.get(name, 0) + value.double()
+        nll, num_targets, extras = plain_next_token_loss(model, batch)
+        for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
+            sums[name] = sums.get(name, 0) + value.double()
     model.train(was_training)
-    sums, special = (
-        {name: float(value) for name, value in totals.items()} for totals in accelerator.reduce([sums, special], "sum")
-    )
+    sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
     num_targets = sums.pop("tokens")
+    of_text = sums.pop("text_nats", sums["loss"]), sums.pop("text_targets", num_targets)
     if sums["objective"] == sums["loss"]:  # plain cross entropy is what is trained
         del sums["objective"]
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
     result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
     if settings.named_perplexities:
-        nats, num_text_targets = sums["loss"] - special.get("loss", 0), num_targets - special.get("tokens", 0)
-        result |= named_perplexities(nats, num_text_targets, split.text)
+        result |= named_perplexities(*of_text, split.text)
     if settings.named_perplexities or settings.eval_stride:
         result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": split.num_dropped}
     return result

@@ -1,11 +1,10 @@
 """From the model's last hidden states to an objective, some rows at a time: logits of all rows never exist together.
 
-`loss.py` says what is minimised. This file works it out: it cuts the rows into chunks, computes the logits of a chunk,
-lets autograd differentiate the objective with respect to these logits alone, and takes the two products of the linear
-head by hand. The result is the one through full logits, for any differentiable objective.
+`loss.py` says what is minimised. Here the rows are cut into chunks; autograd differentiates the objective with respect
+to a chunk's logits alone, and the head's two products are taken by hand. The result is that through full logits.
 
-B: blocks in a micro-batch, T: tokens of a block, N: rows, the positions that predict a token, B x (T - 1) of them,
-D: width of the model, V: vocabulary.
+B: blocks in a micro-batch, T: tokens of a block, N: rows, the B x (T - 1) positions that predict a token, D: width of
+the model, V: vocabulary.
 """
 
 import contextlib
@@ -16,58 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from train_loop.data import IGNORED
-
 ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, and gain nothing
 ROWS_PER_CHUNK_ELSEWHERE = 2048
 
 Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what is named in `sum_over_rows`
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, inplace: bool = False) -> Tensor:
-    """-log softmax(logits)[target] of each row in nats, [N], 0 where the target is -100. Differentiable, once.
-
-    `logits` [N, V], `targets` [N]; `label_smoothing` as in torch. With `inplace` the result takes the place of the
-    logits in memory: one chunk of logits less is held, and the head takes up to 5 % less time on a CPU. Use it only
-    where the logits are not used elsewhere: afterwards they are NaN, so that such a use cannot go unnoticed.
-    """
-    padded = getattr(logits, "padded", None)
-    inplace = inplace and padded is not None  # only the logits that this file handed out are its own to overwrite
-    nats = _CrossEntropy.apply(logits, logits.detach() if padded is None else padded, targets, label_smoothing, inplace)
-    if inplace:
-        logits.data = logits.new_full((1, 1), torch.nan).expand(logits.shape)
-    return nats
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """`padded` [N, at least V] holds the logits, and -inf behind them. The buffer of its log-softmax becomes the
-    gradient. `F.cross_entropy` would hold one more."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, padded: Tensor, targets: Tensor, smoothing: float, inplace: bool) -> Tensor:
-        ctx.smoothing, ctx.num_logits = smoothing, logits.shape[1]
-        ctx.is_target, ctx.targets = targets != IGNORED, targets.clamp(min=0)[:, None]
-        # on a GPU a new tensor is as fast
-        ctx.log_p = torch.log_softmax(padded, -1, out=padded if inplace and padded.device.type == "cpu" else None)
-        log_p = ctx.log_p.gather(1, ctx.targets)[:, 0]
-        if smoothing:
-            log_p = torch.lerp(log_p, ctx.log_p[:, : ctx.num_logits].mean(1), smoothing)
-        return -(log_p * ctx.is_target)
-
-    @staticmethod
-    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
-        grad, ctx.log_p = ctx.log_p, None
-        if grad is None:
-            raise RuntimeError("cross_entropy (head.py) can be differentiated once: its memory became the gradient")
-        on_target = torch.full_like(ctx.targets, ctx.smoothing - 1, dtype=grad.dtype)
-        grad = grad.exp_().scatter_add_(1, ctx.targets, on_target)[:, : ctx.num_logits]  # softmax - one-hot
-        if ctx.smoothing:
-            grad -= ctx.smoothing / ctx.num_logits
-        grad_nats = (grad_nats * ctx.is_target)[:, None]
-        if grad.device.type != "cpu" or not (grad_nats == 1).all():  # a GPU would have to be waited for
-            grad *= grad_nats
-        return grad, None, None, None, None
 
 
 @dataclass(frozen=True)
@@ -105,9 +57,8 @@ def inspect_head(model: nn.Module) -> Head:
         return full(f"the head is a {type(head).__name__}, not a plain linear layer")
     ids = torch.arange(8, device=model.device)[None] * 7 % model.get_input_embeddings().num_embeddings
     made_up = torch.linspace(-60, 60, 8 * head.out_features, device=model.device).view(1, 8, -1)
-    tiny, huge = 2.0**-10, 1e6
+    tiny, huge, seen = 2.0**-10, 1e6, []
     made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
-    seen = []
 
     def forward(hidden: Tensor) -> Tensor:
         seen.append(tuple(hidden.shape))
@@ -163,12 +114,8 @@ class _Rows:
     sums: list[dict[str, Tensor]] = field(default_factory=list)  # of each objective: its own as "", and its extras'
 
     def add(self, logits: Tensor, rows: slice) -> Tensor:
-        """Adds to `sums` what the objectives give for `logits` of some rows. Returns the first one's sum over them,
-        with its graph; the others are only looked at."""
-        of_rows = {
-            name: value[rows] if isinstance(value, Tensor) and value.dim() else value
-            for name, value in self.of_rows.items()
-        }
+        """Adds what the objectives give for `logits` of some rows to `sums`. Returns the first, with its graph."""
+        of_rows = {n: value[rows] if isinstance(value, Tensor) else value for n, value in self.of_rows.items()}
         totals = []
         for i, objective in enumerate(self.objectives):
             differentiated = logits.requires_grad and i == 0
@@ -214,9 +161,9 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
     else:
         output = model(**inputs, use_cache=False)
         first = _sum_over_logits(output.logits[:, :-1].flatten(0, 1), rows)
-    totals = [first, *(sums[""] for sums in rows.sums[1:])]
-    extras = [{name: value for name, value in sums.items() if name} for sums in rows.sums]
-    return list(zip(totals, extras, strict=True)), output
+    totals = [first, *(sums.pop("") for sums in rows.sums[1:])]
+    rows.sums[0].pop("")
+    return list(zip(totals, rows.sums, strict=True)), output
 
 
 @contextlib.contextmanager
@@ -226,9 +173,8 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
     try:
         yield
     finally:
-        if before is None:
-            del module.forward
-        else:
+        del module.forward
+        if before is not None:
             module.forward = before
 
 
@@ -349,7 +295,7 @@ def check_result(result: Any, function: Callable, names: tuple[str, ...], differ
         if not isinstance(value, Tensor):
             raise TypeError(f"{who}: {name} is a {type(value).__name__}. It must be a tensor with one number")
         if value.dim() or not value.is_floating_point():
-            shape = list(value.shape)
-            raise ValueError(f"{who}: {name} has the shape {shape} and {value.dtype}. It must be one float: sum it up")
+            found = f"shape {list(value.shape)} and {value.dtype}"
+            raise ValueError(f"{who}: {name} has the {found}. It must be one float: sum it up")
     if differentiated and not result[0].requires_grad:
         raise ValueError(f"{who}: the sum has no gradient. It was not computed from the logits, or was detached")

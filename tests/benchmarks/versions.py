@@ -67,8 +67,9 @@ platform.python_version(), **{{name: version(name) for name in {SHOWN}}}}}))"
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("lowest", "newest"):
-        parser.add_argument(f"--{name}", metavar="PYTHON", nargs="?", const=sys.executable, help="run these, with this")
+    base = {"metavar": "PYTHON", "nargs": "?", "const": sys.executable}
+    parser.add_argument("--lowest", **base, help="run the lowest versions, in an environment of this Python's")
+    parser.add_argument("--newest", **base, help="run the newest versions, likewise")
     parser.add_argument("--folder", type=Path, help="where the environments are kept")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("pytest", nargs="*", help="pytest's own arguments, after --")

@@ -11,8 +11,8 @@ from __future__ import annotations
 import json
 import re
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any, TypeGuard
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import safe_open
