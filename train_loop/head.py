@@ -60,7 +60,7 @@ def inspect_head(model: nn.Module) -> Head:
     tiny, huge, seen = 2.0**-10, 1e6, []
     made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
 
-    def forward(hidden):
+    def forward(hidden: Tensor) -> Tensor:
         seen.append(tuple(hidden.shape))
         return made_up.clone()
 
@@ -185,13 +185,13 @@ def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[N
     head, forward_of_model = causal_lm.get_output_embeddings(), causal_lm.forward
     sums = []
 
-    def forward_of_head(hidden):  # [B, T, D]
+    def forward_of_head(hidden: Tensor) -> Tensor:  # [B, T, D]
         hidden = hidden[:, :-1].flatten(0, 1)
         total = _LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled())
         sums.append(total.view(1, 1, 1))  # as many dimensions as logits
         return sums[0]
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with _forward_replaced(head, forward_of_head):
             output = forward_of_model(*args, **kwargs)
         (output.logits,) = sums  # a model with a cap or a scale has applied it to the sum
@@ -223,7 +223,9 @@ class _LinearInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, with_gradients):
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, with_gradients: bool
+    ) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
@@ -270,7 +272,7 @@ class _LinearInChunks(torch.autograd.Function):
         return rows.sums[0][""]
 
     @staticmethod
-    def backward(ctx, grad_sum):
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
         # scaled in place: a copy of the weight's gradient would be as large as the weight

@@ -8,11 +8,15 @@ precision in the forward and backward passes is the launch config's affair (auto
 import importlib.util
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
+
+# transformers exports its automatic classes by a way of its own, which no checker sees
+from transformers import (  # type: ignore[attr-defined]
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,7 +25,6 @@ from transformers import (
     GPT2TokenizerFast,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
@@ -69,7 +72,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
@@ -92,7 +95,7 @@ def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
@@ -133,12 +136,12 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
     return model
 
 
-def _origin(settings):
+def _origin(settings: Settings) -> dict[str, Any]:
     """Where in `model_name_or_path` the model is, as the loaders' options."""
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
-def _load(loader, name, settings, what, **options):
+def _load(loader: Any, name: str | None, settings: Settings, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
@@ -155,7 +158,9 @@ def _load(loader, name, settings, what, **options):
         ) from error
 
 
-def _pretrained_model(settings, config, tokenizer):
+def _pretrained_model(
+    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
     name = settings.model_name_or_path
     model, info = _load(
         AutoModelForCausalLM,
@@ -193,7 +198,7 @@ def _pretrained_model(settings, config, tokenizer):
     return model
 
 
-def _fit_to_tokenizer(config, tokenizer, settings):
+def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
     """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `config_overrides`
     does not name them."""
     overrides, text_config = _overrides(settings), config.get_text_config(decoder=True)
@@ -221,7 +226,7 @@ def _fit_to_tokenizer(config, tokenizer, settings):
     _check_positions(config, settings)
 
 
-def _check_positions(config, settings):
+def _check_positions(config: PreTrainedConfig, settings: Settings) -> None:
     """Raises UserError where a block is longer than the positions that the model has."""
     text_config = config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None) or getattr(
@@ -239,7 +244,7 @@ def _check_positions(config, settings):
         )
 
 
-def _say_not_causal(config, settings):
+def _say_not_causal(config: PreTrainedConfig, settings: Settings) -> str:
     name = settings.model_name_or_path
     way_on = "Give a model that predicts the next token, such as gpt2 or llama"
     for switch in ("is_decoder", "causal"):
@@ -252,13 +257,13 @@ def _say_not_causal(config, settings):
     )
 
 
-def _overrides(settings):
+def _overrides(settings: Settings) -> dict[str, str]:
     """`config_overrides` as {name: text}."""
     parts = settings.config_overrides.split(",") if settings.config_overrides else []
     return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in parts)}
 
 
-def _override(config, overrides):
+def _override(config: PreTrainedConfig, overrides: dict[str, str]) -> None:
     for name, text in overrides.items():
         old = getattr(config, name, None)
         try:
@@ -276,7 +281,7 @@ def _override(config, overrides):
             ) from error
 
 
-def _train_tokenizer(rows, vocab_size):
+def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

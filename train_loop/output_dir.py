@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -53,7 +54,7 @@ def held(settings: Settings, accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path):
+def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as at_the_end:
         try:
             at_the_end.enter_context(lock.held(path))
@@ -95,7 +96,7 @@ def check_output_dir(settings: Settings) -> None:
         raise UserError(f"output_dir {path} is not empty: choose another{way_on if is_run else ''}")
 
 
-def _inputs_in(path, settings):
+def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:
     """(setting, path) of each input of the run that is `path` or in it."""
     names = ("train_file", "validation_file", "model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
     for name in names:
@@ -123,7 +124,7 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
     write_whole(path / MARK, f"# written by train_loop {code_version()}\n{as_recipe(settings)}")
 
 
-def _overwrite(path, exported):
+def _overwrite(path: Path, exported: set[str]) -> None:
     """Removes what a run makes, but for its mark, and says what stays. `exported`: the names of files of a model."""
     for checkpoint in path.glob("checkpoints/*"):
         if re.fullmatch(CHECKPOINT, checkpoint.name):
@@ -154,7 +155,7 @@ def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | N
     return tuple(broadcast_object_list([step, damage]))
 
 
-def _results_in(path):
+def _results_in(path: Path) -> dict[str, Any]:
     """The content of all_results.json; {} where there is none that can be read."""
     try:
         return read_object(path / "all_results.json")

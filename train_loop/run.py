@@ -7,11 +7,13 @@ import contextlib
 import shlex
 import time
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from train_loop import best, launch, loop, memory, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
-from train_loop.data import Stream, load_rows, load_source, load_split
+from train_loop.data import Split, Stream, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
 from train_loop.flops import mfu_per_token_rate
@@ -24,9 +26,11 @@ from train_loop.position import Position
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
 from train_loop.services import Services
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 
-def run(settings, stop, repository=None):
+def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
     """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
 
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
@@ -143,7 +147,14 @@ def run(settings, stop, repository=None):
         return True
 
 
-def evaluate_only(model, eval_splits, settings, accelerator, held_out, show_progress):
+def evaluate_only(
+    model: PreTrainedModel,
+    eval_splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    held_out: str,
+    show_progress: bool,
+) -> None:
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
     accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
     model, began = launch.prepare(accelerator, model), time.perf_counter()

@@ -18,25 +18,31 @@ the source goes to that place, and at most two groups are tokenised again.
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.blocks import Window, Windows, end_of_documents
 from train_loop.data.row_files import digest_of
+from train_loop.data.sources import Source
 from train_loop.data.tokens import encode, tokenizer_recipe
 from train_loop.errors import UserError
 from train_loop.position import Place
 from train_loop.settings import Settings
 
+Block = tuple[np.ndarray, tuple[Any, int]]  # its tokens, and where the first of them is: (place of its chunk, token)
+Shuffled = tuple[np.ndarray, tuple[Any, int], int, int]  # as `shuffle_in_groups` says
+
 NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
 BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
 
 
-def cut_blocks(chunks, token, block_size):
+def cut_blocks(chunks: Iterable[tuple[Any, np.ndarray]], token: int, block_size: int) -> Iterator[Block]:
     """(block [T] of int32, (place, token) of its first token) of each block. `chunks`: (place, tokens) of each chunk;
     their first `token` tokens are left out. The tokens of a last, short block are dropped."""
     rest, beginning = np.empty(0, dtype=np.int32), None
@@ -49,7 +55,7 @@ def cut_blocks(chunks, token, block_size):
         rest, beginning = tokens[i:], beginning if i < len(rest) else (place, start + i)
 
 
-def shuffle_in_groups(blocks, size, seed, epoch, group=0):
+def shuffle_in_groups(blocks: Iterator[Block], size: int, seed: int, epoch: int, group: int = 0) -> Iterator[Shuffled]:
     """(block, beginning of its group's first block, number of the group, number of its blocks up to this one): each
     `size` blocks in an order of their own, a pure function of (seed, epoch, group).
 
@@ -72,7 +78,7 @@ class Stream:
 
     name, num_blocks = "training", None
 
-    def __init__(self, source, tokenizer, settings):
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
         """Raises UserError where the data has not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         self.end_of_text = end_of_documents(tokenizer, settings)
@@ -89,10 +95,10 @@ class Stream:
         else:
             raise UserError(f"the training data has less than one block of {settings.block_size} tokens")
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         return self._identity
 
-    def summary(self):
+    def summary(self) -> str:
         size = self.settings.shuffle_buffer_size
         order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
         return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
@@ -134,11 +140,11 @@ class Stream:
                 return
             window = following
 
-    def _tokens(self, place, W=1, rank=0):
+    def _tokens(self, place: Any, W: int = 1, rank: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
         """(place, tokens) of each chunk from a place on, the same on each of W processes."""
         chunks = self.source.chunks(place)
 
-        def tokenize():
+        def tokenize() -> tuple[list, np.ndarray | None, Exception | None]:
             """Of the next W chunks: their places, the tokens of this process's one, what went wrong."""
             places, tokens = [], None
             try:

@@ -4,11 +4,18 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop.checkpoint import Shares, flushed, unsharded_tensors
 from train_loop.errors import UserError, one_line, warn
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
+from train_loop.report import Line, Metrics
+from train_loop.settings import Settings
 from train_loop.whole import utf8
 
 CARD = "README.md"
@@ -17,7 +24,13 @@ CARD = "README.md"
 EXPORT_PARTIAL = ".export.partial"  # the folder in output_dir to which the files are written first
 
 
-def export(folder, model, state_dict, tokenizer, card):
+def export(
+    folder: Path,
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+) -> dict[str, dict]:
     """Writes everything that `from_pretrained(folder)` needs, and the model card. Returns {name: size and digest} of
     the files, but for the card, which its reader may edit. Raises UserError.
 
@@ -52,7 +65,14 @@ class Publisher:
     `held_out`: which training rows are the validation data, in words, "" if it has its own.
     """
 
-    def __init__(self, settings, tokenizer, accelerator, repository, held_out):
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerFast,
+        accelerator: Accelerator,
+        repository: str | None,
+        held_out: str,
+    ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out = repository, held_out
         # asked for now, when the hub has just been asked for the model, and not when there is something to lose
@@ -61,7 +81,7 @@ class Publisher:
         self.pushed_folder = Path(settings.output_dir) / "checkpoints" / "pushed"
         self.client = self.step = None  # of the checkpoint pushed last
 
-    def export_model(self, model, lines, results):
+    def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
         Returns what `export` does, and the same of metrics.jsonl, on the main one; {} on the others."""
         self.end()
@@ -74,7 +94,7 @@ class Publisher:
             return exported | {"metrics.jsonl": flushed(folder / "metrics.jsonl")}
         return {}
 
-    def push_checkpoint(self, checkpoint, step, model, metrics):
+    def push_checkpoint(self, checkpoint: Path, step: int, model: torch.nn.Module, metrics: Metrics) -> None:
         """Begins to push the model of the folder `checkpoint` in a process of its own, or leaves it out where the push
         before it is not over. Whatever goes wrong is a warning: training goes on."""
         if not self.pushes_checkpoints:
@@ -99,7 +119,7 @@ class Publisher:
             warn(f"step {step} is not pushed: {one_line(error)}")
         metrics.leave_out(time.perf_counter() - began)
 
-    def end(self):
+    def end(self) -> None:
         """Gives up the push of a checkpoint that is not over, and the space that it took."""
         if self.client is not None and self.client.is_running():
             self.client.end("the run ended")
