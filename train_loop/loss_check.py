@@ -3,6 +3,7 @@
 import inspect
 
 import torch
+import transformers
 from accelerate import Accelerator
 from torch import nn
 
@@ -74,7 +75,12 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
     none."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
-    output = model(**batch, use_cache=False)
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it warns of the name of GPT-2's loss, which is no affair of the user
+    try:
+        output = model(**batch, use_cache=False)
+    finally:
+        transformers.logging.set_verbosity(verbosity)
     if output.loss is None:
         return None
     auxiliary = auxiliary_loss(model, output)
