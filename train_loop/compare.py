@@ -80,8 +80,8 @@ def table(runs: dict[str, Run]) -> str:
     blocks = []
     for begin in range(0, len(runs), num_beside):
         beside = slice(begin, begin + num_beside)
-        lines = [("", list(runs)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
-        blocks.append("\n".join(_row(name, cells, first, width) for name, cells in lines))
+        cut = [("", list(runs)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
+        blocks.append("\n".join(_row(name, cells, first, width) for name, cells in cut))
     return "\n\n".join(blocks)
 
 

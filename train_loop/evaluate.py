@@ -117,7 +117,7 @@ def evaluate(
     num_windows = 1 + -(-(split.blocks.size + len(split.tail) - block_size) // stride)
     processes = accelerator.num_processes, accelerator.process_index
     own = shares(num_windows, settings.per_device_eval_batch_size, *processes)
-    sums = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
+    sums: dict[str, Any] = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
     was_training = model.training
     model.eval()
     for windows in tqdm(own, desc="evaluating", unit=" batches", disable=not show_progress, leave=False):
@@ -137,6 +137,7 @@ def evaluate(
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
     result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
     if settings.named_perplexities:
+        assert split.text is not None
         result |= named_perplexities(*of_text, split.text)
     if settings.named_perplexities or settings.eval_stride:
         result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": split.num_dropped}
@@ -153,7 +154,7 @@ def evaluate_splits(
 ) -> dict[str, Any] | None:
     """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
     None where a stop came in between."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, split in splits.items():
         found = evaluate(model, split, settings, accelerator, show_progress, stop)
         if found is None:

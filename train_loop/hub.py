@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
@@ -54,7 +55,7 @@ def use_cache_if_unreachable(settings: Settings) -> bool:
         return True
 
 
-def is_hub_name(name: str | None) -> bool:
+def is_hub_name(name: str | None) -> TypeGuard[str]:
     """Whether the name of a model or a data set means one on the hub: it is none of ours, and no folder here."""
     return name not in (None, "", "python_docs") and not Path(name).exists()
 
@@ -87,7 +88,9 @@ def check_push(settings: Settings, unreachable: bool) -> str | None:
     if problem := question.problem():
         warn(f"{hub_address()} does not say whose token this is ({problem}): the push will be tried all the same")
         return name
-    owner, role = re.search(r"owner and role: (\S+) (\S+)", question.output()).groups()
+    answer = re.search(r"owner and role: (\S+) (\S+)", question.output())
+    assert answer is not None  # as WHOAMI prints it
+    owner, role = answer.groups()
     if role == "read":
         warn("the token may only read: the push will fail, and can be repeated with one that may write")
     return name if "/" in name else f"{owner}/{name}"
@@ -99,7 +102,8 @@ class Client:
 
     def __init__(self, arguments: Sequence[str], seconds: float, words: Sequence[str] = ()) -> None:
         self.words, self.seconds, self.since = words, seconds, time.monotonic()
-        self.process = self.ended_because = None
+        self.process: subprocess.Popen | None = None
+        self.ended_because: str | None = None
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         environment |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_COLOR": "1"}
         try:
@@ -129,8 +133,9 @@ class Client:
 
     def end(self, reason: str) -> None:
         self.ended_because = reason
-        self.process.kill()
-        self.process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
     def output(self) -> str:
         self.file.seek(0)
@@ -138,7 +143,7 @@ class Client:
 
     def problem(self) -> str | None:
         """Why it failed, on one line; None if it did not."""
-        if self.ended_because or not self.process.returncode:
+        if self.ended_because or self.process is None or not self.process.returncode:
             return self.ended_because
         if self.process.returncode < 0:
             return f"stopped by {signal.Signals(-self.process.returncode).name}"

@@ -84,10 +84,10 @@ def set_surroundings(settings: Settings, is_main: bool) -> bool:
     return unreachable
 
 
-def how_to_resume(checkpoint: Path | None, settings: Settings) -> str:
-    if checkpoint is None:
+def how_to_resume(checkpoint: Path | None, settings: Settings | None) -> str:
+    if checkpoint is None or settings is None:
         return ""
-    is_own = checkpoint.parent == Path(settings.output_dir) / "checkpoints"
+    is_own = checkpoint.parent == settings.folder / "checkpoints"
     path = "auto" if is_own else shlex.quote(str(checkpoint))
     return f". To resume: the same command with --resume_from_checkpoint {path}"
 

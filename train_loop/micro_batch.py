@@ -6,7 +6,7 @@ import gc
 import torch
 from accelerate import Accelerator
 
-from train_loop.data import Split, Stream, TrainingData, Windows
+from train_loop.data import TrainingData, Windows
 from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
 from train_loop.memory import is_out_of_memory
@@ -39,7 +39,7 @@ def fit_micro_batch(
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
 
 
-def trial_batch(split: Split | Stream, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
+def trial_batch(split: TrainingData, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A micro-batch of the first `num_blocks` training blocks, taken again from the first where there are fewer:
     {"input_ids", "labels", ...}, each [num_blocks, T]."""
     blocks = torch.arange(num_blocks).numpy() % len(split.blocks)

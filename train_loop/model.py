@@ -29,6 +29,7 @@ from transformers import (  # type: ignore[attr-defined]
 )
 
 from train_loop.compat import checkpoint_activations
+from train_loop.data import Source
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.probes import is_causal, keeps_documents_apart
@@ -59,6 +60,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
             raise UserError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
+        assert name is not None  # (`contradictions`)
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -72,14 +74,16 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | Source | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
+        assert isinstance(train_rows, Iterable)  # a stream has none that are all there (`contradictions`)
         return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
     name = settings.tokenizer_name or settings.model_name_or_path or settings.config_name
+    assert name is not None  # (`contradictions`)
     folder = Path(name)
     if (folder / "vocab.json").is_file() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")
@@ -141,7 +145,7 @@ def _origin(settings: Settings) -> dict[str, Any]:
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
-def _load(loader: Any, name: str | None, settings: Settings, what: str, **options: Any) -> Any:
+def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
@@ -162,6 +166,7 @@ def _pretrained_model(
     settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedModel:
     name = settings.model_name_or_path
+    assert name is not None
     model, info = _load(
         AutoModelForCausalLM,
         name,

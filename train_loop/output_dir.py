@@ -108,7 +108,7 @@ def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:
 def create_output_dir(settings: Settings, resuming: bool = False) -> None:
     """output_dir with the settings in it; unless `resuming`, nothing of an earlier run stays. Called once the model and
     the data are known to be good. Raises UserError where it cannot be written."""
-    path = Path(settings.output_dir)
+    path = settings.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
         exported = _results_in(path).get("exported") if settings.overwrite_output_dir else None
@@ -138,10 +138,10 @@ def _overwrite(path: Path, exported: set[str]) -> None:
         tell(f"what no run made stays in {path}: {', '.join(foreign)}")
 
 
-def write_results(output_dir: str, results: dict) -> None:
+def write_results(folder: Path, results: dict) -> None:
     """all_results.json, which says that a run is finished, or what an evaluation gave. Raises UserError."""
     results = {**results, "train_loop": code_version()}
-    write_whole(Path(output_dir) / "all_results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
 
 
 def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | None, str | None]:
@@ -149,9 +149,9 @@ def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | N
     exported), each None where there is nothing to say. Called on every process, and the same on all."""
     step = damage = None
     if accelerator.is_main_process and settings.resume_from_checkpoint:
-        results = _results_in(Path(settings.output_dir))
+        results = _results_in(settings.folder)
         if isinstance(results.get("step"), int):
-            step, damage = results["step"], damage_of_export(Path(settings.output_dir))
+            step, damage = results["step"], damage_of_export(settings.folder)
     return tuple(broadcast_object_list([step, damage]))
 
 

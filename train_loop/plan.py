@@ -261,7 +261,7 @@ def print_plan(
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
     num_blocks_seen = num_steps * per_step
-    if num_blocks:
+    if num_blocks and per_epoch:
         num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, num_steps % per_epoch * per_step)
     num_tokens = num_blocks_seen * (settings.block_size - 1)
     training = found["step"] * num_blocks_seen / per_step

@@ -55,9 +55,9 @@ class Checkpoints:
     FSDP each process its share of the tensors, to a disk that all must see."""
 
     def __init__(self, settings: Settings, accelerator: Accelerator, identity: dict[str, Any] | None = None) -> None:
-        self.settings, self.accelerator, self.identity = settings, accelerator, identity
-        self.folder = Path(settings.output_dir) / "checkpoints"
-        self.latest = None  # the last one that this process saved or resumed from
+        self.settings, self.accelerator, self.identity = settings, accelerator, identity or {}
+        self.folder = settings.folder / "checkpoints"
+        self.latest: Path | None = None  # the last one that this process saved or resumed from
         self.resumed_step = math.inf  # what is newer than it goes with the first save: the run takes another way
         self.seconds = 0.0  # spent on saving
 
@@ -71,8 +71,9 @@ class Checkpoints:
 
     def save(
         self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
-    ) -> None:
-        """Raises UserError on every process where it cannot be written; the checkpoints before it stay."""
+    ) -> Path:
+        """Returns the checkpoint's folder. Raises UserError on every process where it cannot be written; the checkpoints
+        before it stay."""
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
@@ -90,9 +91,10 @@ class Checkpoints:
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         }
         self._write(position, tensors, optimizer_tensors, state)
-        self.latest = self.folder / name_of(position.step)
+        self.latest = path = self.folder / name_of(position.step)
         self.seconds += time.perf_counter() - began
         metrics.leave_out(time.perf_counter() - began)
+        return path
 
     def _write(self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, state: dict[str, Any]) -> None:
         is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
@@ -127,8 +129,9 @@ class Checkpoints:
     ) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
         model = self.accelerator.unwrap_model(model)
-        tensors, optimizer_tensors, scalars = named_tensors(model), {}, {}
-        names = {id(p): name for name, p in model.named_parameters()}
+        tensors, names = named_tensors(model), {id(p): name for name, p in model.named_parameters()}
+        optimizer_tensors: Tensors = {}
+        scalars: dict[str, Any] = {}
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 kept = optimizer_tensors if isinstance(value, torch.Tensor) else scalars
@@ -156,7 +159,8 @@ class Checkpoints:
         files = {"state.json": flushed(partial / "state.json")}
         for entries in written:
             files |= entries
-        eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
+        evaluation = position.evaluation if position.evaluated_step == position.step else None
+        eval_loss = evaluation["eval_loss"] if evaluation else None
         best_step = position.best_step if self.settings.load_best_model_at_end else None
         write_manifest(partial, {"step": position.step, "eval_loss": eval_loss, "best_step": best_step}, files)
         for step, path in checkpoints_in(self.folder):
@@ -195,7 +199,7 @@ class Checkpoints:
         found, problem = broadcast_object_list([found, problem])
         if problem:
             raise UserError(problem)
-        self.latest = found and Path(found)
+        self.latest = Path(found) if found else None
         return self.latest
 
     def _find(self) -> str | None:
@@ -234,7 +238,7 @@ class Checkpoints:
     ) -> None:
         """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if self.settings.load_best_model_at_end and position.best:
+        if self.settings.load_best_model_at_end and position.best_step is not None:
             best = self.folder / name_of(position.best_step)
             reason = broadcast_object_list([damage(best) if self.accelerator.is_main_process else None])[0]
             if reason:
@@ -304,7 +308,8 @@ def load_optimizer(
     `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
     parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers, state = {id(p): number for number, p in enumerate(ordered)}, defaultdict(dict)
+    numbers = {id(p): number for number, p in enumerate(ordered)}
+    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
     for name in [*saved.pieces, *scalars]:
         parameter_name, _, key = name.rpartition(".")
         parameter = parameters[parameter_name]

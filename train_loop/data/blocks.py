@@ -43,8 +43,11 @@ class TrainingData(Protocol):
 
     name: str
     blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
-    num_blocks: int | None  # None: not known
     document_end: int | None  # the token after which attention and positions begin anew
+
+    @property
+    def num_blocks(self) -> int | None:
+        """None: not known."""
 
     def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
         """How many blocks an epoch takes; None: not known."""

@@ -33,6 +33,7 @@ def load_rows(settings: Settings) -> tuple[Rows | None, Rows, str]:
         raise UserError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
     note = ""
     if validation is None:
+        assert train is not None  # else there is a validation split
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
         if num_held_out >= len(train):
             raise UserError(f"{len(train)} training row(s): too few to hold out some; give validation_file")

@@ -45,9 +45,11 @@ def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
     prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
-    assert settings.validation_file and settings.train_file
+    assert settings.validation_file
+    eval_rows = load_file(settings.validation_file, settings)
     if settings.eval_only:
         return None, eval_rows, ""
+    assert settings.train_file
     files = data_files(settings.train_file)
     warn_of_left_out(settings.train_file, files)
     return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""
@@ -190,7 +192,7 @@ class Table:
         row: dict[str, Any] = next(iter(open()), {})
         self.column = text_column(list(row), [name for name, value in row.items() if isinstance(value, str)], settings)
 
-    def chunks(self, place: Any) -> Iterator[tuple[Any, list[str | None]]]:
+    def chunks(self, place: Any) -> Iterator[tuple[Any, list[Any]]]:
         """(place, texts) of each chunk, from a place on, or from the beginning."""
         texts, num_characters = [], 0
         try:
@@ -211,7 +213,7 @@ class Table:
             self.files.check()
             yield place, texts
 
-    def texts(self, place: Any, texts: list[str]) -> list[str]:
+    def texts(self, place: Any, texts: list[Any]) -> list[str]:
         if None in texts:
             raise UserError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
         return texts

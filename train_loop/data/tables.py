@@ -106,7 +106,7 @@ class Parquet:
             # a small buffer and no reading ahead: the memory does not depend on the size of the file's row groups
             yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[str | None]]]:
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[Any]]]:
         with self._open(path) as file:
             _only_index(path, file.schema_arrow.names, column)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -127,7 +127,7 @@ class Parquet:
             if chunk:
                 yield place, chunk
 
-    def texts(self, path: str, place: int, chunk: list[str], column: str) -> list[str]:
+    def texts(self, path: str, place: int, chunk: list[Any], column: str) -> list[str]:
         if None in chunk:
             raise broken(path, f"row {place + chunk.index(None) + 1:,}", f"{column!r} is null")
         return chunk

@@ -39,13 +39,14 @@ def broken(path: str, where: str, reason: object) -> UserError:
 @contextlib.contextmanager
 def reading(path: str, *more_errors: type[Exception]) -> Iterator[None]:
     """Turns what can go wrong with a file into a UserError that names it. `more_errors`: those of a library."""
+    mendable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *more_errors)
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError as error:
         raise broken(path, "", f"it is not UTF-8 text ({error.reason})") from error
-    except (OSError, EOFError, zlib.error, *more_errors) as error:
+    except mendable as error:
         raise broken(path, "", error) from error
 
 

@@ -120,11 +120,11 @@ def _write_tokens(
         for texts in _batches(rows, name):
             batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
             if len(batches) > NUM_BATCHES_AHEAD:
-                file.write(batches.popleft().result())
+                file.write(batches.popleft().result().data)
             counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
             bar.update(len(texts))
         for batch in batches:
-            file.write(batch.result())
+            file.write(batch.result().data)
     return counts.tolist()
 
 

@@ -41,7 +41,7 @@ METRICS = {  # of an evaluation line: the name that people know it by
 def inherited_metadata(settings: Settings) -> dict[str, Any]:
     """What the cards on the hub say that holds for the new model too: the license of the model that it is made from,
     the language of the data. Empty where there are no cards, or they do not say."""
-    found = {}
+    found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
     if is_hub_name(settings.dataset_name):
@@ -69,7 +69,7 @@ def model_card(
     exported_step, choice = (results or {}).get("exported_step"), ""
     # {}: the record was lost, which must not keep a model from being exported
     last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
-    if exported_step and last:
+    if results and exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
@@ -77,7 +77,7 @@ def model_card(
     digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
 
-    title = Path(repository or Path(s.output_dir).resolve()).name
+    title = Path(repository or s.folder.resolve()).name
     place = s.output_dir
     if repository:
         place = repository if "/" in repository else f"OWNER/{repository}"
@@ -85,7 +85,7 @@ def model_card(
     origin = "trained from random weights"
     if s.model_name_or_path:
         origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
-    data = s.dataset_name or Path(s.train_file).name
+    data = s.dataset_name or Path(s.train_file or "").name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
     most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
     validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
@@ -143,7 +143,7 @@ print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
 def _metadata(publisher: Published, title: str, metrics: dict[str, float]) -> str:
     """What the hub reads, as YAML."""
     s = publisher.settings
-    eval_file = s.validation_file or s.train_file
+    eval_file = s.validation_file or s.train_file or ""
     return ModelCardData(
         model_name=title,
         library_name="transformers",

@@ -27,7 +27,7 @@ def upload(folder: Path, repository: str, settings: Settings, message: str | Non
 def push(settings: Settings, repository: str, stop: StopSignal) -> None:
     """Pushes what a finished run left in output_dir, which no other run may change meanwhile. Nothing that goes wrong
     here is an error: all of it is on the disk, and the warning says how to repeat the push. A stop signal ends it."""
-    folder = Path(settings.output_dir)
+    folder = settings.folder
     try:
         with lock.held(folder):
             if problem := damage_of_export(folder):

@@ -57,5 +57,5 @@ def banner(
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
         f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
     )
-    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(line, **wrap) for line in lines)
+    wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))

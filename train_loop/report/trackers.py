@@ -11,7 +11,6 @@ After a resume the same run goes on, with no step twice and none lost, as far as
 import dataclasses
 import importlib.util
 import os
-from pathlib import Path
 from typing import Any
 
 from train_loop.errors import UserError, one_line, warn
@@ -59,7 +58,11 @@ class Trackers:
         output_dir = self.settings.folder
         run_name = self.settings.run_name or output_dir.resolve().name
         projects = {"tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}
-        new = {"tensorboard": {"purge_step": step or 0}, "mlflow": {"run_name": run_name}, "wandb": {"name": run_name}}
+        new: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": step or 0},
+            "mlflow": {"run_name": run_name},
+            "wandb": {"name": run_name},
+        }
         for name in wanted_trackers(self.settings):
             kind, goes_on = LOGGER_TYPE_TO_CLASS[name], name in self.ids
             folder = [output_dir] if kind.requires_logging_directory else []

@@ -292,7 +292,10 @@ class Settings:
         """Optimizer steps of the whole run, of epochs of `num_blocks` blocks. Raises UserError where the first
         evaluation would come after its end."""
         per_epoch = self.steps_per_epoch(num_blocks, world_size)
-        steps = self.max_train_steps or math.ceil(self.num_train_epochs * (per_epoch or 0))
+        steps = self.max_train_steps
+        if steps is None:
+            assert per_epoch is not None  # a stream needs max_train_steps (`contradictions`)
+            steps = math.ceil(self.num_train_epochs * per_epoch)
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
             raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
