@@ -68,6 +68,7 @@ def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
+@pytest.mark.quick
 def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, arguments, reference):
     """Mid-epoch, at its boundary after 13 steps, in the second epoch; metrics.jsonl is cut back to each."""
     for step in (15, 10, 5):
@@ -89,6 +90,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_file_is_noticed(name, deed, interrupted):
@@ -111,6 +113,7 @@ def test_a_damaged_file_is_noticed(name, deed, interrupted):
     assert damage(path) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name, deed", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
 def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, arguments, reference, capsys):
     path = interrupted / "checkpoints" / "step-000015" / name
@@ -132,6 +135,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
     assert len(steps_in(interrupted / "checkpoints")) == 3
 
 
+@pytest.mark.quick
 def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(reference / "checkpoints") == [5, 10, 15, 20, 25, 26]
     # eight blocks learnt by heart: the validation loss rises again

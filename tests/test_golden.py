@@ -7,6 +7,8 @@ eighth step has gone through seven updates; a wrong normalisation, shift or sche
 import pytest
 from conftest import make_model, train
 
+pytestmark = pytest.mark.quick
+
 GOLDEN = {
     "gpt2": [4.58254, 4.5931, 4.51337, 4.46804, 4.24375, 4.21801, 4.19372, 4.06828, 4.02718],
     "llama": [4.57554, 4.57854, 4.43853, 4.30594, 4.00666, 3.95392, 3.82692, 3.8524, 3.71848],

@@ -7,6 +7,8 @@ import re
 import pytest
 from conftest import ROOT
 
+pytestmark = pytest.mark.quick
+
 PACKAGE = ROOT / "train_loop"
 WINGS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
 MODULES = {
