@@ -359,12 +359,29 @@ def largest_difference(first, second):
 
 def assert_same_run(output_dir, reference):
     """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
+    lines, wanted = without_timings(output_dir), without_timings(reference)
+    for line, expected in zip(lines, wanted, strict=False):
+        assert line == expected, f"a run is not the one that it must equal: its line {line} should be {expected}"
+    assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
     first, second = weights_of(output_dir), weights_of(reference)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert without_timings(output_dir) == without_timings(reference)
+    different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]
+    assert not different, f"a run is not the one that it must equal: same metrics, but other weights in {different}"
 
 
 def assert_lines_agree(lines, expected, rel=1e-5):
     """Lines of metrics.jsonl with the same names, and each number within `rel`: sums in another order, in float32."""
     for line, wanted in zip(lines, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=rel)
+        assert line == pytest.approx(wanted, rel=rel), f"the line {line} should be {wanted}, within a share of {rel}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was broken, in words: the claim of each test that failed, and why it is thought to be false."""
+    failed = [report for report in terminalreporter.stats.get("failed", []) if hasattr(report.longrepr, "reprcrash")]
+    if failed:
+        terminalreporter.section("what was broken")
+    for report in failed:
+        name, _, case = report.nodeid.split("::")[-1].partition("[")
+        reason = report.longrepr.reprcrash.message.removeprefix("AssertionError: ").partition("\nassert ")[0]
+        terminalreporter.line(f"- no longer true: {name.removeprefix('test_').replace('_', ' ')}")
+        terminalreporter.line(f"  ({report.nodeid.split('::')[0]}{', ' + case.rstrip(']') if case else ''})")
+        terminalreporter.line("  " + "\n  ".join(reason.splitlines()[:12]))

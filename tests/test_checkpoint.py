@@ -64,10 +64,11 @@ def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number
     harness = "tests/benchmarks/kills.py"
     done = run(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
+@pytest.mark.quick
 def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, arguments, reference):
     """Mid-epoch, at its boundary after 13 steps, in the second epoch; metrics.jsonl is cut back to each."""
     for step in (15, 10, 5):
@@ -89,6 +90,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_file_is_noticed(name, deed, interrupted):
@@ -111,6 +113,7 @@ def test_a_damaged_file_is_noticed(name, deed, interrupted):
     assert damage(path) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name, deed", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
 def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, arguments, reference, capsys):
     path = interrupted / "checkpoints" / "step-000015" / name
@@ -132,6 +135,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
     assert len(steps_in(interrupted / "checkpoints")) == 3
 
 
+@pytest.mark.quick
 def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(reference / "checkpoints") == [5, 10, 15, 20, 25, 26]
     # eight blocks learnt by heart: the validation loss rises again
@@ -324,12 +328,12 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
     waited = time.time() - (tmp_path / "pid").stat().st_mtime  # since just before the other one stopped
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # the launcher would after a grace of half a minute
     assert lines[-1].startswith("error: process 0 lost its peers"), "".join(lines)
-    assert 5 <= waited < 60, "half an hour is torch's own"
-    assert launched.wait(60) != 0
+    assert 5 <= waited < 600, "seconds; half an hour is torch's own"
+    assert launched.wait(300) != 0
     assert damage(tmp_path / "run" / "checkpoints" / "step-000005") is None
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not come"
@@ -370,7 +374,7 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(argument
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1.5)
-        for _ in range(10):  # at once: but where the first came late, the second counts as the same
+        for _ in range(100):  # at once: but where the first came late, the second counts as the same
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(1.5)

@@ -128,7 +128,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_t
     """And with an own empty cache."""
     environment = {"HF_ENDPOINT": nobody_there, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
-    done = run(*arguments, timeout=60, launcher=(*ONLINE, sys.executable), **environment)
+    done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
     first, second = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{nobody_there} cannot be reached" in first

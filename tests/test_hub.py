@@ -116,7 +116,7 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     output_dir = tmp_path / trouble.replace(" ", "-")
     began = time.perf_counter()
     assert main(short(text_file, output_dir)) == 0
-    assert time.perf_counter() - began < 30  # a push that is not given up would last for minutes
+    assert time.perf_counter() - began < 200, "seconds; a push that is not given up lasts for 300"
     out, err = capsys.readouterr()
     assert out.splitlines()[-2].startswith("done:")
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
@@ -303,7 +303,7 @@ def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tm
     thread.join()
     out, err = capsys.readouterr()
     assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
-    assert "pushed: " in out and time.perf_counter() - began < 60
+    assert "pushed: " in out and time.perf_counter() - began < 200, "seconds; a push that hangs lasts for 300"
     assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
 
 

@@ -46,7 +46,7 @@ def test_the_losses_are_the_same_with_the_micro_batch_that_fits(tmp_path):
 
 def limited(mebibytes, launcher=(sys.executable,)):
     """What each process found, in new processes: one that ran before holds memory that it could use again."""
-    done = run_program("limited_memory.py", json.dumps(mebibytes), launcher=launcher, timeout=120)
+    done = run_program("limited_memory.py", json.dumps(mebibytes), launcher=launcher)
     found = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert len(found) == len(mebibytes), done.stderr
     return found

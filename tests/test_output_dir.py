@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 
 import pytest
@@ -110,18 +111,17 @@ def test_a_child_that_outlives_a_run_does_not_hold_its_lock(tmp_path):
 
 def test_a_run_that_its_launcher_starts_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
     pid = fork(lambda: lock.held(tmp_path))
-    if not (killer := os.fork()):
-        time.sleep(1.3)
-        os.kill(pid, signal.SIGKILL)
-        os._exit(0)
-    os.waitpid(killer, os.WNOHANG)
-    with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after a second
-        pass
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    killer = threading.Timer(lock.PATIENCE + 0.3, os.kill, (pid, signal.SIGKILL))
     try:
+        with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after PATIENCE
+            pass
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        killer.start()
         with lock.held(tmp_path):
             pass
     finally:
+        killer.cancel()
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 

@@ -72,8 +72,8 @@ class Checkpoints:
     def save(
         self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
     ) -> Path:
-        """Returns the checkpoint's folder. Raises UserError on every process where it cannot be written; the checkpoints
-        before it stay."""
+        """Returns the checkpoint's folder. Raises UserError on every process where it cannot be written; the
+        checkpoints before it stay."""
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
