@@ -3,9 +3,9 @@
 import inspect
 
 import torch
-import transformers
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
 from train_loop.data import TrainingData
 from train_loop.head import auxiliary_loss, check_result
@@ -75,12 +75,12 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
     none."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
-    verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it warns of the name of GPT-2's loss, which is no affair of the user
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of GPT-2 it says that `loss_type=None` "was set in the config": nobody did that
     try:
         output = model(**batch, use_cache=False)
     finally:
-        transformers.logging.set_verbosity(verbosity)
+        logging.set_verbosity(verbosity)
     if output.loss is None:
         return None
     auxiliary = auxiliary_loss(model, output)
