@@ -48,7 +48,7 @@ def train(
     W, device = accelerator.num_processes, accelerator.device
     num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), W)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
-    windows = windows_from(dataclasses.replace(position), train_split, settings, accelerator)
+    windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
     model.train()
 
@@ -79,6 +79,7 @@ def train(
             break
 
         # one optimizer step: gradients of the window, divided by its number of targets on all processes
+        assert all(p.grad is None for p in model.parameters()), "optimizer.zero_grad() is missing after the last step"
         window = next(windows)
         tensors = {name: value.to(device, non_blocking=True) for name, value in window.tensors.items()}
         num_targets = accelerator.reduce(count_targets(tensors["labels"]), "sum")
@@ -135,13 +136,18 @@ def forward_backward(
     return sums
 
 
-def windows_from(start: Place, split: TrainingData, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
-    """This process's windows from `start` on, epoch after epoch, without end."""
-    place = start
+def windows_from(
+    position: Position, split: TrainingData, settings: Settings, accelerator: Accelerator
+) -> Iterator[Window]:
+    """This process's windows from `position` on, epoch after epoch, without end. They do not move `position`, which is
+    only looked at: an optimizer step must have moved it."""
+    place = dataclasses.replace(position)
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's
-            place = window.end
+            place, before = window.end, dataclasses.replace(position)
             yield window
+            has_moved = (position.epoch, position.window) != (before.epoch, before.window)
+            assert has_moved or position.step == before.step, "position.move_to(window.end) is missing after a step"
         place = Place(place.epoch + 1, 0, place.per_epoch)
 
 
