@@ -220,7 +220,7 @@ def test_a_checkpoints_files_have_the_mode_of_any_new_file(reference, tmp_path):
     assert modes == {(tmp_path / "new").stat().st_mode}
 
 
-@pytest.mark.parametrize("more", [["--every=40"], ["--every=40", "--full_disk"]])
+@pytest.mark.parametrize("more", [["--every=60"], ["--every=30", "--full_disk"]])
 def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(more):
     """The short form of tests/benchmarks/events.py, which strikes at each of them."""
     done = run("tests/benchmarks/events.py", "--seconds=60", *more)
@@ -231,6 +231,6 @@ def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(mo
 
 def test_a_run_whose_files_are_damaged_ends_in_a_sentence_or_right():
     """The short form of tests/benchmarks/damages.py, which tries each file and each damage."""
-    done = run("tests/benchmarks/damages.py", "--states=10", "--seconds=60")
+    done = run("tests/benchmarks/damages.py", "--states=6", "--seconds=60")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["states"] > 0

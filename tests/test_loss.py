@@ -18,6 +18,8 @@ from train_loop.head import head_of, sum_over_rows
 from train_loop.loss import count_targets, next_token_loss, objective, plain_next_token_loss
 from train_loop.settings.settings import Settings
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.fixture
 def small_chunks(monkeypatch):
@@ -90,7 +92,8 @@ def test_loss_and_gradients_in_chunks_equal_torchs_through_full_logits(with_bias
     wanted = loss_and_gradients(False, with_bias, function=torchs)
     for in_chunks in (False, True):
         for ours, theirs in zip(loss_and_gradients(in_chunks, with_bias), wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+            said = f"the loss or a gradient {'in chunks' if in_chunks else 'through full logits'} is not torch's: "
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5, msg=lambda why, said=said: said + why)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

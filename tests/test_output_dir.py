@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 
 import pytest
 import yaml
-from conftest import EXPORTED, TINY, largest_file, lines_of, run
+from conftest import EXPORTED, TINY, largest_file, lines_of, run_program
 
 from train_loop import lock
 from train_loop.errors import UserError
@@ -54,27 +55,9 @@ def fork(deed):
     return pid
 
 
-AT_ONCE = """
-import os, sys, time
-import torch, transformers
-from train_loop import run
-from train_loop.main import main
-first = time.time() + 1
-pids = []
-for number in range(2):
-    if not (pid := os.fork()):
-        for name, descriptor in (("out", 1), ("err", 2)):
-            os.dup2(os.open(f"{sys.argv[1]}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-        time.sleep(max(0, first - time.time()))
-        os._exit(main(sys.argv[2:]))
-    pids.append(pid)
-print(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
-"""
-
-
 def test_of_two_runs_that_start_at_the_same_moment_one_trains_and_the_other_refuses(arguments, finished, tmp_path):
     """The short form of tests/benchmarks/two_at_once.py."""
-    done = run("-c", AT_ONCE, tmp_path, *arguments, f"--output_dir={tmp_path}/run")
+    done = run_program("at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
     assert done.stdout == "[0, 1]\n", done.stdout + done.stderr
     (error,) = [line for path in tmp_path.glob("*.err") for line in path.read_text().splitlines() if "error" in line]
     assert f"output_dir {tmp_path}/run is used by another run: process " in error
@@ -128,18 +111,17 @@ def test_a_child_that_outlives_a_run_does_not_hold_its_lock(tmp_path):
 
 def test_a_run_that_its_launcher_starts_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
     pid = fork(lambda: lock.held(tmp_path))
-    if not (killer := os.fork()):
-        time.sleep(1.3)
-        os.kill(pid, signal.SIGKILL)
-        os._exit(0)
-    os.waitpid(killer, os.WNOHANG)
-    with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after a second
-        pass
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    killer = threading.Timer(lock.PATIENCE + 0.3, os.kill, (pid, signal.SIGKILL))
     try:
+        with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after PATIENCE
+            pass
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        killer.start()
         with lock.held(tmp_path):
             pass
     finally:
+        killer.cancel()
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 

@@ -46,6 +46,7 @@ def say_why_it_ended(position: Position, num_steps: int) -> str:
 def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Module) -> tuple[int, dict[str, Any]]:
     """(step, evaluation) of the weights that are to be exported, which are in `model` then: the best, if that is asked
     for and they are whole, else the last. Called on every process."""
+    assert position.evaluation is not None  # the last step is always evaluated
     last = position.step, position.evaluation
     if not checkpoints.settings.load_best_model_at_end or position.best_step == position.step:
         return last
@@ -54,7 +55,7 @@ def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Modu
     if position.best:
         reason = broadcast_object_list([damage(path) if is_main else None])[0]
         problem = reason and f"the best, {path}, is damaged ({reason})"
-    if problem:
+    if problem or position.best_step is None or position.best is None:
         if is_main:
             tell(f"{problem}: the model of the last step is exported")
         return last

@@ -64,17 +64,17 @@ def train(
                 finite.check_evaluation(position.step, evaluation)
                 best.take_evaluation(position, evaluation, settings)
                 last_step = best.last_step(position, num_steps, settings)
-                written = services.samples and services.samples.write(model, device)
+                written = services.samples.write(model, device) if services.samples else None
                 metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
         # save when due, and before the run stops
         stopping = services.stop.agreed(accelerator)
         if position.step > saved_step and (stopping or checkpoints.is_due(position, last_step)):
             finite.look()
-            checkpoints.save(position, model, optimizer, metrics)
+            checkpoint = checkpoints.save(position, model, optimizer, metrics)
             saved_step = position.step
             if services.publisher and not stopping and position.step < last_step:
-                services.publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
+                services.publisher.push_checkpoint(checkpoint, position.step, model, metrics)
         if stopping or position.step == last_step:
             break
 
@@ -121,7 +121,8 @@ def forward_backward(
 
     `tensors`: of a window, each [M, B, T]. `num_targets`: of all processes. `named`: what the objective gets by name.
     """
-    sums, num_micro_batches = {}, len(tensors["labels"])
+    sums: dict[str, torch.Tensor] = {}
+    num_micro_batches = len(tensors["labels"])
     for i in range(num_micro_batches):
         # gradients are summed up here, and exchanged between processes with the last micro-batch only
         is_last = i == num_micro_batches - 1

@@ -9,11 +9,15 @@ import importlib.util
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
+
+# transformers exports its automatic classes by a way of its own, which no checker sees
+from transformers import (  # type: ignore[attr-defined]
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,11 +26,11 @@ from transformers import (
     GPT2TokenizerFast,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from train_loop.compat import checkpoint_activations
+from train_loop.data import Source
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.probes import is_causal, keeps_documents_apart
@@ -57,6 +61,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
             raise UserError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
+        assert name is not None  # (`contradictions`)
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -70,14 +75,16 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | Source | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
+        assert isinstance(train_rows, Iterable)  # a stream has none that are all there (`contradictions`)
         return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
     name = settings.tokenizer_name or settings.model_name_or_path or settings.config_name
+    assert name is not None  # (`contradictions`)
     folder = Path(name)
     if (folder / "vocab.json").is_file() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")
@@ -93,7 +100,7 @@ def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
@@ -134,12 +141,12 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
     return model
 
 
-def _origin(settings):
+def _origin(settings: Settings) -> dict[str, Any]:
     """Where in `model_name_or_path` the model is, as the loaders' options."""
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
-def _load(loader, name, settings, what, **options):
+def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
@@ -158,8 +165,11 @@ def _load(loader, name, settings, what, **options):
         ) from error
 
 
-def _pretrained_model(settings, config, tokenizer):
+def _pretrained_model(
+    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
     name = settings.model_name_or_path
+    assert name is not None
     model, info = _load(
         AutoModelForCausalLM,
         name,
@@ -196,7 +206,7 @@ def _pretrained_model(settings, config, tokenizer):
     return model
 
 
-def _fit_to_tokenizer(config, tokenizer, settings):
+def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
     """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `config_overrides`
     does not name them."""
     overrides, text_config = _overrides(settings), config.get_text_config(decoder=True)
@@ -224,7 +234,7 @@ def _fit_to_tokenizer(config, tokenizer, settings):
     _check_positions(config, settings)
 
 
-def _check_positions(config, settings):
+def _check_positions(config: PreTrainedConfig, settings: Settings) -> None:
     """Raises UserError where a block is longer than the positions that the model has."""
     text_config = config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None) or getattr(
@@ -242,7 +252,7 @@ def _check_positions(config, settings):
         )
 
 
-def _say_not_causal(config, settings):
+def _say_not_causal(config: PreTrainedConfig, settings: Settings) -> str:
     name = settings.model_name_or_path
     way_on = "Give a model that predicts the next token, such as gpt2 or llama"
     for switch in ("is_decoder", "causal"):
@@ -255,13 +265,13 @@ def _say_not_causal(config, settings):
     )
 
 
-def _overrides(settings):
+def _overrides(settings: Settings) -> dict[str, str]:
     """`config_overrides` as {name: text}."""
     parts = settings.config_overrides.split(",") if settings.config_overrides else []
     return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in parts)}
 
 
-def _override(config, overrides):
+def _override(config: PreTrainedConfig, overrides: dict[str, str]) -> None:
     for name, text in overrides.items():
         old = getattr(config, name, None)
         try:
@@ -279,7 +289,7 @@ def _override(config, overrides):
             ) from error
 
 
-def _train_tokenizer(rows, vocab_size):
+def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -87,7 +87,7 @@ def manifest_of(path: Path) -> dict:
         return {}
 
 
-def _verified_manifest(path):
+def _verified_manifest(path: Path) -> dict:
     manifest = read_object(path / "manifest.json")
     if manifest.get("blake2b") != digest_of_manifest(manifest):
         raise UserError("manifest.json is not as it was written")

@@ -6,9 +6,13 @@ written once. `torch.distributed.checkpoint` writes files of its own (pickled on
 a tied weight twice; here one file is as safe to read as another.
 """
 
+from __future__ import annotations
+
 import json
 import re
 from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import safe_open
@@ -16,24 +20,29 @@ from safetensors.torch import save_file
 
 from train_loop.checkpoint.durable import manifest_of
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
-def is_sharded(tensor):
+Tensors = dict[str, torch.Tensor]  # parameters and buffers, or an optimizer's tensors, by name
+
+
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
 
 
-def unsharded(tensor):
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself, or put together of every process's share: then to be called on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def named_tensors(model):
+def named_tensors(model: torch.nn.Module) -> Tensors:
     """{name: parameter or buffer}, a tied weight under its first name alone."""
     every_name = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
     return dict(model.named_parameters()) | buffers
 
 
-def unsharded_tensors(model, keep):
+def unsharded_tensors(model: torch.nn.Module, keep: bool) -> Tensors:
     """`named_tensors`, whole and on the CPU; {} where `keep` is false. To be called on every process."""
     gathered = {}
     for name, tensor in named_tensors(model).items():
@@ -43,7 +52,7 @@ def unsharded_tensors(model, keep):
     return gathered
 
 
-def local_rows(tensor):
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(the rows of `tensor` on this process, the index of the first of them)"""
     if not is_sharded(tensor):
         return tensor, 0
@@ -53,7 +62,7 @@ def local_rows(tensor):
     return tensor.to_local(), min(tensor.device_mesh.get_local_rank() * rows_each, len(tensor))
 
 
-def write_share(tensors, path, is_main):
+def write_share(tensors: Tensors, path: Path, is_main: bool) -> None:
     """Writes this process's rows of `tensors`, and on the main process also those tensors that are not sharded.
     Raises OSError."""
     rows, first_rows = {}, {}
@@ -74,8 +83,8 @@ class Shares:
     """The tensors in a checkpoint's `stem`.safetensors, or of the files that several processes wrote, each its rows.
     What the manifest does not name is not read."""
 
-    def __init__(self, folder, stem):
-        self.pieces = {}  # name: [(file, index of its first row)]
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.pieces: dict[str, list[tuple[Any, int]]] = {}  # name: [(file of `safe_open`, index of its first row)]
         pattern = rf"{stem}(-\d+-of-\d+)?\.safetensors"
         for name in sorted(name for name in manifest_of(folder)["files"] if re.fullmatch(pattern, name)):
             file = safe_open(folder / name, "pt")
@@ -83,18 +92,18 @@ class Shares:
             for name in file.keys():  # noqa: SIM118
                 self.pieces.setdefault(name, []).append((file, first_rows.get(name, 0)))
 
-    def shape(self, name):
+    def shape(self, name: str) -> list[int]:
         """The shape of a tensor, of all its rows."""
         shapes = [file.get_slice(name).get_shape() for file, _ in self.pieces[name]]
         return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """All rows of a tensor, on the CPU."""
         parts = [file.get_tensor(name) for file, _ in sorted(self.pieces[name], key=itemgetter(1))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
-    def read_into(self, tensor, name):
+    def read_into(self, tensor: torch.Tensor, name: str) -> None:
         """Fills `tensor`, or the rows of it that this process holds."""
         local, first = local_rows(tensor)
         for file, start in self.pieces[name]:
