@@ -44,9 +44,9 @@ def train(
     Raises, on all processes alike: UserError where a loss or a gradient norm is not finite, before the weights are
     touched; Stopped, with a checkpoint written, when the run was asked to stop.
     """
-    accelerator, metrics, checkpoints = services.accelerator, services.metrics, services.checkpoints
-    W, device = accelerator.num_processes, accelerator.device
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), W)
+    metrics, checkpoints, stop = services.metrics, services.checkpoints, services.stop
+    accelerator, device = services.accelerator, services.accelerator.device
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), accelerator.num_processes)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
     windows = windows_from(dataclasses.replace(position), train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
@@ -57,9 +57,7 @@ def train(
         if evaluation_is_due(position, last_step, settings):
             finite.look()
             metrics.log_training()
-            evaluation = evaluate_splits(
-                model, eval_splits, settings, accelerator, metrics.show_progress, services.stop
-            )
+            evaluation = evaluate_splits(model, eval_splits, settings, accelerator, metrics.show_progress, stop)
             if evaluation is not None:  # it was not stopped
                 finite.check_evaluation(position.step, evaluation)
                 best.take_evaluation(position, evaluation, settings)
@@ -68,11 +66,10 @@ def train(
                 metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
         # save when due, and before the run stops
-        stopping = services.stop.agreed(accelerator)
+        stopping = stop.agreed(accelerator)
         if position.step > saved_step and (stopping or checkpoints.is_due(position, last_step)):
             finite.look()
-            checkpoint = checkpoints.save(position, model, optimizer, metrics)
-            saved_step = position.step
+            checkpoint, saved_step = checkpoints.save(position, model, optimizer, metrics), position.step
             if services.publisher and not stopping and position.step < last_step:
                 services.publisher.push_checkpoint(checkpoint, position.step, model, metrics)
         if stopping or position.step == last_step:
@@ -105,7 +102,7 @@ def train(
             finite.look()
             metrics.log_training()
 
-    if services.stop.number and (position.step < last_step or position.evaluated_step != position.step):
+    if stop.number and (position.step < last_step or position.evaluated_step != position.step):
         raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}", checkpoints.latest)
 
 
@@ -135,9 +132,8 @@ def forward_backward(
     return sums
 
 
-def windows_from(start: Place, split: TrainingData, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
-    """This process's windows from `start` on, epoch after epoch, without end."""
-    place = start
+def windows_from(place: Place, split: TrainingData, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
+    """This process's windows from `place` on, epoch after epoch, without end."""
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's
             place = window.end
