@@ -226,12 +226,10 @@ class _LinearInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, with_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, needs_grad: bool) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [needs_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
@@ -264,9 +262,7 @@ class _LinearInChunks(torch.autograd.Function):
                 grad_logits = grad_logits.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[some] = grad_logits @ low
-                if (
-                    grad_weight is not None and dtype == grad_weight.dtype
-                ):  # beta 0: written, not added to, and not read before
+                if grad_weight is not None and dtype == grad_weight.dtype:  # beta 0: it is written, and not read
                     grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
                 elif grad_weight is not None:
                     product = grad_logits.T @ x
