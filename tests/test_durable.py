@@ -188,8 +188,8 @@ def test_newer_checkpoints_stay_until_an_older_one_that_is_resumed_has_a_success
         steps.append(steps_in(finished / "checkpoints"))
         return plain(*arguments)
 
-    plain = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", evaluate)  # it comes before the save
+    plain = loop.evaluate_splits
+    monkeypatch.setattr(loop, "evaluate_splits", evaluate)  # it comes before the save
     assert resume(finished, f"--resume_from_checkpoint={finished}/checkpoints/step-000002") == 0
     assert steps == [[2, 4, 6], [2, 4]]
     assert_same_run(finished, reference)
