@@ -374,13 +374,14 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(argument
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1.5)
-        for _ in range(100):  # at once: but where the first came late, the second counts as the same
+        for _ in range(10):  # at once: but where the first came late, the second counts as the same
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(1.5)
+                running.wait(20)
                 break
     finally:
         running.kill()
-    assert running.wait() == 130
+    # on a busy machine one more may reach the interpreter while it ends; a shell says 130 of both
+    assert running.wait() in (130, -signal.SIGINT)
     assert "stopped by SIGINT" in running.stderr.read()
     assert damage(output_dir / "checkpoints" / "step-000005") is None
