@@ -114,7 +114,9 @@ def run(settings, stop, repository=None):
 
         # -> loop
         scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
-        publisher = Publisher(settings, tokenizer, accelerator, repository, held_out)
+        publisher = Publisher(
+            settings, tokenizer, accelerator, repository, held_out, type(optimizer.optimizer).__name__
+        )
         at_the_end.callback(publisher.end)
         stop.defer(settings.ddp_timeout)
         loop.train(

@@ -178,7 +178,7 @@ def _how_it_was_made(publisher, results):
     }
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = s.blocks_per_step(W)
-    made["optimizer"] = f"AdamW, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
+    made["optimizer"] = f"{publisher.optimizer}, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
     made["precision"] = accelerator.mixed_precision.replace("no", "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     made["hardware"] = f"{W} process{'es' if W > 1 else ''} on {name}"
