@@ -255,10 +255,10 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **valu
     from train_loop.data import Split
     from train_loop.optim import build_optimizer, build_scheduler
     from train_loop.position import Position
+    from train_loop.process.stop import StopSignal
     from train_loop.report import Metrics
     from train_loop.services import Services
     from train_loop.settings import Settings
-    from train_loop.stop import StopSignal
 
     values = {
         "checkpointing_steps": "none",

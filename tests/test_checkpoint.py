@@ -85,6 +85,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
     arguments = [*arguments, "--max_train_steps=10"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
+    assert f"- optimizer: {other.__name__}, " in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
     copy_until(5, tmp_path / "alone", tmp_path / "resumed")
     assert main([*arguments, f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]) == 0
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")

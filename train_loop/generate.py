@@ -6,8 +6,8 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 import argparse
 import sys
 
-from train_loop.console import safe_console
 from train_loop.errors import UserError, one_line, tell
+from train_loop.process import safe_console
 
 
 def main(argv: list[str] | None = None) -> int:
