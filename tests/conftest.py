@@ -25,6 +25,7 @@ atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parent.parent
+PROGRAMS = ROOT / "tests" / "programs"
 
 VOCAB, BLOCK = 97, 16  # of the blocks below
 
@@ -180,35 +181,6 @@ def nobody_there():
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-WATCHED = """
-import json, os, shutil, signal, sys
-from pathlib import Path
-import mlflow
-from torch.utils import tensorboard
-from train_loop import compare, run
-from train_loop.report import metrics
-from train_loop.main import main
-plain = metrics.Metrics.count_step
-for attempt in json.loads(sys.argv[1]):
-    child = os.fork()
-    if not child:
-        store = Path(os.environ.setdefault("MLFLOW_TRACKING_URI", "file:" + attempt["store"])[5:])
-        def count_step(self, step, *arguments):
-            if step == attempt.get("dies_at"):
-                os.kill(os.getpid(), signal.SIGKILL)
-            if step == attempt.get("loses_its_store_at"):
-                shutil.rmtree(store)
-                store.write_text("gone")
-            plain(self, step, *arguments)
-        metrics.Metrics.count_step = count_step
-        print("::", flush=True)
-        status = main(attempt["arguments"])
-        sys.stdout.flush()
-        os._exit(status)
-    print("exit status", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-
 @pytest.fixture(scope="session")
 def watched(text_file, tmp_path_factory):
     """Runs that learn eight blocks by heart, so that the validation loss soon rises: 40 steps with an evaluation every
@@ -250,7 +222,7 @@ def watched(text_file, tmp_path_factory):
         },
     ]
     environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = run("-c", WATCHED, json.dumps(attempts), timeout=600, **environment)
+    done = run_program("watched.py", json.dumps(attempts), timeout=600, **environment)
     outputs = done.stdout.split("::\n")[1:]
     statuses = [int(output.split()[-1]) for output in outputs]
     assert statuses == [0, -9, -9, 0, 0], done.stdout + done.stderr
@@ -335,6 +307,11 @@ def run(*arguments, launcher=(sys.executable,), timeout=300, **environment):
     )
 
 
+def run_program(name, *arguments, **options):
+    """Runs a program of tests/programs as `run` does; it imports the package of this checkout."""
+    return run(PROGRAMS / name, *arguments, **{"PYTHONPATH": str(ROOT), **options})
+
+
 @contextlib.contextmanager
 def largest_file(size):
     """Within it this process can write no larger one: what meets the limit sees a full disk, with EFBIG for ENOSPC."""
@@ -382,12 +359,29 @@ def largest_difference(first, second):
 
 def assert_same_run(output_dir, reference):
     """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
+    lines, wanted = without_timings(output_dir), without_timings(reference)
+    for line, expected in zip(lines, wanted, strict=False):
+        assert line == expected, f"a run is not the one that it must equal: its line {line} should be {expected}"
+    assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
     first, second = weights_of(output_dir), weights_of(reference)
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert without_timings(output_dir) == without_timings(reference)
+    different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]
+    assert not different, f"a run is not the one that it must equal: same metrics, but other weights in {different}"
 
 
 def assert_lines_agree(lines, expected, rel=1e-5):
     """Lines of metrics.jsonl with the same names, and each number within `rel`: sums in another order, in float32."""
     for line, wanted in zip(lines, expected, strict=True):
-        assert line == pytest.approx(wanted, rel=rel)
+        assert line == pytest.approx(wanted, rel=rel), f"the line {line} should be {wanted}, within a share of {rel}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What was broken, in words: the claim of each test that failed, and why it is thought to be false."""
+    failed = [report for report in terminalreporter.stats.get("failed", []) if hasattr(report.longrepr, "reprcrash")]
+    if failed:
+        terminalreporter.section("what was broken")
+    for report in failed:
+        name, _, case = report.nodeid.split("::")[-1].partition("[")
+        reason = report.longrepr.reprcrash.message.removeprefix("AssertionError: ").partition("\nassert ")[0]
+        terminalreporter.line(f"- no longer true: {name.removeprefix('test_').replace('_', ' ')}")
+        terminalreporter.line(f"  ({report.nodeid.split('::')[0]}{', ' + case.rstrip(']') if case else ''})")
+        terminalreporter.line("  " + "\n  ".join(reason.splitlines()[:12]))

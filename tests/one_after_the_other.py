@@ -1,6 +1,6 @@
 """Runs several of the package's commands, each in a process of its own, forked from one that has the libraries loaded:
 
-python tests/one_after_the_other.py '[["train_loop.main", ["--seed=1"]], ["train_loop.compare", ["runs/a"]]]'
+python tests/programs/one_after_the_other.py '[["train_loop.main", ["--seed=1"]], ["train_loop.compare", ["runs/a"]]]'
 """
 
 import importlib

@@ -20,9 +20,9 @@ CHANGES = {path.stem: path.read_text(encoding="utf-8") for path in (ROOT / "test
 SHORT = ["--max_train_steps=6", "--logging_steps=1", "--checkpointing_steps=3", "--num_threads=1"]
 
 
-def test_each_change_has_at_most_twenty_lines_in_one_file():
+def test_each_change_has_at_most_twenty_lines_in_one_or_two_files():
     for diff in CHANGES.values():
-        assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) == 1
+        assert len(re.findall(r"^\+\+\+ ", diff, re.MULTILINE)) <= 2
         assert 0 < len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 20
 
 

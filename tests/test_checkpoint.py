@@ -16,6 +16,7 @@ import torch
 from conftest import (
     LAUNCH,
     NO_DROPOUT,
+    PROGRAMS,
     ROOT,
     TINY,
     TWO,
@@ -25,6 +26,7 @@ from conftest import (
     largest_file,
     lines_of,
     run,
+    run_program,
     without_timings,
 )
 
@@ -62,10 +64,11 @@ def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number
     harness = "tests/benchmarks/kills.py"
     done = run(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
+@pytest.mark.quick
 def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, arguments, reference):
     """Mid-epoch, at its boundary after 13 steps, in the second epoch; metrics.jsonl is cut back to each."""
     for step in (15, 10, 5):
@@ -88,6 +91,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 def test_a_damaged_file_is_noticed(name, deed, interrupted):
@@ -110,6 +114,7 @@ def test_a_damaged_file_is_noticed(name, deed, interrupted):
     assert damage(path) is not None
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name, deed", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
 def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, arguments, reference, capsys):
     path = interrupted / "checkpoints" / "step-000015" / name
@@ -131,6 +136,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
     assert len(steps_in(interrupted / "checkpoints")) == 3
 
 
+@pytest.mark.quick
 def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(reference / "checkpoints") == [5, 10, 15, 20, 25, 26]
     # eight blocks learnt by heart: the validation loss rises again
@@ -279,26 +285,10 @@ def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(step, message, argum
     assert_same_run(tmp_path / "run", reference)
 
 
-NAN_ON_ONE_RANK = """
-import os, sys, torch
-from train_loop import loss, loop
-plain, calls = loss.next_token_loss, [0]
-def poisoned(model, batch):
-    calls[0] += model.training
-    nll, count, extras = plain(model, batch)
-    return (nll * torch.nan if model.training and calls[0] == 7 and os.environ["RANK"] == "1" else nll), count, extras
-loop.next_token_loss = poisoned
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
-
-
 def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(NAN_ON_ONE_RANK)
     output_dir = tmp_path / "run"
     batch = ["--per_device_train_batch_size=4", "--logging_steps=1"]
-    done = run(script, *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("nan_on_rank_1.py", *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert (
@@ -308,30 +298,12 @@ def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments,
     assert [line["step"] for line in lines_of(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-DIES_ONCE = """
-import os, signal, sys
-from pathlib import Path
-from train_loop import optim, loop
-from train_loop.report.metrics import Metrics
-plain = Metrics.count_step
-def dying(self, step, *arguments):
-    if step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-        Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
-        os.kill(os.getpid(), getattr(signal, os.environ["DEED"]))
-    plain(self, step, *arguments)
-Metrics.count_step = dying
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
-
-
 def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DIES_ONCE)
     arguments = [*arguments, "--per_device_train_batch_size=4"]
     launcher = (*TWO, "--max_restarts=2")
-    environment = {"PYTHONPATH": str(ROOT), "DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
-    done = run(script, *arguments, f"--output_dir={tmp_path}/run", launcher=launcher, **environment)
+    environment = {"DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
+    arguments_of_run = [*arguments, f"--output_dir={tmp_path}/run"]
+    done = run_program("rank_1_dies_once.py", *arguments_of_run, launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr
     assert "checkpoints/step-000005" in done.stdout
     done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/reference", launcher=TWO)
@@ -340,11 +312,9 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(argument
 
 
 def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(DIES_ONCE)
     arguments = [*arguments, "--per_device_train_batch_size=4", "--ddp_timeout=5", f"--output_dir={tmp_path}/run"]
     launched = subprocess.Popen(
-        [*TWO, script, *arguments],
+        [*TWO, PROGRAMS / "rank_1_dies_once.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "DEED": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
         stdout=subprocess.DEVNULL,
@@ -359,12 +329,12 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
     waited = time.time() - (tmp_path / "pid").stat().st_mtime  # since just before the other one stopped
     os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)  # the launcher would after a grace of half a minute
     assert lines[-1].startswith("error: process 0 lost its peers"), "".join(lines)
-    assert 5 <= waited < 60, "half an hour is torch's own"
-    assert launched.wait(60) != 0
+    assert 5 <= waited < 600, "seconds; half an hour is torch's own"
+    assert launched.wait(300) != 0
     assert damage(tmp_path / "run" / "checkpoints" / "step-000005") is None
 
 
-def wait_for(path, seconds=60):
+def wait_for(path, seconds=300):
     end = time.monotonic() + seconds
     while not path.exists():
         assert time.monotonic() < end, f"{path} did not come"
@@ -391,24 +361,11 @@ def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, referenc
 
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(arguments, tmp_path):
     """The first one comes while a step takes for ever."""
-    script = """
-import sys, time
-from train_loop import loss, loop
-plain = loss.next_token_loss
-def slow(model, batch):
-    if model.training and len(list(Path(sys.argv[1]).glob("checkpoints/step-000005"))):
-        print("slow", flush=True)
-        time.sleep(600)
-    return plain(model, batch)
-from pathlib import Path
-loop.next_token_loss = slow
-from train_loop.main import main
-sys.exit(main(sys.argv[2:]))
-"""
     output_dir = tmp_path / "run"
     running = subprocess.Popen(
-        [sys.executable, "-c", script, output_dir, *arguments, f"--output_dir={output_dir}"],
+        [sys.executable, PROGRAMS / "hangs_after_step_5.py", output_dir, *arguments, f"--output_dir={output_dir}"],
         cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -418,7 +375,7 @@ sys.exit(main(sys.argv[2:]))
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1.5)
-        for _ in range(10):  # at once: but where the first came late, the second counts as the same
+        for _ in range(100):  # at once: but where the first came late, the second counts as the same
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 running.wait(1.5)

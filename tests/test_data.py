@@ -16,7 +16,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, largest_file, run
+from conftest import PROGRAMS, ROOT, largest_file, run_program
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -53,6 +53,7 @@ def tokenizer():
     return load_tokenizer(Settings(tokenizer_vocab_size=280), rows)
 
 
+@pytest.mark.quick
 def test_group_texts_cuts_over_all_rows_and_counts_what_is_left():
     blocks, num_dropped = group_texts([[1, 1, 1], [2, 2, 2], [], [4, 4, 4]], 2)
     assert blocks.tolist() == [[1, 1], [1, 2], [2, 2], [4, 4]]
@@ -113,12 +114,14 @@ def test_parquet_gives_the_same_rows_from_the_column_that_is_named(tmp_path):
         rows_of(path, text_column="bdy")
 
 
+@pytest.mark.quick
 def test_tokens_are_those_of_each_row_by_itself_and_a_blank_line_has_none(tokenizer):
     rows = Rows.of(["one two\n", " \n", "", "three\n"])
     expected = [token for text in ("one two\n", "", "", "three\n") for token in tokenizer(text)["input_ids"]]
     assert tokenize_rows(rows, tokenizer, "test")[0].tolist() == expected
 
 
+@pytest.mark.quick
 def test_special_tokens_stand_in_every_row_as_the_tokenizer_puts_them():
     backend = Tokenizer(models.WordLevel({"<s>": 0, "a": 1, "b": 2}, unk_token="<s>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -128,6 +131,7 @@ def test_special_tokens_stand_in_every_row_as_the_tokenizer_puts_them():
     assert tokenize_rows(rows, tokenizer, "test")[0].tolist() == [0, 1, 2, 0, 0, 2]
 
 
+@pytest.mark.quick
 def test_more_rows_than_fit_in_a_batch_keep_their_order(tokenizer):
     texts = [f"{i} one" for i in range(2 * ROWS_PER_BATCH + 1)] + ["two " * CHARACTERS_PER_BATCH, "three"]
     tokens, _, _ = tokenize_rows(Rows.of(texts), tokenizer, "test")
@@ -159,6 +163,7 @@ def test_tokens_are_taken_from_the_cache_only_while_text_and_tokenizer_are_the_s
     assert "eight" in other.decode(tokens_of(other).ravel()) and len(cached()) == len(written) + 1
 
 
+@pytest.mark.quick
 def test_held_out_rows_are_the_last_ones_and_never_trained_on(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_text("".join(f"row {i}\n" for i in range(40)))
@@ -181,6 +186,7 @@ def test_too_little_text_for_one_block_is_said(tokenizer):
         load_split(Rows.of(["", ""]), tokenizer, "training", Settings(block_size=64))
 
 
+@pytest.mark.quick
 def test_the_order_of_blocks_is_a_function_of_seed_and_epoch():
     blocks = np.zeros((50, 4))
     assert block_order(blocks, 42, 1).tolist() == block_order(blocks, 42, 1).tolist()
@@ -188,6 +194,7 @@ def test_the_order_of_blocks_is_a_function_of_seed_and_epoch():
     assert len({tuple(block_order(blocks, seed, epoch)) for seed in (1, 2) for epoch in (0, 1, 2)}) == 6
 
 
+@pytest.mark.quick
 def test_going_through_the_data_draws_no_random_number():
     blocks = np.zeros((4, 8), dtype=np.int32)
     state = torch.random.get_rng_state()
@@ -216,6 +223,7 @@ def test_wikitext_has_as_many_words_as_its_authors_say(split, words, tokenizer):
     assert num_bytes == (WIKITEXT / f"{split}.unk.txt").stat().st_size - blank
 
 
+@pytest.mark.quick
 def test_documents_end_with_the_end_of_text_token_on_request(tokenizer):
     rows = Rows.of(["one two", "", "three", "four<|endoftext|>"])
     end = tokenizer.eos_token_id
@@ -231,6 +239,7 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
         load_split(Rows.of(["a"]), tokenizer, "training", Settings(add_eos_token=True))
 
 
+@pytest.mark.quick
 def test_positions_begin_anew_after_each_document():
     rows = np.array([[9, 9, 0, 9, 0, 0, 9, 9], [0, 9, 9, 9, 9, 9, 9, 0]])
     assert positions_in_documents(rows, 0).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
@@ -371,28 +380,15 @@ def test_a_text_file_that_changes_while_it_is_read_is_an_error_and_leaves_no_tok
     assert set(cache_folder().rglob("*.int32")) == before and not list(cache_folder().rglob("*.partial"))
 
 
-PREPARE = """
-import sys
-from train_loop.settings.settings import Settings
-from train_loop.data.blocks import load_split
-from train_loop.data.rows import Rows, load_rows
-from train_loop.model import load_tokenizer
-settings = Settings(train_file=sys.argv[1], validation_split_percentage=50, tokenizer_vocab_size=280, block_size=8)
-train, validation, _ = load_rows(settings)
-tokenizer = load_tokenizer(settings, Rows.of(["one two three"] * 9))
-print(len(load_split(train, tokenizer, "training", settings).blocks), "datasets" in sys.modules)
-"""
-
-
 def test_a_kill_leaves_nothing_that_is_taken_for_finished_and_the_next_run_clears_it_away(text_file, tmp_path):
     """And all that without importing `datasets`, which takes a second."""
     large, small = tmp_path / "large.txt", tmp_path / "small.txt"
     large.write_text(text_file.read_text(encoding="utf-8") * 400, encoding="utf-8")
     small.write_text("one two three\n" * 40, encoding="utf-8")
     environment = os.environ | {"HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    killed = subprocess.Popen([sys.executable, "-c", PREPARE, str(large)], env=environment)
+    killed = subprocess.Popen([sys.executable, PROGRAMS / "prepares_tokens.py", str(large)], env=environment)
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while not any(path.stat().st_size for path in tmp_path.rglob("*.partial")) and time.monotonic() < deadline:
             assert killed.poll() is None
             time.sleep(0.01)
@@ -400,7 +396,7 @@ def test_a_kill_leaves_nothing_that_is_taken_for_finished_and_the_next_run_clear
         killed.kill()
         killed.wait()
     assert len(list(tmp_path.rglob("*.partial"))) == 1 and not list(tmp_path.rglob("*.int32"))
-    done = run("-c", PREPARE, small, HF_HOME=str(tmp_path))
+    done = run_program("prepares_tokens.py", small, HF_HOME=str(tmp_path))
     assert done.stdout.split() == ["10", "False"], done.stderr  # 20 rows of 4 tokens
     assert len(list(tmp_path.rglob("*.int32"))) == 1 and not list(tmp_path.rglob("*.partial"))
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_CONFIGS, VOCAB
-from test_loop import make_model, train
+from conftest import TINY_CONFIGS, VOCAB, make_model, train
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from train_loop import loop
-from train_loop.checkpoint.durable import steps_in
+from train_loop.checkpoint.durable import digest_of_manifest, steps_in
 from train_loop.main import main
 from train_loop.publish import Publisher, push
 from train_loop.publish.model_card import model_card
@@ -85,7 +85,8 @@ def test_a_damaged_model_without_checkpoints_is_a_sentence(finished, resume, cap
     (finished / "model.safetensors").unlink()
     assert resume(finished) == 1
     said = capsys.readouterr().err
-    assert "holds a finished run without checkpoints" in said and "model.safetensors is missing" in said
+    assert "holds a finished run without checkpoints" in said
+    assert "model.safetensors is missing. --overwrite_output_dir starts anew" in said
 
 
 def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_again(
@@ -152,9 +153,18 @@ def test_no_damaged_record_keeps_a_run_from_its_end(name, damage, interrupted, r
     assert_same_run(interrupted, reference)
 
 
+@pytest.mark.parametrize("change", [{"step": "two"}, {"eval_loss": "low"}, {"best_step": {}}, {"files": []}], ids=str)
+def test_a_neighbours_manifest_of_other_types_is_skipped(change, interrupted, reference, resume):
+    path = interrupted / "checkpoints" / "step-000002" / "manifest.json"
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(manifest | {"blake2b": digest_of_manifest(manifest)}))
+    assert resume(interrupted, "--checkpoints_total_limit=2") == 0
+    assert_same_run(interrupted, reference)
+
+
 def test_a_card_without_evaluations_is_a_card(arguments, finished):
     settings, accelerator = Settings(output_dir=str(finished), train_file="prose.txt"), Accelerator(cpu=True)
-    publisher = Publisher(settings, None, accelerator, None, "")
+    publisher = Publisher(settings, None, accelerator, None, "", "AdamW")
     model = AutoModelForCausalLM.from_pretrained(finished)
     card = model_card(publisher, model, [{"step": 1, "epoch": 0.1, "loss": 5.0}])
     assert "There is no record of an evaluation." in card and ModelCard(card).data.library_name == "transformers"
@@ -188,8 +198,8 @@ def test_newer_checkpoints_stay_until_an_older_one_that_is_resumed_has_a_success
         steps.append(steps_in(finished / "checkpoints"))
         return plain(*arguments)
 
-    plain = loop.evaluate
-    monkeypatch.setattr(loop, "evaluate", evaluate)  # it comes before the save
+    plain = loop.evaluate_splits
+    monkeypatch.setattr(loop, "evaluate_splits", evaluate)  # it comes before the save
     assert resume(finished, f"--resume_from_checkpoint={finished}/checkpoints/step-000002") == 0
     assert steps == [[2, 4, 6], [2, 4]]
     assert_same_run(finished, reference)
@@ -210,7 +220,7 @@ def test_a_checkpoints_files_have_the_mode_of_any_new_file(reference, tmp_path):
     assert modes == {(tmp_path / "new").stat().st_mode}
 
 
-@pytest.mark.parametrize("more", [["--every=40"], ["--every=40", "--full_disk"]])
+@pytest.mark.parametrize("more", [["--every=60"], ["--every=30", "--full_disk"]])
 def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(more):
     """The short form of tests/benchmarks/events.py, which strikes at each of them."""
     done = run("tests/benchmarks/events.py", "--seconds=60", *more)
@@ -221,6 +231,6 @@ def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(mo
 
 def test_a_run_whose_files_are_damaged_ends_in_a_sentence_or_right():
     """The short form of tests/benchmarks/damages.py, which tries each file and each damage."""
-    done = run("tests/benchmarks/damages.py", "--states=10", "--seconds=60")
+    done = run("tests/benchmarks/damages.py", "--states=6", "--seconds=60")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["states"] > 0

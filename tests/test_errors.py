@@ -7,7 +7,7 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ONLINE, ROOT, TINY, TINY_CONFIGS, TWO, parquet, run
+from conftest import ONLINE, TINY, TINY_CONFIGS, TWO, parquet, run, run_program
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
@@ -107,6 +107,12 @@ def test_a_model_that_is_not_there_ends_with_one_sentence(folder, text_file, cap
     one_sentence(arguments, capsys, folder, "'none/such' cannot be loaded")
 
 
+@pytest.mark.parametrize("name", ["./none", "/none/such", "models/none/such"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, folder, text_file, capsys):
+    arguments = [f"--model_name_or_path={name}", f"--train_file={text_file}", "--output_dir=out"]
+    one_sentence(arguments, capsys, folder, f"{name!r} cannot be loaded: there is no such folder")
+
+
 def test_a_folder_that_is_no_model_ends_with_one_sentence(folder, text_file, capsys):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps({"hello": 1}))
@@ -120,7 +126,9 @@ def test_a_data_set_that_is_not_there_is_one_sentence_that_offers_train_file(fol
 
 def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, capsys):
     (folder / "out").write_text("kept")
-    one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file")
+    one_sentence(
+        [*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file: choose another name"
+    )
     assert (folder / "out").read_text() == "kept"
 
 
@@ -128,7 +136,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_t
     """And with an own empty cache."""
     environment = {"HF_ENDPOINT": nobody_there, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
-    done = run(*arguments, timeout=60, launcher=(*ONLINE, sys.executable), **environment)
+    done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
     first, second = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{nobody_there} cannot be reached" in first
@@ -147,14 +155,8 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
 
 def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file):
     """The other one waits for it to join: no longer than ddp_timeout, else until the launcher kills it."""
-    script = folder / "script.py"
-    script.write_text(
-        "import os, sys\nfrom train_loop import main\n"
-        "own = ['--train_file=none.txt'] if os.environ['RANK'] == '1' else []\n"
-        "main.leave(main.main([*sys.argv[1:], *own]))\n"
-    )
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={folder}/out", "--ddp_timeout=5"]
-    done = run(script, *arguments, launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("own_error_of_rank_1.py", *arguments, launcher=TWO)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: process 1: train_file none.txt: no such file"

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY_CONFIGS, VOCAB
-from test_loop import make_model
+from conftest import TINY_CONFIGS, VOCAB, make_model
 from transformers import AutoModelForCausalLM
 
 from train_loop.data.blocks import Split, Windows, load_split

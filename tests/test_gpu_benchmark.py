@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, run_program
 
 PARTS = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
 QUICK = ["golden", "resume", "speed"]
@@ -25,16 +25,6 @@ def test_a_part_runs_at_toy_size_and_comes_into_the_table(parts, tmp_path):
     assert found["surroundings"]["torch"]
 
 
-SLOW = """
-import pathlib, sys, time
-sys.path.insert(0, "tests/benchmarks")
-import gpu
-gpu.gpu_parts.slow = lambda bench: time.sleep(60)
-folder = pathlib.Path(sys.argv[1])
-print(gpu.table({"slow": gpu.run_part("slow", folder, folder, True, 0.2)}))
-"""
-
-
 def test_a_part_that_takes_too_long_is_ended_and_said(tmp_path):
-    done = run("-c", SLOW, tmp_path)
+    done = run_program("slow_part.py", tmp_path)
     assert "| slow | NO | 0.2 | error | not done after 0 s |" in done.stdout, done.stderr

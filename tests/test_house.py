@@ -1,10 +1,13 @@
-"""How the files of the package may know each other: imports go one way, and a wing has one door."""
+"""How files may know each other: imports go one way, a wing has one door, and a test module is no library."""
 
 import ast
 import graphlib
+import re
 
 import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.quick
 
 PACKAGE = ROOT / "train_loop"
 WINGS = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
@@ -29,7 +32,47 @@ def wing_of(name):
 
 
 def test_no_import_goes_in_a_circle():
-    list(graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).static_order())
+    try:
+        graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
+    except graphlib.CycleError as error:
+        pytest.fail(f"these modules import each other in a circle: {' <- '.join(error.args[1])}", pytrace=False)
+
+
+def test_readmes_picture_has_every_file_in_front_and_every_wing():
+    (picture,) = re.findall(r"^```\ntrain_loop/\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
+    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / wing for wing in WINGS)]:
+        name = path.name if path.suffix else f"{path.name}/"
+        assert name == "__init__.py" or name in picture.split(), f"README's picture of train_loop/ lacks {name}"
+
+
+@pytest.mark.parametrize("wing", sorted(WINGS))
+def test_a_door_says_what_is_behind_it(wing):
+    door = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8")))
+    for path in (PACKAGE / wing).glob("[a-z]*.py"):
+        assert path.name in door, f"the docstring of train_loop/{wing}/__init__.py lacks {path.name}"
+
+
+def test_test_modules_do_not_import_each_other():
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for name in names:
+                assert not name.startswith("test_"), f"{path.name} imports {name}: what both need goes into conftest.py"
+
+
+def test_programs_are_files_and_no_strings():
+    """So that the linter reads them. tests/programs/ is their place."""
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.count("\n") > 2:
+                try:
+                    program = ast.parse(node.value).body
+                except SyntaxError:
+                    continue
+                imports_something = any(isinstance(line, ast.Import | ast.ImportFrom) for line in program)
+                where = f"{path.relative_to(ROOT)}, line {node.lineno}"
+                assert not imports_something, f"{where}: this program belongs into a file of tests/programs/"
 
 
 @pytest.mark.parametrize("wing", sorted(WINGS))

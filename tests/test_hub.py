@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run
+import transformers
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -49,13 +50,6 @@ def files_in(folder):
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-GENERATE = """
-import sys
-from transformers import pipeline
-print(pipeline("text-generation", model=sys.argv[1])("The value", max_new_tokens=5)[0]["generated_text"])
-"""
-
-
 def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_by_its_name(healthy, tmp_path):
     """The recipe's own names. Then another machine, with a cache of its own and no token, asks for what was pushed."""
     output_dir = tmp_path / "runs" / "distilgpt2-finetuned-wikitext2"
@@ -80,11 +74,15 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
 
     environment = healthy.environment(tmp_path / "another cache")
     name = "me/distilgpt2-finetuned-wikitext2"
-    generated = run("-c", GENERATE, name, launcher=(*ONLINE, sys.executable), **environment)
+    generated = run_program("generates.py", name, launcher=(*ONLINE, sys.executable), **environment)
     assert generated.returncode == 0, generated.stderr
     assert generated.stdout.startswith("The value") and len(generated.stdout.strip()) > len("The value")
 
 
+@pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23),
+    reason="transformers asks for some of the tokenizer's files on the main branch",
+)
 def test_the_revision_of_a_model_is_the_one_that_is_asked_for(healthy, text_file, tmp_path):
     launcher = (*ONLINE, sys.executable, "train_loop/main.py")
     arguments = ["--model_name_or_path=distilgpt2", f"--validation_file={text_file}", "--eval_only"]
@@ -118,7 +116,7 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     output_dir = tmp_path / trouble.replace(" ", "-")
     began = time.perf_counter()
     assert main(short(text_file, output_dir)) == 0
-    assert time.perf_counter() - began < 30  # a push that is not given up would last for minutes
+    assert time.perf_counter() - began < 200, "seconds; a push that is not given up lasts for 300"
     out, err = capsys.readouterr()
     assert out.splitlines()[-2].startswith("done:")
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
@@ -305,7 +303,7 @@ def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tm
     thread.join()
     out, err = capsys.readouterr()
     assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
-    assert "pushed: " in out and time.perf_counter() - began < 60
+    assert "pushed: " in out and time.perf_counter() - began < 200, "seconds; a push that hangs lasts for 300"
     assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
 
 

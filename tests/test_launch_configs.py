@@ -11,6 +11,7 @@ import pytest
 from conftest import (
     LAUNCH,
     NO_DROPOUT,
+    PROGRAMS,
     ROOT,
     TINY,
     TWO,
@@ -18,6 +19,7 @@ from conftest import (
     assert_same_run,
     lines_of,
     run,
+    run_program,
     without_timings,
 )
 from hosts import documented_command, launch_on, launch_on_both, missing, two_hosts
@@ -36,43 +38,21 @@ STARTED = {
     "fsdp.yaml": {"world_size": 8, "local_world_size": 8, "precision": "bf16", "fsdp": "true", "fsdp_version": "2"},
     "multi_node.yaml": {"world_size": 16, "local_world_size": 8, "precision": "bf16"},
 }
-SHOW = """
-import json, os, sys
-names = {"precision": "ACCELERATE_MIXED_PRECISION", "cpu": "ACCELERATE_USE_CPU", "fsdp": "ACCELERATE_USE_FSDP"}
-names |= {"fsdp_version": "FSDP_VERSION"}
-shown = {key: os.environ[name] for key, name in names.items() if name in os.environ}
-shown |= {key: int(os.environ.get(key.upper(), 1)) for key in ("world_size", "local_world_size")}
-with open(f"{sys.argv[1]}.{os.environ.get('RANK', 0)}", "w") as file:
-    json.dump(shown, file)
-"""
-LAUNCH_ALL = """
-import os, sys
-from accelerate.commands.launch import launch_command, launch_command_parser
-children = []
-for command in sys.argv[1:]:
-    pid = os.fork()
-    if not pid:
-        launch_command(launch_command_parser().parse_args(command.split()))
-        os._exit(0)
-    children.append(pid)
-sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children))
-"""
 
 
 def test_each_config_starts_what_it_says(tmp_path):
     """By the launcher, with a script in the loop's place that writes down what it finds in its environment: so far one
     can go without GPUs. The two machines of multi_node.yaml meet on the loopback."""
     assert set(STARTED) == {path.name for path in (ROOT / "launch_configs").glob("*.yaml")}
-    script = tmp_path / "show.py"
-    script.write_text(SHOW)
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
+    script = PROGRAMS / "show_environment.py"
     commands = [f"--config_file launch_configs/{name} {script} {tmp_path}/{name}" for name in STARTED]
     *commands, node = commands
     place = f"--main_process_ip 127.0.0.1 --main_process_port {port}"
     commands += [f"--machine_rank {rank} {place} {node}" for rank in (0, 1)]
-    done = run("-c", LAUNCH_ALL, *commands)
+    done = run_program("launch_all.py", *commands)
     assert done.returncode == 0, done.stderr
     for name, expected in STARTED.items():
         found = [json.loads(path.read_text()) for path in tmp_path.glob(f"{name}.*")]
@@ -126,86 +106,30 @@ def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, tex
     assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
 
 
-WRAPPED = """
-import json, os, signal, sys, time
-from pathlib import Path
-folder = Path(os.environ["FOLDER"])
-{}
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
-PREPARES_SLOWLY = WRAPPED.format("""
-if "CACHES" in os.environ:  # a disk of its own for each host
-    os.environ["HF_HOME"] = f"{os.environ['CACHES']}/{os.uname().nodename}"
-from train_loop.data import tokens
-plain = tokens._write_tokens
-def slow(path, rows, tokenizer, name, *options):
-    (folder / f"{name} on {os.uname().nodename} by {os.environ['RANK']}").touch(exist_ok=False)
-    time.sleep(7 if name == "training" else 0)
-    plain(path, rows, tokenizer, name, *options)
-tokens._write_tokens = slow
-""")
-COUNTS_BYTES = WRAPPED.format("""
-from train_loop.report.metrics import Metrics
-plain, sent = Metrics.count_step, Path("/sys/class/net/eth0/statistics/tx_bytes")
-def counted(self, step, *values):
-    plain(self, step, *values)
-    with open(folder / f"sent by {os.environ['RANK']}", "a") as file:
-        print(int(sent.read_text()), file=file)
-Metrics.count_step = counted
-""")
-DIES_ONCE = WRAPPED.format("""
-from train_loop.report.metrics import Metrics
-plain, dead = Metrics.count_step, folder / "dead"
-def dying(self, step, *values):
-    rank = os.environ["RANK"]
-    with open(folder / f"steps of {rank}", "a") as file:
-        print(step, file=file)
-    if step == 8 and os.environ["DIES"] != "nothing" and not dead.exists():
-        if rank == "1":
-            dead.touch()
-            if os.environ["DIES"] == "host":
-                os.kill(os.getppid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
-        time.sleep(3)  # the launcher learns of the new round from the other one, not from its own process
-    plain(self, step, *values)
-Metrics.count_step = dying
-""")
-
-
-@pytest.fixture
-def script(tmp_path):
-    """Writes a script; returns its path and the environment that it needs."""
-
-    def write(text):
-        (tmp_path / "script.py").write_text(text)
-        return tmp_path / "script.py", {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
-
-    return write
-
-
 @pytest.mark.slow
-def test_processes_wait_for_the_one_that_prepares_longer_than_ddp_timeout(script, text_file, tmp_path):
+def test_processes_wait_for_the_one_that_prepares_longer_than_ddp_timeout(text_file, tmp_path):
     """They wait at a file's lock, which is no collective."""
-    path, environment = script(PREPARES_SLOWLY)
+    program = PROGRAMS / "prepares_slowly.py"
+    environment = {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", "--ddp_timeout=5"]
     done = run(
-        path, *arguments, f"--output_dir={tmp_path}/run", launcher=TWO, HF_HOME=f"{tmp_path}/cache", **environment
+        program, *arguments, f"--output_dir={tmp_path}/run", launcher=TWO, HF_HOME=f"{tmp_path}/cache", **environment
     )
     assert done.returncode == 0, done.stderr
     assert sorted(found.name.split()[0] for found in tmp_path.glob("* by *")) == ["training", "validation"]
 
 
 @pytest.mark.slow
-def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file, tmp_path):
+def test_hosts_without_a_shared_cache_prepare_once_each(hosts, text_file, tmp_path):
     """Two processes on each of two hosts, equal to one process."""
-    path, environment = script(PREPARES_SLOWLY)
+    program = PROGRAMS / "prepares_slowly.py"
+    environment = {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--max_train_steps=5", "--learning_rate=1e-3"]
     arguments += ["--logging_steps=1"]
     batch = ["--per_device_train_batch_size=2", "--ddp_timeout=5", f"--output_dir={tmp_path}/four"]
     flags = ["--num_processes=4", "--mixed_precision=no"]
     environment |= {"CACHES": f"{tmp_path}/caches"}
-    first, second = launch_on_both(hosts, flags, [*arguments, *batch], path, **environment)
+    first, second = launch_on_both(hosts, flags, [*arguments, *batch], program, **environment)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     prepared = sorted(found.name.split(" by ")[0] for found in tmp_path.glob("* by *"))
     assert prepared == [f"{split} on {host.name}" for split in ("training", "validation") for host in hosts]
@@ -214,15 +138,16 @@ def test_hosts_without_a_shared_cache_prepare_once_each(hosts, script, text_file
 
 
 @pytest.mark.slow
-def test_gradients_are_exchanged_once_an_optimizer_step(hosts, script, text_file, tmp_path):
+def test_gradients_are_exchanged_once_an_optimizer_step(hosts, text_file, tmp_path):
     """Bytes on the wire, whatever the accumulation: of n processes each has to send 2 (n - 1) / n times the gradient's
     size (R. Patarasuk and X. Yuan, Bandwidth optimal all-reduce algorithms for clusters of workstations, 2009)."""
-    path, environment = script(COUNTS_BYTES)
+    program = PROGRAMS / "counts_bytes.py"
+    environment = {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=12", "--per_device_train_batch_size=2"]
     arguments += ["--config_overrides=n_layer=2,n_head=2,n_embd=192,n_positions=64"]
     for accumulation in (1, 4):
         more = [f"--gradient_accumulation_steps={accumulation}", f"--output_dir={tmp_path}/run{accumulation}"]
-        first, second = launch_on_both(hosts, ON_CPUS, [*arguments, *more], path, **environment)
+        first, second = launch_on_both(hosts, ON_CPUS, [*arguments, *more], program, **environment)
         assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
         for rank in (0, 1):
             counts = [int(line) for line in (tmp_path / f"sent by {rank}").read_text().split()]
@@ -234,10 +159,11 @@ def test_gradients_are_exchanged_once_an_optimizer_step(hosts, script, text_file
 
 
 @pytest.mark.slow
-def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, script, text_file, tmp_path):
+def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, text_file, tmp_path):
     """And not the run itself, although the host that lost none counts no restart, and was told to overwrite. A host
     that is back needs the same command again."""
-    path, environment = script(DIES_ONCE)
+    program = PROGRAMS / "host_dies_once.py"
+    environment = {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     flags = [*ON_CPUS, "--rdzv_backend=c10d", "--max_restarts=3"]
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=2", "--checkpointing_steps=5"]
@@ -245,7 +171,7 @@ def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, scri
 
     def launch(rank, dies):
         output_dir = f"--output_dir={tmp_path}/without {dies}"
-        return launch_on(hosts, rank, flags, [*arguments, output_dir], path, DIES=dies, **environment)
+        return launch_on(hosts, rank, flags, [*arguments, output_dir], program, DIES=dies, **environment)
 
     for dies in ("nothing", "process", "host"):
         with ThreadPoolExecutor(1) as pool:

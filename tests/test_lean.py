@@ -6,8 +6,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, largest_difference, lines_of
-from test_loop import make_model, train
+from conftest import TINY, largest_difference, lines_of, make_model, train
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

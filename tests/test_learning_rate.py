@@ -14,6 +14,8 @@ from train_loop.optim import build_scheduler, lr_factor
 from train_loop.settings.command_line import read_settings
 from train_loop.settings.settings import SCHEDULES, Settings
 
+pytestmark = pytest.mark.quick
+
 WORDS = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
 
 
@@ -39,7 +41,8 @@ def rates(settings, num_steps, first=0, theirs=None):
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "cosine_with_restarts", "constant_with_warmup", "constant"])
 def test_the_rate_of_every_step_is_transformers_bit_for_bit(schedule, num_warmup_steps):
     settings = Settings(learning_rate=3e-4, lr_scheduler_type=schedule, num_warmup_steps=num_warmup_steps)
-    assert rates(settings, 41) == rates(settings, 41, theirs=(schedule, None))
+    said = f"the learning rates of the schedule {schedule} are not those of transformers any more: look at lr_factor"
+    assert rates(settings, 41) == rates(settings, 41, theirs=(schedule, None)), said
 
 
 @pytest.mark.parametrize(
@@ -82,7 +85,7 @@ def test_from_any_step_on_the_rates_are_those_of_a_run_that_never_stopped(schedu
     settings = Settings(lr_scheduler_type=schedule, num_warmup_steps=5)
     whole = rates(settings, 30)
     for first in range(1, 30):
-        assert rates(settings, 30, first) == whole[first:]
+        assert rates(settings, 30, first) == whole[first:], f"a run resumed at step {first} has other learning rates"
 
 
 def test_groups_with_rates_of_their_own_keep_their_ratio():

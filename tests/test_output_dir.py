@@ -5,11 +5,12 @@ import os
 import shutil
 import signal
 import socket
+import threading
 import time
 
 import pytest
 import yaml
-from conftest import EXPORTED, TINY, largest_file, lines_of, run
+from conftest import EXPORTED, TINY, largest_file, lines_of, run_program
 
 from train_loop import lock
 from train_loop.errors import UserError
@@ -54,27 +55,9 @@ def fork(deed):
     return pid
 
 
-AT_ONCE = """
-import os, sys, time
-import torch, transformers
-from train_loop import run
-from train_loop.main import main
-first = time.time() + 1
-pids = []
-for number in range(2):
-    if not (pid := os.fork()):
-        for name, descriptor in (("out", 1), ("err", 2)):
-            os.dup2(os.open(f"{sys.argv[1]}/{number}.{name}", os.O_WRONLY | os.O_CREAT), descriptor)
-        time.sleep(max(0, first - time.time()))
-        os._exit(main(sys.argv[2:]))
-    pids.append(pid)
-print(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
-"""
-
-
 def test_of_two_runs_that_start_at_the_same_moment_one_trains_and_the_other_refuses(arguments, finished, tmp_path):
     """The short form of tests/benchmarks/two_at_once.py."""
-    done = run("-c", AT_ONCE, tmp_path, *arguments, f"--output_dir={tmp_path}/run")
+    done = run_program("at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
     assert done.stdout == "[0, 1]\n", done.stdout + done.stderr
     (error,) = [line for path in tmp_path.glob("*.err") for line in path.read_text().splitlines() if "error" in line]
     assert f"output_dir {tmp_path}/run is used by another run: process " in error
@@ -128,18 +111,17 @@ def test_a_child_that_outlives_a_run_does_not_hold_its_lock(tmp_path):
 
 def test_a_run_that_its_launcher_starts_again_waits_for_the_one_before_it(tmp_path, monkeypatch):
     pid = fork(lambda: lock.held(tmp_path))
-    if not (killer := os.fork()):
-        time.sleep(1.3)
-        os.kill(pid, signal.SIGKILL)
-        os._exit(0)
-    os.waitpid(killer, os.WNOHANG)
-    with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after a second
-        pass
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    killer = threading.Timer(lock.PATIENCE + 0.3, os.kill, (pid, signal.SIGKILL))
     try:
+        with pytest.raises(UserError, match=f"process {pid}"), lock.held(tmp_path):  # after PATIENCE
+            pass
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        killer.start()
         with lock.held(tmp_path):
             pass
     finally:
+        killer.cancel()
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
 
 
@@ -181,12 +163,13 @@ def test_overwriting_spares_the_inputs_of_the_run(name, arguments, copied, text_
 
 
 def test_overwriting_removes_all_that_a_run_made_and_nothing_else(arguments, copied, finished, capsys):
-    (copied / "notes.txt").write_text("years")
+    for name in ("notes.txt", "vocab.json"):  # the second has a name that some tokenizers' files have
+        (copied / name).write_text("years")
     (copied / "checkpoints" / "step-000002.copy").mkdir()
     (copied / "tensorboard").mkdir()
     assert main([*arguments, "--max_train_steps=1", "--overwrite_output_dir", f"--output_dir={copied}"]) == 0
-    assert f"what no run made stays in {copied}: checkpoints, notes.txt\n" in capsys.readouterr().err
-    assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt"}
+    assert f"what no run made stays in {copied}: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt", "vocab.json"}
     assert {path.name for path in (copied / "checkpoints").iterdir()} == {"step-000001", "step-000002.copy"}
 
 
@@ -198,5 +181,5 @@ def test_a_name_that_is_not_utf8_is_written_with_its_byte_escaped(arguments, tex
     assert yaml.safe_load((tmp_path / "run" / "train_config.yaml").read_text())["train_file"] == str(text)
     output_dir = str(tmp_path / os.fsdecode(b"r\xe9sum\xe9"))
     assert main([*arguments, f"--output_dir={output_dir}"]) == 1  # safetensors could not read it
-    assert rf"error: output_dir {tmp_path}/r\xe9sum\xe9 is no UTF-8" in capsys.readouterr().err
+    assert rf"error: output_dir {tmp_path}/r\xe9sum\xe9 is not UTF-8" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "run"}

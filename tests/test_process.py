@@ -9,33 +9,11 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, without_timings
+from conftest import PROGRAMS, ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, run_program, without_timings
 
 from train_loop.compare import main as compare
 from train_loop.console import printable
 from train_loop.main import main
-
-# a change of the loop that goes wrong on one process of two, at a moment
-FAILS = """
-import os, sys
-from train_loop import main
-from train_loop.report import Metrics
-def fail(*arguments, **options):
-    raise RuntimeError("size mismatch in skip_connection.weight")
-def fail_on_1(plain):
-    return fail if os.environ["RANK"] == "1" else plain
-moment = sys.argv.pop(1)
-if moment == "training":
-    plain = Metrics.count_step
-    Metrics.count_step = lambda self, step, *rest: (fail_on_1(plain) if step == 3 else plain)(self, step, *rest)
-elif moment == "end":
-    Metrics.finish = fail_on_1(Metrics.finish)
-try:
-    status = main.main()
-except Exception:
-    status = 1
-main.leave(status)
-"""
 
 
 @pytest.fixture
@@ -114,46 +92,29 @@ def test_traceback_shows_an_error_of_the_settings_too(capsys):
 
 @pytest.mark.parametrize("moment", ["training", "end"])
 def test_the_process_with_the_error_is_heard(moment, arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(FAILS)
-    done = run(script, moment, *arguments, launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("fails_on_rank_1.py", moment, *arguments, launcher=TWO)
     assert done.returncode == 1
     told = done.stderr[done.stderr.index("process 1:\n") :]
     assert told.startswith("process 1:\nTraceback (most recent call last):\n")
-    assert "script.py" in told and "\nRuntimeError: size mismatch in skip_connection.weight\n" in told
+    assert "fails_on_rank_1.py" in told and "\nRuntimeError: size mismatch in skip_connection.weight\n" in told
     assert "process 0:\n" not in done.stderr
-
-
-# the second process never joins: the first one waits for it, in C code
-LATE = """
-import os, sys, time
-from train_loop import launch, main
-plain = launch.build_accelerator
-def build_accelerator(settings):
-    with open(f"{settings.output_dir}.{os.environ['RANK']}", "w") as file:
-        file.write(str(os.getpid()))
-    time.sleep(300 if os.environ["RANK"] == "1" else 0)
-    return plain(settings)
-launch.build_accelerator = build_accelerator
-main.leave(main.main())
-"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_processes_that_wait_for_each_other_end_with_their_launcher(number, arguments, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(LATE)
     pid_files = [tmp_path / f"run.{rank}" for rank in range(2)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([*TWO, script, *arguments], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL) as launcher:
+    with subprocess.Popen(
+        [*TWO, PROGRAMS / "joins_late.py", *arguments], cwd=ROOT, env=environment, stderr=subprocess.DEVNULL
+    ) as launcher:
         while not all(path.is_file() and path.read_text() for path in pid_files):
             assert launcher.poll() is None
             time.sleep(0.1)
         pids = [int(path.read_text()) for path in pid_files]
         time.sleep(1)
         launcher.send_signal(number)
-        ends = time.monotonic() + 10
+        ends = time.monotonic() + 60  # half an hour is torch's own
         while left := [pid for pid in pids if os.path.exists(f"/proc/{pid}")]:
             if time.monotonic() > ends:
                 for pid in left:
@@ -167,7 +128,7 @@ def test_a_launcher_that_died_before_its_process_looked_is_noticed(arguments, tm
     """A shell in the launcher's place, which is gone at once. Nothing of the run is begun."""
     words = " ".join(f"'{word}'" for word in [sys.executable, "train_loop/main.py", *arguments])
     assert shell(f"setsid sh -c \"(sleep 0.5; exec {words} > '{tmp_path}/told' 2>&1) &\"", **LAUNCHED).returncode == 0
-    ends = time.monotonic() + 60
+    ends = time.monotonic() + 300
     while "stopped by SIGTERM" not in ((tmp_path / "told").read_text() if (tmp_path / "told").exists() else ""):
         assert time.monotonic() < ends
         time.sleep(0.1)

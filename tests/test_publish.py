@@ -4,8 +4,9 @@ import math
 import re
 import sys
 
+import huggingface_hub
 import pytest
-from conftest import ONLINE, TINY, lines_of, run
+from conftest import ONLINE, TINY, lines_of, run_program
 from hub_server import HubServer
 from huggingface_hub import ModelCard, metadata_load
 
@@ -62,29 +63,19 @@ def test_the_card_says_how_the_model_was_made_and_measured(runs):
     assert "begins anew every 32 tokens" in first and "a window that moves by 16" in second
     assert "- num_train_epochs: 2.0" in first and "- num_train_epochs" not in second
     assert "- learning_rate: 0.01" in first and "8 blocks = 256 tokens in a step" in first
-    assert "- hardware: 1 process on " in first and "- versions: torch 2." in first
+    assert "- hardware: 1 process on " in first and re.search(r"^- versions: train_loop .*, torch 2\.", first, re.M)
     assert f'model="{runs}/first"' in first
 
 
-VALIDATE = """
-import sys
-from huggingface_hub import ModelCard
-card = ModelCard.load(sys.argv[1])
-card.validate()
-card.data.license = ["not", 1]
-try:
-    card.validate()
-except ValueError as error:
-    print("refused:", error)
-"""
-
-
+@pytest.mark.skipif(int(huggingface_hub.__version__.split(".")[0]) < 2, reason="the client asks huggingface.co alone")
 def test_the_hub_takes_the_card(runs, tmp_path):
     """The client sends it to the hub; a card that is broken is sent as well, and refused."""
     with HubServer(tmp_path / "hub", {}) as hub:
         for name in ("first", "second"):
             environment = hub.environment(tmp_path / "cache")
-            done = run("-c", VALIDATE, runs / name / "README.md", launcher=(*ONLINE, sys.executable), **environment)
+            done = run_program(
+                "validates_card.py", runs / name / "README.md", launcher=(*ONLINE, sys.executable), **environment
+            )
             assert done.returncode == 0, done.stderr
             assert done.stdout.startswith("refused:") and "license" in done.stdout
         assert [status for _, path, status, _ in hub.requests if path == "/api/validate-yaml"] == [200, 400] * 2

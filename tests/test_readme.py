@@ -6,8 +6,8 @@ import shlex
 import sys
 
 import pytest
-from conftest import ONLINE, ROOT, TOKEN, run
-from test_launch_configs import documented_command
+from conftest import ONLINE, PROGRAMS, ROOT, TOKEN, run
+from hosts import documented_command
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if not kind]
@@ -50,7 +50,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
 
     environment = healthy.environment(tmp_path / "cache", TOKEN) | {"PYTHONPATH": str(ROOT)}
     in_folder = ("env", "-C", tmp_path, *ONLINE, sys.executable)
-    done = run(ROOT / "tests" / "one_after_the_other.py", json.dumps(here), launcher=in_folder, **environment)
+    done = run(PROGRAMS / "one_after_the_other.py", json.dumps(here), launcher=in_folder, **environment)
     statuses = re.findall(r"^exit status (.*?) ", done.stdout, re.MULTILINE)
     assert statuses == ["0"] * len(here), done.stdout + done.stderr
     assert "is finished" in done.stdout and f"pushed: {healthy.address}/me/" in done.stdout

@@ -67,7 +67,7 @@ def test_a_recipe_that_means_more_than_a_recipe_can_is_refused_at_once(text, sai
     began = time.perf_counter()
     (problem,) = problems_of(recipe)
     assert said in problem and len(problem) < 400 + len(str(recipe))
-    assert time.perf_counter() - began < 10, "seconds; it takes a fraction of one on an idle machine"
+    assert time.perf_counter() - began < 60, "seconds; it takes a fraction of one on an idle machine"
 
 
 def test_a_value_that_is_long_is_cut_where_it_is_named(tmp_path):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ONLINE, run
+from conftest import ONLINE, run_program
 from hub_server import HubServer
 from hypothesis import HealthCheck, given, settings, target
 from hypothesis import strategies as st
@@ -185,19 +185,6 @@ def test_a_csv_cell_is_the_text_that_stands_there(small_chunks, tmp_path, rows, 
 
 
 HUB_ROWS = [*NULLS, *LOOKS_LIKE, "a row", "another\u2028one"]
-ON_THE_HUB = """
-import json, sys
-from train_loop.data.rows import load_rows
-from train_loop.data.sources import load_source
-from train_loop.settings.settings import Settings
-found = {}
-for name in sys.argv[1:]:
-    settings = Settings(dataset_name=name)
-    prepared = [row["text"] for row in load_rows(settings)[0]]
-    source = load_source(settings)[0]
-    found[name] = [prepared, [text for chunk in source.chunks(None) for text in source.texts(*chunk)]]
-print(json.dumps(found))
-"""
 
 
 def test_rows_of_a_data_set_on_the_hub_are_those_of_its_files_and_are_found_again_without_it(tmp_path):
@@ -209,9 +196,9 @@ def test_rows_of_a_data_set_on_the_hub_are_those_of_its_files_and_are_found_agai
             content = BOM * (kind != "parquet") + WRITERS[kind](wanted[kind])
             hub.add("datasets", f"me/{kind}", {f"{split}.{kind}": content for split in ("train", "validation")})
         environment = hub.environment(tmp_path / "cache")
-        done = run("-c", ON_THE_HUB, *names, launcher=(*ONLINE, sys.executable), **environment)
+        done = run_program("rows_on_the_hub.py", *names, launcher=(*ONLINE, sys.executable), **environment)
         assert done.returncode == 0, done.stderr
-    again = run("-c", ON_THE_HUB, *names, **environment, HF_HUB_OFFLINE="1")
+    again = run_program("rows_on_the_hub.py", *names, **environment, HF_HUB_OFFLINE="1")
     assert again.returncode == 0, again.stderr
     for output in (done, again):
         assert json.loads(output.stdout) == {f"me/{kind}": [wanted[kind]] * 2 for kind in wanted}

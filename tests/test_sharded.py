@@ -9,12 +9,11 @@ import pytest
 import torch
 from conftest import (
     LAUNCH,
-    ROOT,
     TINY,
     assert_lines_agree,
     largest_difference,
     lines_of,
-    run,
+    run_program,
     weights_of,
     without_timings,
 )
@@ -28,46 +27,17 @@ from train_loop.plan import state_bytes
 
 # rows that no number of processes divides
 SHAPE = "n_layer=2,n_head=1,n_embd=31,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
-# several runs in the same processes: to start these takes longer than to train
-FSDP_ON_CPU = """
-import json, os, resource, sys
-from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from train_loop import launch
-from train_loop.main import leave, main
-
-class Accelerator(launch.Accelerator):
-    def __init__(self, **options):
-        super().__init__(**options)
-        self.state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        if self.mixed_precision != "no":
-            self.state.fsdp_plugin.set_mixed_precision(self.mixed_precision)
-        self.state.distributed_type = DistributedType.FSDP
-
-launch.Accelerator = Accelerator
-os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "False"
-for precision, full_disk_of, arguments, port in json.loads(sys.argv[1]):
-    os.environ["ACCELERATE_MIXED_PRECISION"] = precision
-    os.environ["MASTER_PORT"] = str(port)  # in the store of the run before the processes would read its addresses
-    if os.environ["RANK"] == str(full_disk_of):  # as in test_checkpoint.py
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-    status = main(arguments)
-    if os.environ["RANK"] == "0":
-        print("exit status", status, flush=True)
-    AcceleratorState._reset_state(reset_partial_state=True)
-leave(0)
-"""
+# torch 2.11 on a CPU has no layer norm of float32 with weights in bfloat16 ("mixed dtype"); on a GPU it has
+HAS_BF16 = not torch.__version__.startswith(("2.11.", "2.12."))
 
 
-def fsdp(num_processes, folder, *runs):
+def fsdp(num_processes, *runs):
     """Each run is (precision, rank whose disk is full or None, arguments)."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in runs]
         runs = [(*values, server.getsockname()[1]) for values, server in zip(runs, servers, strict=True)]
-    script = folder / "fsdp.py"
-    script.write_text(FSDP_ON_CPU)
     config = ("--config_file", "launch_configs/fsdp.yaml", f"--num_processes={num_processes}")
-    done = run(script, json.dumps(runs), launcher=(*LAUNCH, *config), timeout=600, PYTHONPATH=str(ROOT))
+    done = run_program("fsdp_on_cpu.py", json.dumps(runs), launcher=(*LAUNCH, *config), timeout=600)
     assert done.returncode == 0, done.stderr
     return done
 
@@ -103,11 +73,10 @@ def runs(text_file, tmp_path_factory):
     assert main(arguments_for(folder / "plain", 6, text_file)) == 0
     done = fsdp(
         2,
-        folder,
         two("sharded"),
         two("resumed", resume=sharded),
         two("from_plain", resume=folder / "plain"),
-        two("bf16", precision="bf16"),
+        two("bf16", precision="bf16" if HAS_BF16 else "no"),
         two("planned", "--dry_run"),
         two("dropping", dropout),
         two("recomputed", dropout, "--gradient_checkpointing"),
@@ -155,7 +124,7 @@ def test_more_processes_go_on_for_two(num_processes, runs, text_file, tmp_path):
     arguments = arguments_for(tmp_path / "run", 12 // (2 * num_processes), text_file, runs / "sharded")
     if num_processes == 4:
         arguments += ["--gradient_accumulation_steps=1", "--per_device_train_batch_size=3"]
-    fsdp(num_processes, tmp_path, ("no", None, arguments))
+    fsdp(num_processes, ("no", None, arguments))
     assert_goes_on_as(tmp_path / "run", runs / "plain")
 
 
@@ -181,6 +150,7 @@ def test_the_export_of_a_sharded_run_is_whole_and_tied(runs):
     assert torch.equal(model.lm_head.weight, weights_of(runs / "sharded")["transformer.wte.weight"])
 
 
+@pytest.mark.skipif(not HAS_BF16, reason="torch below 2.13 cannot shard in bf16 on a CPU")
 def test_the_loss_under_bf16_is_not_rounded_to_bf16(runs):
     """A sum of some 1,400 nats in bfloat16 would be a multiple of 8. Tolerance: products in bfloat16."""
     for a, b in zip(lines_of(runs / "bf16"), lines_of(runs / "plain"), strict=True):

@@ -16,13 +16,13 @@ import torch
 from conftest import (
     NO_DROPOUT,
     ONLINE,
-    ROOT,
     TWO,
     assert_lines_agree,
     assert_same_run,
     copy_until,
     lines_of,
     run,
+    run_program,
     without_timings,
 )
 from hub_server import HubServer
@@ -304,46 +304,30 @@ def test_a_streamed_run_killed_at_random_instants_ends_as_if_left_alone(processe
     harness = "tests/benchmarks/kills.py"
     done = run(harness, "--streaming", f"--kills={kills}", f"--processes={processes}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
-    counts = eval(done.stdout.splitlines()[-1])
+    counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
-@pytest.fixture
-def small_chunks_script(tmp_path):
-    """The command with chunks so small that several processes have many each."""
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from train_loop import main\n"
-        "from train_loop.data import sources\n"
-        "sources.CHUNK_BYTES = 500\n"
-        "main.leave(main.main())\n",
-        encoding="utf-8",
-    )
-    return script
-
-
-def test_two_processes_go_on_with_the_stream_of_one(arguments, small_chunks_script, tmp_path):
+def test_two_processes_go_on_with_the_stream_of_one(arguments, tmp_path):
     """In the second epoch, within a group; without dropout equal to rounding. Each tokenises every second chunk."""
     arguments = [*arguments, NO_DROPOUT, "--per_device_train_batch_size=4"]
     assert main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}/one"]) == 0
     copy_until(20, tmp_path / "one", tmp_path / "two")
     more = [f"--output_dir={tmp_path}/two", "--resume_from_checkpoint=auto"]
-    done = run(small_chunks_script, *arguments, *more, launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("small_chunks.py", *arguments, *more, launcher=TWO)
     assert done.returncode == 0, done.stderr
     assert "random states are of 1 processes" in done.stderr
     assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"), rel=1e-4)
 
 
-def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(
-    arguments, texts, small_chunks_script, tmp_path
-):
+def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(arguments, texts, tmp_path):
     """The second one: the second chunk is its."""
     path = write("txt", tmp_path, texts)
     content = bytearray(path.read_bytes())
     content[700] = 0xFF
     path.write_bytes(content)
     more = [f"--train_file={path}", f"--output_dir={tmp_path}/run", "--ddp_timeout=60"]
-    done = run(small_chunks_script, *arguments, *more, launcher=TWO, PYTHONPATH=str(ROOT))
+    done = run_program("small_chunks.py", *arguments, *more, launcher=TWO)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "it is not UTF-8 text" in errors[0], done.stderr
 
@@ -372,18 +356,6 @@ def test_another_stream_is_refused(change, said, arguments, reference, texts, tm
         assert_same_run(tmp_path / "run", reference)
 
 
-TWICE = """
-import shutil, sys
-from train_loop.main import main
-*words, folder = sys.argv[1:]
-statuses = [main([*words, f"--output_dir={folder}/run"])]
-shutil.copytree(f"{folder}/run", f"{folder}/resumed")
-shutil.rmtree(f"{folder}/resumed/checkpoints/step-000020")
-statuses += [main([*words, f"--output_dir={folder}/resumed", "--resume_from_checkpoint=auto"])]
-sys.exit(max(statuses))
-"""
-
-
 def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, texts, tmp_path):
     """The hub is one on loopback; half of the text's files are read when the run is interrupted."""
     folder = tmp_path / "set"
@@ -395,9 +367,9 @@ def test_the_hub_and_a_folder_give_the_same_stream_and_both_resume(arguments, te
     with HubServer(tmp_path / "hub", {}) as hub:
         files = {path.name: path.read_bytes() for path in folder.iterdir()}
         hub.add("datasets", "me/prose", files)
-        environment = {**hub.environment(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
+        environment = hub.environment(tmp_path / "cache")
         words_there = [*words, "--dataset_name=me/prose", tmp_path]
-        done = run("-c", TWICE, *words_there, launcher=(*ONLINE, sys.executable), **environment)
+        done = run_program("streams_twice.py", *words_there, launcher=(*ONLINE, sys.executable), **environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "streamed from 2 files on the hub" in done.stdout
     assert main([*words, f"--dataset_name={folder}", f"--output_dir={tmp_path}/local"]) == 0

@@ -5,23 +5,14 @@ import os
 import sys
 
 import pytest
-from conftest import TINY, run
+from conftest import TINY, run_program
 
 from train_loop.checkpoint.durable import flush
-
-ELSEWHERE = """
-import os, signal, sys
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel, get_scheduler  # libraries look at the system's name
-sys.modules["resource"] = sys.modules["fcntl"] = None  # importing them fails
-del signal.SIGUSR1, signal.SIGHUP, os.sched_getaffinity
-from train_loop.main import main
-sys.exit(main(sys.argv[1:]))
-"""
 
 
 def test_a_run_needs_nothing_that_windows_lacks(text_file, tmp_path):
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
-    done = run("-c", ELSEWHERE, *arguments)
+    done = run_program("like_windows.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "has no lock" in done.stderr
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import PROGRAMS, ROOT
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -170,23 +170,11 @@ def test_the_command_lists_and_clears(tokenizer, folder, capsys):
     assert cache.main([]) == 2 and "python -m train_loop.cache clear" in capsys.readouterr().err
 
 
-MAKE = """
-import os, sys
-from train_loop.data.token_cache import open_or_make
-def write(file):
-    print("made", flush=True)
-    file.write(bytes(400_000))
-    if sys.argv[1] == "die":
-        file.flush()
-        os.kill(os.getpid(), 9)
-    return [1, 2]
-print(len(open_or_make("key", write)[0]))
-"""
-
-
 def test_of_several_processes_one_makes_the_tokens_and_one_that_is_killed_leaves_none(folder):
     def start(how):
-        return subprocess.Popen([sys.executable, "-c", MAKE, how], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        command = [sys.executable, PROGRAMS / "makes_tokens.py", how]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
 
     killed = start("die")
     assert killed.communicate()[0] == "made\n" and killed.returncode == -9

@@ -17,6 +17,14 @@ from train_loop.position import Position
 from train_loop.settings import Settings
 
 
+def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
+    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
+    step, every = position.step, settings.eval_steps
+    due = step == 0 or (step % every == 0 if every else position.ends_epoch())
+    too_early = (step if every else position.in_epochs()) < settings.eval_delay
+    return (step == last_step or (due and not too_early)) and position.evaluated_step != step
+
+
 def take_evaluation(position: Position, evaluation: dict[str, Any], settings: Settings) -> None:
     """Takes note in `position` of the evaluation that was made there. Its `eval_loss` is finite."""
     position.evaluated_step, position.evaluation = position.step, evaluation
@@ -46,6 +54,7 @@ def say_why_it_ended(position: Position, num_steps: int) -> str:
 def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Module) -> tuple[int, dict[str, Any]]:
     """(step, evaluation) of the weights that are to be exported, which are in `model` then: the best, if that is asked
     for and they are whole, else the last. Called on every process."""
+    assert position.evaluation is not None  # the last step is always evaluated
     last = position.step, position.evaluation
     if not checkpoints.settings.load_best_model_at_end or position.best_step == position.step:
         return last
@@ -54,7 +63,7 @@ def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Modu
     if position.best:
         reason = broadcast_object_list([damage(path) if is_main else None])[0]
         problem = reason and f"the best, {path}, is damaged ({reason})"
-    if problem:
+    if problem or position.best_step is None or position.best is None:
         if is_main:
             tell(f"{problem}: the model of the last step is exported")
         return last

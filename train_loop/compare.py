@@ -7,19 +7,21 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from train_loop.console import printable, safe_console
 from train_loop.errors import UserError
-from train_loop.report import draw_runs, points, read_lines
+from train_loop.report import Line, draw_runs, points, read_lines
 
 SAY_NOTHING = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "traceback")
+Run = tuple[dict[str, Any], list[Line]]  # its settings, and its lines of metrics.jsonl
 COLUMNS = 80  # of the table
 
 
 @safe_console()
-def main(argv=None):
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0].rstrip(":"))
     parser.add_argument("runs", nargs="+", metavar="run", help="output_dir of a run, finished or not")
     parser.add_argument("--output", help="the picture, .png, .pdf or .svg; else comparison.png where the runs are")
@@ -35,7 +37,7 @@ def main(argv=None):
     print(f"\nlosses drawn to {os.path.relpath(output)}")
 
 
-def read_run(folder):
+def read_run(folder: Path) -> Run:
     """(settings, lines) of the run in a folder. Raises UserError where it is none."""
     lines = read_lines(folder / "metrics.jsonl")
     try:
@@ -45,7 +47,7 @@ def read_run(folder):
         raise UserError(f"{folder / 'train_config.yaml'} cannot be read: {' '.join(str(error).split())}") from error
 
 
-def short_names(folders):
+def short_names(folders: list[Path]) -> list[str]:
     """The folders' names, with as many of their parents as it takes to tell them apart."""
     parts = [folder.absolute().parts for folder in folders]
     length = 1
@@ -54,7 +56,7 @@ def short_names(folders):
     return [os.path.join(*name[-length:]) for name in parts]
 
 
-def table(runs):
+def table(runs: dict[str, Run]) -> str:
     """The settings that differ and the best evaluation of each run, {name: (settings, lines)}, as text that is at most
     80 columns wide: as many runs beside each other as fit."""
     names = dict.fromkeys(name for settings, _ in runs.values() for name in settings if name not in SAY_NOTHING)
@@ -78,12 +80,12 @@ def table(runs):
     blocks = []
     for begin in range(0, len(runs), num_beside):
         beside = slice(begin, begin + num_beside)
-        lines = [("", list(runs)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
-        blocks.append("\n".join(_row(name, cells, first, width) for name, cells in lines))
+        cut = [("", list(runs)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
+        blocks.append("\n".join(_row(name, cells, first, width) for name, cells in cut))
     return "\n\n".join(blocks)
 
 
-def _text(value):
+def _text(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, list):
@@ -91,7 +93,7 @@ def _text(value):
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _row(name, cells, first, width):
+def _row(name: str, cells: list[str], first: int, width: int) -> str:
     # of a long cell the end tells more: a path's name, a run's number
     cells = [cell if len(cell) <= width else "..." + cell[3 - width :] for cell in cells]
     return f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells)

@@ -4,6 +4,8 @@ import contextlib
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
 
 PASSWORD = re.compile(r"(?<=://)[^/\s]*@")  # http://user:password@host
 # control characters but for line break and tab, C1, lone surrogates, and what turns the direction of text around
@@ -24,10 +26,10 @@ class Console:
     after that goes to os.devnull.
     """
 
-    def __init__(self, stream):
+    def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
 
     def write(self, text: str) -> int:
@@ -42,10 +44,10 @@ class Console:
             self.flush()
         return len(text)
 
-    def flush(self):
+    def flush(self) -> None:
         self._try(lambda: self.stream.flush())
 
-    def _try(self, write):
+    def _try(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except (OSError, ValueError):  # ValueError: the stream is closed
@@ -57,7 +59,7 @@ class Console:
 
 
 @contextlib.contextmanager
-def safe_console():
+def safe_console() -> Iterator[None]:
     """Within it sys.stdout and sys.stderr are each a `Console`."""
     for descriptor in range(3):
         try:

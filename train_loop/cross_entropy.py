@@ -1,5 +1,7 @@
 """Cross entropy of logits in little memory, which an objective may call (`loss.py`). N: rows, V: vocabulary."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,7 @@ class _CrossEntropy(torch.autograd.Function):
     gradient. `F.cross_entropy` would hold one more."""
 
     @staticmethod
-    def forward(ctx, logits, padded, targets, smoothing, inplace):
+    def forward(ctx: Any, logits: Tensor, padded: Tensor, targets: Tensor, smoothing: float, inplace: bool) -> Tensor:
         ctx.smoothing, ctx.num_logits = smoothing, logits.shape[1]
         ctx.is_target, ctx.targets = targets != IGNORED, targets.clamp(min=0)[:, None]
         # on a GPU a new tensor is as fast
@@ -37,7 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
         return -(log_p * ctx.is_target)
 
     @staticmethod
-    def backward(ctx, grad_nats):
+    def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("create_graph: cross_entropy has no gradient of its gradient, F.cross_entropy has one")
         grad, ctx.log_p = ctx.log_p, None

@@ -13,11 +13,11 @@ class UserError(ValueError):
     """
 
 
-def tell(sentence: str):
+def tell(sentence: str) -> None:
     print(printable(sentence), file=sys.stderr, flush=True)
 
 
-def warn(sentence: str):
+def warn(sentence: str) -> None:
     tell(f"warning: {sentence}")
 
 

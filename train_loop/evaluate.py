@@ -11,18 +11,18 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train_loop.data import IGNORED, Split, inputs_and_labels, positions_in_documents
+from train_loop.data import IGNORED, CoveredText, Split, inputs_and_labels, positions_in_documents
 from train_loop.loss import plain_next_token_loss
 from train_loop.settings import Settings
 from train_loop.stop import StopSignal
 
 
-def perplexity(loss):
+def perplexity(loss: float) -> float:
     """exp(nats per token); infinite where a float cannot hold it."""
     return math.exp(loss) if loss < 709 else math.inf
 
 
-def named_perplexities(nats, num_targets, text):
+def named_perplexities(nats: float, num_targets: float, text: CoveredText) -> dict[str, float]:
     """Perplexities that do not depend on the tokenizer, and the counts that they come from.
 
     `nats` and `num_targets` are of those targets that stand for text; `text` is the `CoveredText` of the evaluated
@@ -52,7 +52,7 @@ def named_perplexities(nats, num_targets, text):
     }
 
 
-def shares(num_windows, batch_size, world_size, rank):
+def shares(num_windows: int, batch_size: int, world_size: int, rank: int) -> list[range]:
     """The windows of each of this process's batches, as ranges. All processes have the same number of batches; where a
     last one has too few windows for all, some processes have none in it."""
     per_batch = batch_size * world_size
@@ -61,10 +61,9 @@ def shares(num_windows, batch_size, world_size, rank):
     return [batch[rank * size : (rank + 1) * size] for batch, size in zip(batches, sizes, strict=True)]
 
 
-def batch_of(split, windows, stride):
+def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tensor]:
     """The windows with these numbers: {"input_ids", "labels"}, each [B, T] of int64; where documents are kept apart
-    also {"position_ids"}; where special tokens are to be told from text also {"special_labels"}, those of the `labels`
-    that stand for no text.
+    also {"position_ids"}; where special tokens are to be told from text also {"target_is_text"} of bool.
 
     Window i begins at token i * stride. Its targets are its tokens that the window before did not have; `labels` are
     -100 elsewhere. The last one may be short and is filled up. No windows make a batch of one without targets: the
@@ -88,12 +87,19 @@ def batch_of(split, windows, stride):
         batch["position_ids"] = positions_in_documents(batch["input_ids"], split.document_end)
         labels[batch["position_ids"] == 0] = IGNORED
     if split.text and not split.text.is_text.all():
-        batch["special_labels"] = np.where(is_text, IGNORED, labels)
+        batch["target_is_text"] = is_text
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
 @torch.no_grad()
-def evaluate(model, split, settings, accelerator, show_progress=False, stop=None):
+def evaluate(
+    model: torch.nn.Module,
+    split: Split,
+    settings: Settings,
+    accelerator: Accelerator,
+    show_progress: bool = False,
+    stop: StopSignal | None = None,
+) -> dict[str, Any] | None:
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
     request the `named_perplexities`. "eval_objective", what training minimises per target, stands beside the loss where
@@ -106,15 +112,13 @@ def evaluate(model, split, settings, accelerator, show_progress=False, stop=None
     Returns None where `stop`, a `StopSignal`, comes in between.
     The nats and the targets of every process are summed once, at the end, in float64. Training is left as it was:
     the model's mode is put back, and no random number is drawn.
-    Named perplexities take a second pass over each batch if a tokenizer puts special tokens around the rows.
     """
     block_size = split.blocks.shape[1]
     stride = settings.eval_stride or block_size
     num_windows = 1 + -(-(split.blocks.size + len(split.tail) - block_size) // stride)
     processes = accelerator.num_processes, accelerator.process_index
     own = shares(num_windows, settings.per_device_eval_batch_size, *processes)
-    # nats, targets, and whatever else the loss wants logged: of all targets, and of those that stand for no text
-    sums, special = {}, {}
+    sums: dict[str, Any] = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
     was_training = model.training
     model.eval()
     for windows in tqdm(own, desc="evaluating", unit=" batches", disable=not show_progress, leave=False):
@@ -122,24 +126,20 @@ def evaluate(model, split, settings, accelerator, show_progress=False, stop=None
             model.train(was_training)
             return None
         batch = {name: value.to(accelerator.device) for name, value in batch_of(split, windows, stride).items()}
-        special_labels = batch.pop("special_labels", None)
-        for totals, labels in ((sums, batch["labels"]), (special, special_labels)):
-            if labels is not None:
-                nll, num_targets, extras = plain_next_token_loss(model, {**batch, "labels": labels})
-                for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
-                    totals[name] = totals.get(name, 0) + value.double()
+        nll, num_targets, extras = plain_next_token_loss(model, batch)
+        for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
+            sums[name] = sums.get(name, 0) + value.double()
     model.train(was_training)
-    sums, special = (
-        {name: float(value) for name, value in totals.items()} for totals in accelerator.reduce([sums, special], "sum")
-    )
+    sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
     num_targets = sums.pop("tokens")
+    of_text = sums.pop("text_nats", sums["loss"]), sums.pop("text_targets", num_targets)
     if sums["objective"] == sums["loss"]:  # plain cross entropy is what is trained
         del sums["objective"]
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
     result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
     if settings.named_perplexities:
-        nats, num_text_targets = sums["loss"] - special.get("loss", 0), num_targets - special.get("tokens", 0)
-        result |= named_perplexities(nats, num_text_targets, split.text)
+        assert split.text is not None
+        result |= named_perplexities(*of_text, split.text)
     if settings.named_perplexities or settings.eval_stride:
         result |= {"eval_nats": sums["loss"], "eval_stride": stride, "eval_dropped_tokens": split.num_dropped}
     return result
@@ -155,7 +155,7 @@ def evaluate_splits(
 ) -> dict[str, Any] | None:
     """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
     None where a stop came in between."""
-    result = {}
+    result: dict[str, Any] = {}
     for name, split in splits.items():
         found = evaluate(model, split, settings, accelerator, show_progress, stop)
         if found is None:

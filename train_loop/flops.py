@@ -4,7 +4,10 @@ N: weights that a token is multiplied with, L: layers, D: width of attention, T:
 """
 
 import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel
+
+from train_loop.settings import Settings
 
 # dense TFLOP/s with float32 sums, from NVIDIA's data sheets, by a part of torch's name for the device. The first that
 # fits counts
@@ -53,7 +56,7 @@ def peak_flops(device: torch.device, mixed_precision: str, tf32: bool) -> float 
     return tflops and tflops * 1e12
 
 
-def mfu_per_token_rate(model: PreTrainedModel, settings, accelerator) -> float | None:
+def mfu_per_token_rate(model: PreTrainedModel, settings: Settings, accelerator: Accelerator) -> float | None:
     """What tokens_per_second, of all processes, is multiplied with to give the utilisation (0 to 1); None where the
     device's peak or the model's operations are not known. `settings.peak_tflops` wins over what is known."""
     peak = settings.peak_tflops and settings.peak_tflops * 1e12

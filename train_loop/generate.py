@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def generate(argv):
+def generate(argv: list[str] | None) -> None:
     """Raises UserError."""
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter

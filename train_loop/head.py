@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, and gain nothing
 ROWS_PER_CHUNK_ELSEWHERE = 2048
@@ -38,15 +39,15 @@ class Head:
         return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
 
 
-def head_of(model: nn.Module) -> Head:
+def head_of(model: PreTrainedModel) -> Head:
     """What `inspect_head` finds of `model`, looked at once. `model` is not wrapped by DDP."""
     if "inspected_head" not in model.__dict__:
-        model.inspected_head = inspect_head(model)
-    return model.inspected_head
+        model.__dict__["inspected_head"] = inspect_head(model)
+    return model.__dict__["inspected_head"]
 
 
 @torch.no_grad()
-def inspect_head(model: nn.Module) -> Head:
+def inspect_head(model: PreTrainedModel) -> Head:
     """Finds out what `model` does to its logits. Made-up numbers, from tiny to huge, are put in the place of what its
     last linear layer returns: what the model makes of them is seen exactly, whatever its weights are."""
     weight, remarks = _auxiliary_weight(model)
@@ -55,12 +56,13 @@ def inspect_head(model: nn.Module) -> Head:
     # a subclass with a forward of its own (an adapter, a quantised layer) is more than weight and bias
     if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head._forward_hooks:
         return full(f"the head is a {type(head).__name__}, not a plain linear layer")
-    ids = torch.arange(8, device=model.device)[None] * 7 % model.get_input_embeddings().num_embeddings
+    table: Any = model.get_input_embeddings()  # transformers says Module
+    ids = torch.arange(8, device=model.device)[None] * 7 % table.num_embeddings
     made_up = torch.linspace(-60, 60, 8 * head.out_features, device=model.device).view(1, 8, -1)
     tiny, huge, seen = 2.0**-10, 1e6, []
     made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
 
-    def forward(hidden):
+    def forward(hidden: Tensor) -> Tensor:
         seen.append(tuple(hidden.shape))
         return made_up.clone()
 
@@ -83,7 +85,7 @@ def inspect_head(model: nn.Module) -> Head:
     return found
 
 
-def _auxiliary_weight(model: nn.Module) -> tuple[float | None, tuple[str, ...]]:
+def _auxiliary_weight(model: PreTrainedModel) -> tuple[float | None, tuple[str, ...]]:
     """(weight, remarks) of the auxiliary loss of a mixture of experts, if `model.config` asks for it."""
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
@@ -98,7 +100,8 @@ def _auxiliary_weight(model: nn.Module) -> tuple[float | None, tuple[str, ...]]:
 def auxiliary_loss(model: nn.Module, output: Any) -> tuple[Tensor, Tensor] | None:
     """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None where its config
     does not ask for it. `output` is what the model's forward returned."""
-    weight = head_of(getattr(model, "module", model)).auxiliary_weight
+    causal_lm: Any = getattr(model, "module", model)
+    weight = head_of(causal_lm).auxiliary_weight
     aux_loss = getattr(output, "aux_loss", None)
     return None if weight is None or aux_loss is None else (weight * aux_loss, aux_loss.detach())
 
@@ -143,7 +146,7 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
     value at a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position
     in its block, from 0.
     """
-    causal_lm = getattr(model, "module", model)  # DDP's wrapper has the model inside
+    causal_lm: Any = getattr(model, "module", model)  # DDP's wrapper has the model inside
     labels, inputs, of_rows = batch["labels"], {}, {}
     for name, value in batch.items():
         if not isinstance(value, Tensor):
@@ -179,19 +182,19 @@ def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[None]:
+def _sum_in_the_place_of_logits(causal_lm: PreTrainedModel, rows: _Rows) -> Iterator[None]:
     """Within it the model's forward returns the first objective's sum where it would return logits. The model itself is
     called as ever, so DDP, FSDP, autocast and hooks see nothing new."""
     head, forward_of_model = causal_lm.get_output_embeddings(), causal_lm.forward
     sums = []
 
-    def forward_of_head(hidden):  # [B, T, D]
+    def forward_of_head(hidden: Tensor) -> Tensor:  # [B, T, D]
         hidden = hidden[:, :-1].flatten(0, 1)
         total = _LinearInChunks.apply(hidden, head.weight, head.bias, rows, torch.is_grad_enabled())
         sums.append(total.view(1, 1, 1))  # as many dimensions as logits
         return sums[0]
 
-    def forward(*args, **kwargs):
+    def forward(*args: Any, **kwargs: Any) -> Any:
         with _forward_replaced(head, forward_of_head):
             output = forward_of_model(*args, **kwargs)
         (output.logits,) = sums  # a model with a cap or a scale has applied it to the sum
@@ -204,7 +207,7 @@ def _sum_in_the_place_of_logits(causal_lm: nn.Module, rows: _Rows) -> Iterator[N
 def _sum_over_logits(logits: Tensor, rows: _Rows) -> Tensor:
     """The first objective's sum over full logits [N, V]."""
     num_rows = ROWS_PER_CHUNK.get(logits.device.type, ROWS_PER_CHUNK_ELSEWHERE)
-    first, total = 0, 0
+    first, total = 0, torch.zeros((), device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
         for chunk in logits.split(num_rows):  # its gradient is put together once; that of slices would be added up
             chunk = chunk.to(torch.float32, copy=True)
@@ -223,10 +226,10 @@ class _LinearInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, rows, with_gradients):
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, needs_grad: bool) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [needs_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
@@ -251,17 +254,17 @@ class _LinearInChunks(torch.autograd.Function):
                 with torch.set_grad_enabled(any(needs)):
                     leaf = chunk[:, :V].detach().requires_grad_(any(needs))
                     logits = rows.head.adapt(leaf)
-                    logits.padded = chunk if logits is leaf else logits.detach()
+                    logits.padded = chunk if logits is leaf else logits.detach()  # type: ignore[attr-defined]  # a note
                     total = rows.add(logits, some)
                 if not any(needs):
                     continue
                 (grad_logits,) = torch.autograd.grad(total, leaf)
                 grad_logits = grad_logits.to(dtype)
-                if needs[0]:
+                if grad_hidden is not None:
                     grad_hidden[some] = grad_logits @ low
-                if needs[1] and dtype == grad_weight.dtype:  # beta 0: written, not added to, and not read before
+                if grad_weight is not None and dtype == grad_weight.dtype:  # beta 0: it is written, and not read
                     grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
-                elif needs[1]:
+                elif grad_weight is not None:
                     product = grad_logits.T @ x
                     grad_weight = grad_weight.add_(product) if first else grad_weight.copy_(product)
                 if grad_bias is not None:
@@ -270,7 +273,7 @@ class _LinearInChunks(torch.autograd.Function):
         return rows.sums[0][""]
 
     @staticmethod
-    def backward(ctx, grad_sum):
+    def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # the gradient would be one without the head's share
             raise RuntimeError("create_graph: this loss has no gradient of its gradient. Take it through full logits")
         if ctx.gradients is None:

@@ -12,11 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeGuard
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from train_loop.errors import UserError, warn
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question
@@ -27,11 +31,11 @@ print("owner and role:", who["name"], who.get("auth", {}).get("accessToken", {})
 """
 
 
-def hub_address():
+def hub_address() -> str:
     return os.environ.get("HF_ENDPOINT", "https://huggingface.co")
 
 
-def use_cache_if_unreachable(settings):
+def use_cache_if_unreachable(settings: Settings) -> bool:
     """Sets HF_HUB_OFFLINE=1 where `settings` want something of a hub that cannot be reached; returns whether it did.
 
     The hub's client would ask again and again for half a minute for each file; offline, it looks into its cache at
@@ -51,12 +55,12 @@ def use_cache_if_unreachable(settings):
         return True
 
 
-def is_hub_name(name):
+def is_hub_name(name: str | None) -> TypeGuard[str]:
     """Whether the name of a model or a data set means one on the hub: it is none of ours, and no folder here."""
-    return bool(name) and name != "python_docs" and not Path(name).exists()
+    return name not in (None, "", "python_docs") and not Path(name).exists()
 
 
-def check_push(settings, unreachable):
+def check_push(settings: Settings, unreachable: bool) -> str | None:
     """The repository that the run will be pushed to, as owner/name where the owner can be known, or None if it is not
     to be pushed. Called on the main process before anything slow.
 
@@ -67,7 +71,7 @@ def check_push(settings, unreachable):
     from huggingface_hub import get_token
     from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-    name = settings.hub_model_id or Path(settings.output_dir).resolve().name
+    name = settings.hub_model_id or settings.folder.resolve().name
     try:
         validate_repo_id(name)
     except HFValidationError as error:
@@ -84,7 +88,9 @@ def check_push(settings, unreachable):
     if problem := question.problem():
         warn(f"{hub_address()} does not say whose token this is ({problem}): the push will be tried all the same")
         return name
-    owner, role = re.search(r"owner and role: (\S+) (\S+)", question.output()).groups()
+    answer = re.search(r"owner and role: (\S+) (\S+)", question.output())
+    assert answer is not None  # as WHOAMI prints it
+    owner, role = answer.groups()
     if role == "read":
         warn("the token may only read: the push will fail, and can be repeated with one that may write")
     return name if "/" in name else f"{owner}/{name}"
@@ -94,9 +100,10 @@ class Client:
     """A process of the hub's client: python with `arguments`, given up after `seconds`. `words` are the command as a
     person would give it."""
 
-    def __init__(self, arguments, seconds, words=()):
+    def __init__(self, arguments: Sequence[str], seconds: float, words: Sequence[str] = ()) -> None:
         self.words, self.seconds, self.since = words, seconds, time.monotonic()
-        self.process = self.ended_because = None
+        self.process: subprocess.Popen | None = None
+        self.ended_because: str | None = None
         environment = {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
         environment |= {"HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_COLOR": "1"}
         try:
@@ -111,31 +118,32 @@ class Client:
         except OSError as error:
             self.ended_because = str(error)
 
-    def is_running(self):
+    def is_running(self) -> bool:
         if self.process is None or self.process.poll() is not None:
             return False
         if time.monotonic() - self.since > self.seconds:
             self.end(f"no end after {self.seconds:.0f} seconds")
         return not self.ended_because
 
-    def wait(self, stop=None):
+    def wait(self, stop: StopSignal | None = None) -> None:
         while self.is_running():
             if stop is not None and stop.number:
                 self.end(f"stopped by {signal.Signals(stop.number).name}")
             time.sleep(0.05)
 
-    def end(self, reason):
+    def end(self, reason: str) -> None:
         self.ended_because = reason
-        self.process.kill()
-        self.process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
-    def output(self):
+    def output(self) -> str:
         self.file.seek(0)
         return self.file.read().decode(errors="replace")
 
-    def problem(self):
+    def problem(self) -> str | None:
         """Why it failed, on one line; None if it did not."""
-        if self.ended_because or not self.process.returncode:
+        if self.ended_because or self.process is None or not self.process.returncode:
             return self.ended_because
         if self.process.returncode < 0:
             return f"stopped by {signal.Signals(-self.process.returncode).name}"

@@ -4,18 +4,22 @@ import dataclasses
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, DynamoBackend, InitProcessGroupKwargs
+from transformers import PreTrainedModel
 
 from train_loop.errors import UserError, warn
+from train_loop.settings import Settings
 from train_loop.tuning import num_threads
 
 
-def build_accelerator(settings):
+def build_accelerator(settings: Settings) -> Accelerator:
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
     Raises UserError where the launcher started several processes that would each train alone, or where the device
@@ -58,20 +62,21 @@ def build_accelerator(settings):
     return accelerator
 
 
-def _choose_kernels(deterministic):
+def _choose_kernels(deterministic: bool) -> None:
     """With `deterministic`, torch's strict mode: it alone makes attention's backward pass on a GPU deterministic. An
     operation without a deterministic kernel raises RuntimeError there."""
     torch.use_deterministic_algorithms(deterministic)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it would fill buffers that are written anyway
+    # it would fill buffers that are written anyway
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it; read at its first product
         torch.backends.cudnn.benchmark = False
 
 
-ALIVE = []  # what `prepare` made
+ALIVE: list[Any] = []  # what `prepare` made
 
 
-def prepare(accelerator, *objects):
+def prepare(accelerator: Accelerator, *objects: Any) -> Any:
     """`accelerator.prepare`; of several processes what comes out of it lives as long as its process. Freed after the
     process group, DDP's wrapper would join gloo's threads while it holds Python's lock, and one of them may be waiting
     for that: the process would never end."""
@@ -81,12 +86,12 @@ def prepare(accelerator, *objects):
     return prepared
 
 
-def asks_for_fsdp():
+def asks_for_fsdp() -> bool:
     """Whether the launch config says `distributed_type: FSDP`."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
-def _sum_in_float32(accelerator):
+def _sum_in_float32(accelerator: Accelerator) -> None:
     """Under FSDP with bf16, Accelerate would round what the model returns to bfloat16, and that is the sum of nats here
     (29,696 for 29,655.5), and sum up the processes' gradients in it, where DDP does in float32."""
     if not accelerator.is_fsdp2:
@@ -98,12 +103,12 @@ def _sum_in_float32(accelerator):
         )
 
 
-def _num_restarts():
+def _num_restarts() -> int:
     """How often the launcher has started this machine's processes again (`--max_restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
-def _meet_after_restart(url, **options):
+def _meet_after_restart(url: str, **options: Any) -> Iterator[tuple]:
     """torch's env:// rendezvous, under a name of its own on one machine: the launcher's store outlives the processes,
     and those that it starts again would now and then read the addresses of the dead ones there, and wait for them.
     Machines count their restarts each by itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead."""
@@ -113,7 +118,7 @@ def _meet_after_restart(url, **options):
     yield store, rank, world_size
 
 
-def after_restart(settings, accelerator):
+def after_restart(settings: Settings, accelerator: Accelerator) -> Settings:
     """The settings of processes that a launcher started again: they go on by themselves, whatever they were told.
     Machines count their restarts each by itself, and one that joins the others' new round without a loss of its own
     counts none; so one process that was started again speaks for all."""
@@ -124,7 +129,7 @@ def after_restart(settings, accelerator):
     return settings
 
 
-def end_training(accelerator):
+def end_training(accelerator: Accelerator) -> Callable[..., None]:
     """An exit function for an `ExitStack`: the processes let go of each other. Without it a run of several CPU
     processes aborts at exit.
 
@@ -132,7 +137,7 @@ def end_training(accelerator):
     them would end, and the launcher would end this process before it could speak.
     """
 
-    def end(kind, error, traceback):
+    def end(kind: type[BaseException] | None, error: object, traceback: object) -> None:
         if accelerator.num_processes == 1 or kind is None or not issubclass(kind, Exception):
             accelerator.end_training()
 
@@ -150,7 +155,7 @@ def is_lost_peer(error: Exception) -> bool:
     )
 
 
-def compile_in_place(model, accelerator):
+def compile_in_place(model: PreTrainedModel, accelerator: Accelerator) -> None:
     """`torch.compile` as the launch config's `dynamo_config` asks for it: of everything below the head, which works out
     its loss chunk by chunk. Accelerate would wrap the model instead, and the wrapper's prefix would stand before every
     name in the exported weights."""
@@ -160,7 +165,7 @@ def compile_in_place(model, accelerator):
         plugin.backend = DynamoBackend.NO
 
 
-def quiet_libraries(accelerator):
+def quiet_libraries(accelerator: Accelerator) -> bool:
     """Progress bars of the libraries only on a terminal, and only from the main process. Returns whether they show."""
     show_progress = accelerator.is_main_process and sys.stderr.isatty()
     if not show_progress:

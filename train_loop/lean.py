@@ -10,9 +10,11 @@ B: blocks in a micro-batch, H: attention heads, T: tokens of a block, D: width o
 import functools
 import inspect
 import os
+from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from train_loop.errors import one_line, warn
 
@@ -33,7 +35,7 @@ ATTENTION_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dro
 ATTENTION_ARGUMENTS |= {"position_bias", "kwargs"}
 
 
-def use_lean_modules(model: torch.nn.Module) -> None:
+def use_lean_modules(model: PreTrainedModel) -> None:
     """Replaces, in place, modules of `model` and its attention function by leaner equals.
 
     Where transformers has moved what is needed, the model stays as it is, and a warning says so.
@@ -61,7 +63,7 @@ def use_lean_modules(model: torch.nn.Module) -> None:
         _say_plain(one_line(error))
 
 
-def _say_plain(reason):
+def _say_plain(reason: str) -> None:
     if int(os.environ.get("RANK", 0)) == 0:
         warn(f"tuning: this version of transformers is not one that lean.py knows ({reason}). Slower modules are used")
 
@@ -69,11 +71,11 @@ def _say_plain(reason):
 class Dropout(torch.nn.Dropout):
     """Keeps a mask of bytes for the backward pass, as torch does on a GPU, where on a CPU it keeps one of floats."""
 
-    def forward(self, input):
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(input, self.p, True)[0] if self.training else input
 
 
-def _forward_of_mlp(mlp, hidden):
+def _forward_of_mlp(mlp: GPT2MLP, hidden: torch.Tensor) -> torch.Tensor:
     """Keeps what goes into the activation only, and works its result out again in the backward pass: a product of
     matrices is not repeated, since the result is all that its gradient needs."""
     hidden = mlp.c_fc(hidden)
@@ -84,7 +86,16 @@ def _forward_of_mlp(mlp, hidden):
     return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=False))
 
 
-def _attention(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **kwargs):
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
     """As transformers calls it: query, key, value [B, H, T, D] -> ([B, T, H, D], None)."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -110,7 +121,15 @@ class DropoutAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, query, key, value, hidden, p, scale):
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        hidden: torch.Tensor,
+        p: float,
+        scale: float,
+    ) -> torch.Tensor:
         B, H, T, D = query.shape
         kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the numbers that torch's dropout draws
         output = torch.empty(B, T, H, D)
@@ -122,7 +141,7 @@ class DropoutAttention(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx, grad_output):
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, hidden, kept = ctx.saved_tensors
         grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
         for some in _groups(len(query), kept[0].numel()):
@@ -136,7 +155,7 @@ class DropoutAttention(torch.autograd.Function):
         return grad_query, grad_key, grad_value, None, None, None
 
 
-def _softmax_backward(grad, probs):
+def _softmax_backward(grad: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     """The gradient of a softmax's scores from that of its result `probs`, over the last dimension."""
     fused = getattr(torch, "_softmax_backward_data", None)  # one pass over memory instead of three, but private
     if fused:
@@ -144,11 +163,11 @@ def _softmax_backward(grad, probs):
     return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
-def _groups(num_blocks, scores_per_block):
+def _groups(num_blocks: int, scores_per_block: int) -> list[slice]:
     size = max(1, NUM_SCORES // scores_per_block)
     return [slice(first, first + size) for first in range(0, num_blocks, size)]
 
 
-def _probabilities(query, key, hidden, scale):
+def _probabilities(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:
     scores = (query @ key.transpose(2, 3)).mul_(scale).masked_fill_(hidden, -torch.inf)
     return torch.softmax(scores, -1, out=scores)

@@ -14,6 +14,7 @@ import json
 import os
 import socket
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from train_loop.errors import UserError, warn
@@ -21,7 +22,7 @@ from train_loop.errors import UserError, warn
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]  # what `held` asks before anything else
 
 NAME = ".lock"
 PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is
@@ -29,7 +30,7 @@ RESTART_PATIENCE = 30  # of a run that its launcher starts again: on another hos
 
 
 @contextlib.contextmanager
-def held(folder: Path):
+def held(folder: Path) -> Iterator[None]:
     """Holds the lock of `folder`, which is made if it is not there and removed if nothing came into it.
 
     Raises UserError, with who holds it, where another process does; OSError where the folder cannot be written.
@@ -52,7 +53,7 @@ def held(folder: Path):
         os.close(descriptor)
 
 
-def _taken(folder, deadline):
+def _taken(folder: Path, deadline: float) -> tuple[int, list[Path]]:
     """(descriptor of the locked file, folders that were made for it, the innermost first)."""
     while True:
         path, made = folder / NAME, [p for p in (folder, *folder.parents) if not p.exists()]
@@ -75,24 +76,24 @@ def _taken(folder, deadline):
         if _is_still(path, descriptor):
             break
         os.close(descriptor)  # its holder ended and removed it in between
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     os.ftruncate(descriptor, 0)
     with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
-        os.pwrite(descriptor, json.dumps(holder).encode(), 0)
+        os.pwrite(descriptor, json.dumps(own).encode(), 0)
     return descriptor, made
 
 
-def _is_still(path, descriptor):
+def _is_still(path: Path, descriptor: int) -> bool:
     try:
         return os.path.samestat(os.stat(path), os.fstat(descriptor))
     except FileNotFoundError:
         return False
 
 
-def _refusal(folder, holder):
+def _refusal(folder: Path, holder: bytes) -> str:
     try:
-        holder = json.loads(holder)
-        who = f"process {holder['pid']} on host {holder['host']}, since {holder['since']}"
+        found = json.loads(holder)
+        who = f"process {found['pid']} on host {found['host']}, since {found['since']}"
     except (ValueError, KeyError, TypeError):  # it has not said so yet
         who = "another process"
     return f"output_dir {folder} is used by another run: {who}. Wait for it, stop it, or choose another output_dir"

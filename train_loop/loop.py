@@ -6,7 +6,6 @@ by the number of those targets: how the blocks are spread over micro-batches and
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -44,9 +43,9 @@ def train(
     Raises, on all processes alike: UserError where a loss or a gradient norm is not finite, before the weights are
     touched; Stopped, with a checkpoint written, when the run was asked to stop.
     """
-    accelerator, metrics, checkpoints = services.accelerator, services.metrics, services.checkpoints
-    W, device = accelerator.num_processes, accelerator.device
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), W)
+    metrics, checkpoints, stop = services.metrics, services.checkpoints, services.stop
+    accelerator, device = services.accelerator, services.accelerator.device
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), accelerator.num_processes)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
     windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
@@ -54,32 +53,29 @@ def train(
 
     while True:  # once more than there are steps: the last evaluation and the last save are made here, too
         # evaluate when due: also the untrained model, and where a stop cut the evaluation short
-        if evaluation_is_due(position, last_step, settings):
+        if best.evaluation_is_due(position, last_step, settings):
             finite.look()
             metrics.log_training()
-            evaluation = evaluate_splits(
-                model, eval_splits, settings, accelerator, metrics.show_progress, services.stop
-            )
+            evaluation = evaluate_splits(model, eval_splits, settings, accelerator, metrics.show_progress, stop)
             if evaluation is not None:  # it was not stopped
                 finite.check_evaluation(position.step, evaluation)
                 best.take_evaluation(position, evaluation, settings)
                 last_step = best.last_step(position, num_steps, settings)
-                written = services.samples and services.samples.write(model, device)
+                written = services.samples.write(model, device) if services.samples else None
                 metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
         # save when due, and before the run stops
-        stopping = services.stop.agreed(accelerator)
+        stopping = stop.agreed(accelerator)
         if position.step > saved_step and (stopping or checkpoints.is_due(position, last_step)):
             finite.look()
-            checkpoints.save(position, model, optimizer, metrics)
-            saved_step = position.step
+            checkpoint, saved_step = checkpoints.save(position, model, optimizer, metrics), position.step
             if services.publisher and not stopping and position.step < last_step:
-                services.publisher.push_checkpoint(checkpoints.latest, position.step, model, metrics)
+                services.publisher.push_checkpoint(checkpoint, position.step, model, metrics)
         if stopping or position.step == last_step:
             break
 
         # one optimizer step: gradients of the window, divided by its number of targets on all processes
-        assert all(p.grad is None for p in model.parameters()), "optimizer.zero_grad() is missing after the last step"
+        assert all(p.grad is None for p in model.parameters()), "gradients are left over: zero_grad() is missing"
         window = next(windows)
         tensors = {name: value.to(device, non_blocking=True) for name, value in window.tensors.items()}
         num_targets = accelerator.reduce(count_targets(tensors["labels"]), "sum")
@@ -106,7 +102,7 @@ def train(
             finite.look()
             metrics.log_training()
 
-    if services.stop.number and (position.step < last_step or position.evaluated_step != position.step):
+    if stop.number and (position.step < last_step or position.evaluated_step != position.step):
         raise Stopped(f"after step {position.step} of {last_step}; {checkpoints.say_latest()}", checkpoints.latest)
 
 
@@ -122,7 +118,8 @@ def forward_backward(
 
     `tensors`: of a window, each [M, B, T]. `num_targets`: of all processes. `named`: what the objective gets by name.
     """
-    sums, num_micro_batches = {}, len(tensors["labels"])
+    sums: dict[str, torch.Tensor] = {}
+    num_micro_batches = len(tensors["labels"])
     for i in range(num_micro_batches):
         # gradients are summed up here, and exchanged between processes with the last micro-batch only
         is_last = i == num_micro_batches - 1
@@ -138,21 +135,12 @@ def forward_backward(
 def windows_from(
     position: Position, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> Iterator[Window]:
-    """This process's windows from `position` on, epoch after epoch, without end. They do not move `position`, which is
-    only looked at: an optimizer step must have moved it."""
-    place = dataclasses.replace(position)
+    """This process's windows from `position` on, epoch after epoch, without end. `position` is only looked at."""
+    place = Place(position.epoch, position.window, position.per_epoch, position.stream)
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's
-            place, before = window.end, dataclasses.replace(position)
+            place, step = window.end, position.step
             yield window
-            has_moved = (position.epoch, position.window) != (before.epoch, before.window)
-            assert has_moved or position.step == before.step, "position.move_to(window.end) is missing after a step"
+            is_there = (position.epoch, position.window) == (place.epoch, place.window)
+            assert is_there or position.step == step, "position.move_to(window.end) is missing after a step"
         place = Place(place.epoch + 1, 0, place.per_epoch)
-
-
-def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
-    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
-    step, every = position.step, settings.eval_steps
-    due = step == 0 or (step % every == 0 if every else position.ends_epoch())
-    too_early = (step if every else position.in_epochs()) < settings.eval_delay
-    return (step == last_step or (due and not too_early)) and position.evaluated_step != step

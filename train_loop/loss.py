@@ -47,14 +47,21 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dic
 def plain_next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of nats, number of targets, extras) of a micro-batch, for evaluation: -log p(token | tokens before it in its
     block), whatever is trained, so that its exponential is a perplexity. Extras: the objective's sum as "objective",
-    and its own extras."""
-    [(nll_sum, _), (total, extras)], _ = sum_over_rows(model, batch, plain, objective)
-    return nll_sum, count_targets(batch["labels"]), {"objective": total, **extras}
+    its own extras, and those of `plain`."""
+    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, plain, objective)
+    return nll_sum, count_targets(batch["labels"]), {"objective": total, **extras, **of_text}
 
 
-def plain(logits: Tensor, targets: Tensor, **of_rows: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy. Not in place: the objective comes after it."""
-    return cross_entropy(logits, targets).sum(), {}
+def plain(
+    logits: Tensor, targets: Tensor, target_is_text: Tensor | None = None, **of_rows: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross entropy. Not in place: the objective comes after it. Where `target_is_text` [N] tells text from special
+    tokens that stand for none, the nats and the number of the targets that are text come with it."""
+    nats = cross_entropy(logits, targets)
+    if target_is_text is None:
+        return nats.sum(), {}
+    is_text = target_is_text & (targets != IGNORED)
+    return nats.sum(), {"text_nats": (nats * is_text).sum(), "text_targets": is_text.sum().float()}
 
 
 def count_targets(labels: Tensor) -> Tensor:

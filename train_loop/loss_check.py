@@ -5,8 +5,9 @@ import inspect
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
-from train_loop.data import Split, Stream
+from train_loop.data import TrainingData
 from train_loop.head import auxiliary_loss, check_result
 from train_loop.loss import next_token_loss, plain_next_token_loss
 from train_loop.micro_batch import trial_batch
@@ -15,7 +16,7 @@ from train_loop.settings import Settings
 PIECE_TOKENS = 65  # of a block, for a look at whether the objective is a sum
 
 
-def check_loss(model: nn.Module, split: Split | Stream, settings: Settings, accelerator: Accelerator) -> list[str]:
+def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator) -> list[str]:
     """Sentences for the user about the loss of one training block: where the objective looks like a mean, and where
     the model's own loss (`labels=`) is not plain cross entropy. One block, so that the peak of memory does not move;
     nothing under FSDP. The model is in evaluation mode, so no random number is drawn.
@@ -42,8 +43,8 @@ def check_loss(model: nn.Module, split: Split | Stream, settings: Settings, acce
         total = result[0].item()
         del result
         with torch.no_grad():
-            nll_sum, num_targets, _ = plain_next_token_loss(model, batch)
-            nll_sum, num_targets = nll_sum.item(), int(num_targets)
+            plain = plain_next_token_loss(model, batch)
+            nll_sum, num_targets = plain[0].item(), int(plain[1])
             own = _own_loss(model, batch) if num_targets else None
             # few enough tokens that both copies are one chunk of rows
             piece = {name: value[:, :PIECE_TOKENS] for name, value in batch.items()}
@@ -79,7 +80,12 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
     none."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
-    output = model(**batch, use_cache=False)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # of GPT-2 it says that `loss_type=None` "was set in the config": nobody did that
+    try:
+        output = model(**batch, use_cache=False)
+    finally:
+        logging.set_verbosity(verbosity)
     if output.loss is None:
         return None
     auxiliary = auxiliary_loss(model, output)

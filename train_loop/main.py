@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import NoReturn
 
 if __package__ in (None, ""):  # run as a script: this folder's modules must not stand in for other packages' (evaluate)
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -26,7 +27,7 @@ from train_loop import hub, tuning
 from train_loop.console import safe_console
 from train_loop.errors import UserError, tell
 from train_loop.report import wanted_trackers
-from train_loop.settings import read_settings
+from train_loop.settings import Settings, read_settings
 from train_loop.stop import Stopped, StopSignal, end_with_launcher
 
 
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def set_surroundings(settings, is_main):
+def set_surroundings(settings: Settings, is_main: bool) -> bool:
     """What libraries read from their surroundings when they are imported. Returns whether a hub that is needed cannot
     be reached."""
     if settings.tuning:
@@ -83,22 +84,22 @@ def set_surroundings(settings, is_main):
     return unreachable
 
 
-def how_to_resume(checkpoint, settings):
-    if checkpoint is None:
+def how_to_resume(checkpoint: Path | None, settings: Settings | None) -> str:
+    if checkpoint is None or settings is None:
         return ""
-    is_own = checkpoint.parent == Path(settings.output_dir) / "checkpoints"
+    is_own = checkpoint.parent == settings.folder / "checkpoints"
     path = "auto" if is_own else shlex.quote(str(checkpoint))
     return f". To resume: the same command with --resume_from_checkpoint {path}"
 
 
-def asks_for_traceback(argv):
+def asks_for_traceback(argv: list[str]) -> bool:
     """Whether `argv` has the setting `traceback`, for an error that comes before there are settings."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--traceback", nargs="?", const="true", default="false")
     return parser.parse_known_args(argv)[0].traceback.lower() == "true"
 
 
-def in_a_sentence(error):
+def in_a_sentence(error: Exception) -> str | None:
     """What an exception means for a user who can mend its cause; None where its traceback is needed."""
     rank = int(os.environ.get("RANK", 0))
     if isinstance(error, UserError):
@@ -118,7 +119,7 @@ def in_a_sentence(error):
     return None
 
 
-def say(problem):
+def say(problem: Exception | str) -> None:
     """Tells a sentence, or an exception with its traceback. Mostly all processes have met the same one, and a launcher
     ends the others when one has ended: the main process tells it at once, another one only if it is still there three
     seconds later. Until then it keeps its connections, so that its peers wait for it."""
@@ -132,7 +133,7 @@ def say(problem):
     tell(problem)
 
 
-def leave(status: int):
+def leave(status: int) -> NoReturn:
     """Ends this process. One of several does not go through the interpreter's shutdown: behind a DDP model torch keeps
     gloo's threads alive, whatever is destroyed, and now and then one of them would abort a run that is done."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

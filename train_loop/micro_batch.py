@@ -4,14 +4,18 @@ import dataclasses
 import gc
 
 import torch
+from accelerate import Accelerator
 
-from train_loop.data import Split, Stream, Windows
+from train_loop.data import TrainingData, Windows
 from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
 from train_loop.memory import is_out_of_memory
+from train_loop.settings import Settings
 
 
-def fit_micro_batch(model, split, settings, accelerator):
+def fit_micro_batch(
+    model: torch.nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator
+) -> Settings:
     """`settings` with a micro-batch that fits into the memory of every process, and accumulation so that the blocks of
     an optimizer step stay the same: with dropout off, the losses do too.
 
@@ -35,7 +39,7 @@ def fit_micro_batch(model, split, settings, accelerator):
     return dataclasses.replace(settings, per_device_train_batch_size=size, gradient_accumulation_steps=accumulation)
 
 
-def trial_batch(split: Split | Stream, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
+def trial_batch(split: TrainingData, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
     """A micro-batch of the first `num_blocks` training blocks, taken again from the first where there are fewer:
     {"input_ids", "labels", ...}, each [num_blocks, T]."""
     blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
@@ -43,7 +47,7 @@ def trial_batch(split: Split | Stream, num_blocks: int, device: torch.device) ->
     return {name: value[0].to(device) for name, value in window.items()}
 
 
-def _fits(model, split, micro_batch_size, accelerator):
+def _fits(model: torch.nn.Module, split: TrainingData, micro_batch_size: int, accelerator: Accelerator) -> int:
     """1 if a micro-batch fits, 0 if not."""
     model.train()
     moments = []

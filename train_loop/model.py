@@ -8,11 +8,14 @@ precision in the forward and backward passes is the launch config's affair (auto
 import importlib.util
 import json
 import os
+import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (
+from transformers import (  # type: ignore[attr-defined]  # its automatic classes are exported as a checker cannot see
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,11 +24,11 @@ from transformers import (
     GPT2TokenizerFast,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
 )
 
 from train_loop.compat import checkpoint_activations
+from train_loop.data import Source
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.probes import is_causal, keeps_documents_apart
@@ -56,6 +59,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
             raise UserError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
+        assert name is not None  # (`contradictions`)
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -69,14 +73,16 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | Source | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
+        assert isinstance(train_rows, Iterable)  # a stream has none that are all there (`contradictions`)
         return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
     name = settings.tokenizer_name or settings.model_name_or_path or settings.config_name
+    assert name is not None  # (`contradictions`)
     folder = Path(name)
     if (folder / "vocab.json").is_file() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")
@@ -92,7 +98,7 @@ def load_tokenizer(settings: Settings, train_rows) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
@@ -133,12 +139,12 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
     return model
 
 
-def _origin(settings):
+def _origin(settings: Settings) -> dict[str, Any]:
     """Where in `model_name_or_path` the model is, as the loaders' options."""
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
-def _load(loader, name, settings, what, **options):
+def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any) -> Any:
     try:
         return loader.from_pretrained(name, trust_remote_code=settings.trust_remote_code, **options)
     except Exception as error:  # the loaders' errors have no common class
@@ -148,15 +154,19 @@ def _load(loader, name, settings, what, **options):
             ) from error
         if Path(name).is_dir():
             raise UserError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise UserError(f"{what} {name!r} cannot be loaded: there is no such folder") from error
         raise UserError(
-            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and could not be had from "
+            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and cannot be downloaded from "
             f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a "
             "machine that reaches it and set HF_HUB_OFFLINE=1"
         ) from error
 
 
-def _pretrained_model(settings, config, tokenizer):
-    name = settings.model_name_or_path
+def _pretrained_model(
+    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
+) -> PreTrainedModel:
+    name = str(settings.model_name_or_path)
     model, info = _load(
         AutoModelForCausalLM,
         name,
@@ -193,7 +203,7 @@ def _pretrained_model(settings, config, tokenizer):
     return model
 
 
-def _fit_to_tokenizer(config, tokenizer, settings):
+def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
     """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `config_overrides`
     does not name them."""
     overrides, text_config = _overrides(settings), config.get_text_config(decoder=True)
@@ -221,7 +231,7 @@ def _fit_to_tokenizer(config, tokenizer, settings):
     _check_positions(config, settings)
 
 
-def _check_positions(config, settings):
+def _check_positions(config: PreTrainedConfig, settings: Settings) -> None:
     """Raises UserError where a block is longer than the positions that the model has."""
     text_config = config.get_text_config(decoder=True)
     positions = getattr(text_config, "max_position_embeddings", None) or getattr(
@@ -239,7 +249,7 @@ def _check_positions(config, settings):
         )
 
 
-def _say_not_causal(config, settings):
+def _say_not_causal(config: PreTrainedConfig, settings: Settings) -> str:
     name = settings.model_name_or_path
     way_on = "Give a model that predicts the next token, such as gpt2 or llama"
     for switch in ("is_decoder", "causal"):
@@ -252,13 +262,13 @@ def _say_not_causal(config, settings):
     )
 
 
-def _overrides(settings):
+def _overrides(settings: Settings) -> dict[str, str]:
     """`config_overrides` as {name: text}."""
     parts = settings.config_overrides.split(",") if settings.config_overrides else []
     return {name.strip(): text.strip() for name, _, text in (part.partition("=") for part in parts)}
 
 
-def _override(config, overrides):
+def _override(config: PreTrainedConfig, overrides: dict[str, str]) -> None:
     for name, text in overrides.items():
         old = getattr(config, name, None)
         try:
@@ -276,7 +286,7 @@ def _override(config, overrides):
             ) from error
 
 
-def _train_tokenizer(rows, vocab_size):
+def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

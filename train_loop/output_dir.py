@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -24,7 +25,7 @@ RECORDS = ("metrics.jsonl", "all_results.json", "loss_curve.png")
 PARTIALS = [partial_of(Path(name)).name for name in (MARK, *RECORDS)] + [EXPORT_PARTIAL]
 # what `from_pretrained` wants, where no all_results.json says what was exported
 EXPORTED = (
-    r"README\.md|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
     r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja|spiece\.model"
 )
 CHECKPOINT = r"step-\d{6,}(\.partial|\.discarded)?|pushed"
@@ -53,7 +54,7 @@ def held(settings: Settings, accelerator: Accelerator) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _locked(path):
+def _locked(path: Path) -> Iterator[None]:
     with contextlib.ExitStack() as at_the_end:
         try:
             at_the_end.enter_context(lock.held(path))
@@ -68,9 +69,11 @@ def check_output_dir(settings: Settings) -> None:
         return
     path = Path(settings.output_dir)
     if (name := utf8(str(path.absolute())).decode()) != str(path.absolute()):
-        raise UserError(f"output_dir {name} is no UTF-8, and safetensors reads no such folder: choose another name")
+        raise UserError(
+            f"output_dir {name} is not UTF-8, and safetensors cannot read such a folder: choose another name"
+        )
     if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file")
+        raise UserError(f"output_dir {path} is a file: choose another name")
     is_run = (path / MARK).is_file() or has_checkpoints(path / "checkpoints")
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK | os.X_OK):
@@ -95,7 +98,7 @@ def check_output_dir(settings: Settings) -> None:
         raise UserError(f"output_dir {path} is not empty: choose another{way_on if is_run else ''}")
 
 
-def _inputs_in(path, settings):
+def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:
     """(setting, path) of each input of the run that is `path` or in it."""
     names = ("train_file", "validation_file", "model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
     for name in names:
@@ -107,7 +110,7 @@ def _inputs_in(path, settings):
 def create_output_dir(settings: Settings, resuming: bool = False) -> None:
     """output_dir with the settings in it; unless `resuming`, nothing of an earlier run stays. Called once the model and
     the data are known to be good. Raises UserError where it cannot be written."""
-    path = Path(settings.output_dir)
+    path = settings.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
         exported = _results_in(path).get("exported") if settings.overwrite_output_dir else None
@@ -123,7 +126,7 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
     write_whole(path / MARK, f"# written by train_loop {code_version()}\n{as_recipe(settings)}")
 
 
-def _overwrite(path, exported):
+def _overwrite(path: Path, exported: set[str]) -> None:
     """Removes what a run makes, but for its mark, and says what stays. `exported`: the names of files of a model."""
     for checkpoint in path.glob("checkpoints/*"):
         if re.fullmatch(CHECKPOINT, checkpoint.name):
@@ -131,16 +134,17 @@ def _overwrite(path, exported):
     with contextlib.suppress(OSError):  # it is not there, or something else is in it
         (path / "checkpoints").rmdir()
     for entry in path.iterdir():
-        if entry.name in {*RECORDS, "tensorboard"} | exported or re.fullmatch(EXPORTED, entry.name):
+        is_exported = entry.name in exported if exported else re.fullmatch(EXPORTED, entry.name)
+        if is_exported or entry.name in {*RECORDS, "README.md", "tensorboard"}:
             remove(entry)
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in (MARK, lock.NAME)):
         tell(f"what no run made stays in {path}: {', '.join(foreign)}")
 
 
-def write_results(output_dir: str, results: dict) -> None:
+def write_results(folder: Path, results: dict) -> None:
     """all_results.json, which says that a run is finished, or what an evaluation gave. Raises UserError."""
     results = {**results, "train_loop": code_version()}
-    write_whole(Path(output_dir) / "all_results.json", json.dumps(results, indent=2) + "\n")
+    write_whole(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
 
 
 def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | None, str | None]:
@@ -148,13 +152,13 @@ def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | N
     exported), each None where there is nothing to say. Called on every process, and the same on all."""
     step = damage = None
     if accelerator.is_main_process and settings.resume_from_checkpoint:
-        results = _results_in(Path(settings.output_dir))
+        results = _results_in(settings.folder)
         if isinstance(results.get("step"), int):
-            step, damage = results["step"], damage_of_export(Path(settings.output_dir))
+            step, damage = results["step"], damage_of_export(settings.folder)
     return tuple(broadcast_object_list([step, damage]))
 
 
-def _results_in(path):
+def _results_in(path: Path) -> dict[str, Any]:
     """The content of all_results.json; {} where there is none that can be read."""
     try:
         return read_object(path / "all_results.json")

@@ -11,14 +11,20 @@ import dataclasses
 import math
 import time
 import weakref
+from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from train_loop import launch, loop
 from train_loop.checkpoint import Checkpoints
+from train_loop.data import Split, TrainingData
 from train_loop.evaluate import evaluate_splits
 from train_loop.head import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE
 from train_loop.loss import next_token_loss
@@ -27,13 +33,17 @@ from train_loop.micro_batch import trial_batch
 from train_loop.position import Position
 from train_loop.report import Metrics
 from train_loop.services import Services
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
 MB, GIB = 1e6, 2**30
 
 
-def state_bytes(model, num_processes=1, sharded=False, accumulates=False, half=False):
+def state_bytes(
+    model: torch.nn.Module, num_processes: int = 1, sharded: bool = False, accumulates: bool = False, half: bool = False
+) -> dict[str, int]:
     """{"weights", "gradients", "optimizer", "exchange"}: bytes of one process, for AdamW in the parameters' precision.
 
     `sharded`: FSDP, each process has a share by rows, rounded up; gradients are whole while they `accumulate`, and the
@@ -62,7 +72,9 @@ def state_bytes(model, num_processes=1, sharded=False, accumulates=False, half=F
     }
 
 
-def bytes_exchanged(model, num_processes, sharded, accumulation, half=False):
+def bytes_exchanged(
+    model: torch.nn.Module, num_processes: int, sharded: bool, accumulation: int, half: bool = False
+) -> float:
     """Bytes that each process sends in an optimizer step: the gradients' sum in a ring, 2 (n - 1) / n times their size;
     under FSDP each micro-batch gathers the weights, twice and maybe in `half` precision, and the last scatters the
     gradients' sum: (n - 1) / n times the size each."""
@@ -75,13 +87,15 @@ class LiveBytes(TorchDispatchMode):
     """Within it, the bytes of the tensors that torch makes and has not freed: `peak` is their highest sum.
     Counted by shapes: neither what a kernel needs inside nor what an allocator keeps."""
 
-    def __init__(self, *existing):
+    def __init__(self, *existing: torch.Tensor) -> None:
         super().__init__()
         self.existing = list(existing)  # kept alive, so that no new tensor gets their place
         self.known = {t.untyped_storage()._cdata for t in existing}
         self.live = self.peak = 0
 
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+    def __torch_dispatch__(
+        self, function: Callable, types: Any, arguments: tuple = (), options: dict[str, Any] | None = None
+    ) -> Any:
         result = function(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
@@ -93,12 +107,14 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.live)
         return result
 
-    def _free(self, key, size):
+    def _free(self, key: int, size: int) -> None:
         self.known.discard(key)
         self.live -= size
 
 
-def working_bytes(model, split, settings, accelerator):
+def working_bytes(
+    model: torch.nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator
+) -> tuple[float, float, int]:
     """(fixed, per block, tried): bytes that the passes of a micro-batch need at their peak, gradients included, as a
     line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger."""
     rows = ROWS_PER_CHUNK.get(accelerator.device.type, ROWS_PER_CHUNK_ELSEWHERE)
@@ -116,7 +132,16 @@ def working_bytes(model, split, settings, accelerator):
     return peaks[0] - size * per_block, per_block, peaks[1]
 
 
-def measure(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop):
+def measure(
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: LambdaLR,
+    train_split: TrainingData,
+    eval_splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    stop: StopSignal,
+) -> dict[str, float]:
     """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
     micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them."""
     world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
@@ -154,7 +179,7 @@ def measure(model, optimizer, scheduler, train_split, eval_splits, settings, acc
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
 
-    def seconds_of(deed):
+    def seconds_of(deed: Callable[[], Any]) -> float:
         deed()
         began = time.perf_counter()
         deed()
@@ -178,7 +203,16 @@ def measure(model, optimizer, scheduler, train_split, eval_splits, settings, acc
     return {"step": step, "evaluation": evaluation, "exchange": exchange, "peak": peak}
 
 
-def print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop):
+def print_plan(
+    model: torch.nn.Module,
+    optimizer: AcceleratedOptimizer,
+    scheduler: LambdaLR,
+    train_split: TrainingData,
+    eval_splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    stop: StopSignal,
+) -> None:
     """Prints the plan on the main process; to be called on all. Trains `model` a few steps: not to be used further."""
     say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
@@ -189,7 +223,7 @@ def print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, 
 
     half = accelerator.mixed_precision in ("bf16", "fp16")
 
-    def parts_of(sharded):
+    def parts_of(sharded: bool) -> dict[str, int]:
         return state_bytes(whole, W, sharded, A > 1, half)
 
     parts, here = parts_of(sharded), parts_of(runs_sharded)
@@ -227,7 +261,7 @@ def print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, 
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
     num_blocks_seen = num_steps * per_step
-    if num_blocks:
+    if num_blocks and per_epoch:
         num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, num_steps % per_epoch * per_step)
     num_tokens = num_blocks_seen * (settings.block_size - 1)
     training = found["step"] * num_blocks_seen / per_step

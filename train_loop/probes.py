@@ -1,5 +1,7 @@
 """What a model does with a block, tried out on a few tokens before training: a config may say otherwise, or nothing."""
 
+from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 
@@ -14,7 +16,7 @@ def is_causal(model: PreTrainedModel) -> bool:
     """
     ids = torch.arange(12).repeat(2, 1) * 7
     ids[1, 6:] += 1
-    ids %= model.get_input_embeddings().num_embeddings
+    ids %= _num_embeddings(model)
     was_training = model.training
     model.eval()
     try:
@@ -32,7 +34,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     """Whether a document's logits are the same alone and after another one in a block, when `position_ids` begin anew.
 
     Tried out, not looked up: a model may accept positions and not mask by them, or carry a state along."""
-    ids = torch.arange(12)[None] * 7 % model.get_input_embeddings().num_embeddings
+    ids = torch.arange(12)[None] * 7 % _num_embeddings(model)
     positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
     was_training = model.training
     model.eval()
@@ -44,3 +46,8 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     finally:
         model.train(was_training)
     return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.std().item())
+
+
+def _num_embeddings(model: PreTrainedModel) -> int:
+    table: Any = model.get_input_embeddings()  # transformers says Module
+    return table.num_embeddings

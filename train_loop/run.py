@@ -7,11 +7,13 @@ import contextlib
 import shlex
 import time
 
+from accelerate import Accelerator
 from accelerate.utils import set_seed
+from transformers import PreTrainedModel
 
 from train_loop import best, launch, loop, memory, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
-from train_loop.data import Stream, load_rows, load_source, load_split
+from train_loop.data import Rows, Split, Stream, TrainingData, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
 from train_loop.flops import mfu_per_token_rate
@@ -24,9 +26,11 @@ from train_loop.position import Position
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
 from train_loop.services import Services
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 
 
-def run(settings, stop, repository=None):
+def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
     """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
 
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
@@ -45,10 +49,12 @@ def run(settings, stop, repository=None):
         tokenizer = load_tokenizer(settings, train_rows)
         eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
         eval_splits = {"validation": eval_split}  # the first decides about the best model; more are evaluated beside it
-        if settings.streaming and not settings.eval_only:
+        train_split: TrainingData
+        if isinstance(train_rows, Rows):
+            if not settings.eval_only:
+                train_split = load_split(train_rows, tokenizer, "training", settings, show_progress)
+        elif train_rows is not None:  # a source of chunks: there is none where the model is only evaluated
             train_split = Stream(train_rows, tokenizer, settings)
-        elif not settings.eval_only:
-            train_split = load_split(train_rows, tokenizer, "training", settings, show_progress)
         samples = Samples(settings, tokenizer) if settings.sample_prompt else None
 
         # -> model
@@ -71,7 +77,8 @@ def run(settings, stop, repository=None):
         for remark in check_loss(model, train_split, settings, accelerator):
             accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
-        whole, splits = accelerator.unwrap_model(model), [train_split, *eval_splits.values()]
+        whole = accelerator.unwrap_model(model)
+        splits: list[TrainingData] = [train_split, *eval_splits.values()]
         arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
         if settings.dry_run:
             from train_loop.plan import print_plan
@@ -85,8 +92,9 @@ def run(settings, stop, repository=None):
         # -> where an earlier run was
         checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
         mfu = mfu_per_token_rate(whole, settings, accelerator)
-        metrics = Metrics(settings.output_dir, num_steps, is_main, show_progress, Trackers(settings), mfu)
-        at_the_end.callback(metrics.trackers.finish)
+        trackers = Trackers(settings)
+        metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu)
+        at_the_end.callback(trackers.finish)
         path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:
             position = checkpoints.position_of(path)
@@ -102,7 +110,10 @@ def run(settings, stop, repository=None):
         elif settings.resume_from_checkpoint and finished_step is not None:
             where = f"output_dir {settings.output_dir}"
             damage = f". Its model is damaged: {damage}" if damage else ""
-            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}")
+            raise UserError(
+                f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}. "
+                "--overwrite_output_dir starts anew"
+            )
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
             if path:
@@ -110,7 +121,7 @@ def run(settings, stop, repository=None):
             print(arithmetic, flush=True)
             if settings.resume_from_checkpoint:
                 print(f"resuming    {path or 'nothing yet: from the beginning'}", flush=True)
-            metrics.trackers.start(metrics.lines, position.step if path else None)
+            trackers.start(metrics.lines, position.step if path else None)
 
         # -> loop
         scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
@@ -134,25 +145,33 @@ def run(settings, stop, repository=None):
         if position.step < num_steps:
             accelerator.print(best.say_why_it_ended(position, num_steps), flush=True)
         step, evaluation = best.load_best(checkpoints, position, model)
-        if settings.load_best_model_at_end:
+        if settings.load_best_model_at_end and position.evaluation:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
         results = metrics.finish(evaluation, checkpoints.seconds) | memory.peaks()
         exported = publisher.export_model(model, metrics.lines, results)
         if is_main:
-            output_dir.write_results(settings.output_dir, {**results, "exported": exported})
+            output_dir.write_results(settings.folder, {**results, "exported": exported})
             print(f"done: {settings.output_dir}. Generate text with")
-            print(f'  python -m train_loop.generate {shlex.quote(settings.output_dir)} "The value of"')
+            print(f'  python -m train_loop.generate {shlex.quote(str(settings.folder))} "The value of"')
         return True
 
 
-def evaluate_only(model, eval_splits, settings, accelerator, held_out, show_progress):
+def evaluate_only(
+    model: PreTrainedModel,
+    eval_splits: dict[str, Split],
+    settings: Settings,
+    accelerator: Accelerator,
+    held_out: str,
+    show_progress: bool,
+) -> None:
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
     accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
     model, began = launch.prepare(accelerator, model), time.perf_counter()
     results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)
+    assert results is not None  # nothing can stop it
     results["eval_runtime"] = time.perf_counter() - began  # seconds
     results |= memory.peak_device_memory_gib()
     accelerator.print(table(results))
     if accelerator.is_main_process and settings.output_dir:
         output_dir.create_output_dir(settings)
-        output_dir.write_results(settings.output_dir, results)
+        output_dir.write_results(settings.folder, results)

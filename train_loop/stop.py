@@ -1,6 +1,8 @@
 """The signal that asks a run to stop, and the launcher that it must not outlive. Imports nothing heavy: both are
 watched from the beginning."""
 
+from __future__ import annotations
+
 import ctypes
 import os
 import signal
@@ -8,13 +10,18 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
 
 
 class Stopped(BaseException):
     """The run ends early because it was asked to. The argument says how far it came. `checkpoint` is the folder to
     resume from, None where there is none."""
 
-    def __init__(self, message: str = "", checkpoint: Path | None = None):
+    def __init__(self, message: str = "", checkpoint: Path | None = None) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
 
@@ -33,33 +40,34 @@ class StopSignal:
     NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
     SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
-    def __enter__(self):
+    def __enter__(self) -> StopSignal:
         self.number, self.since, self.deferred = 0, 0.0, False
-        self.group, self.timeout = None, None
+        self.group: torch.distributed.ProcessGroup | None = None
+        self.timeout = 0.0  # seconds that a process waits for its peers
         listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
         handler = signal.SIG_DFL if int(os.environ.get("WORLD_SIZE", 1)) > 1 else self._receive
         self.previous = {number: signal.signal(number, handler) for number in listened}
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, frame: object) -> None:
         again = number == self.number == signal.SIGINT and time.monotonic() - self.since > 1
         if not self.number:
             self.number, self.since = number, time.monotonic()
         if again or not self.deferred:
-            raise Stopped
+            raise Stopped("" if self.deferred else "before there was anything to save")
 
-    def defer(self, timeout: float):
+    def defer(self, timeout: float) -> None:
         """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""
         self.deferred, self.timeout = True, timeout
         for number in self.previous:
             signal.signal(number, self._receive)
         end_with_launcher(signal.SIGTERM)  # from now on there is something to save
 
-    def agreed(self, accelerator) -> bool:
+    def agreed(self, accelerator: Accelerator) -> bool:
         """Whether any process was asked to stop: the same answer on all of them."""
         if accelerator.num_processes == 1:
             return bool(self.number)
@@ -83,7 +91,7 @@ class StopSignal:
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"}
 
 
-def end_with_launcher(number: int):
+def end_with_launcher(number: int) -> None:
     """Asks Linux to send this process the signal `number` when the launcher that started it dies; a launcher that is
     gone already counts as a SIGTERM now. Without a launcher it does nothing.
 

@@ -36,7 +36,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def cannot_be_written(path, error: OSError) -> UserError:
+def cannot_be_written(path: Path | str, error: OSError) -> UserError:
     """The sentence for a file or folder that the disk does not take."""
     return UserError(f"{path} cannot be written: {error.strerror or one_line(error)}")
 

@@ -158,7 +158,9 @@ def result(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name, content = str(path.relative_to(folder)), path.read_bytes() if path.is_file() else None
-        if name == "metrics.jsonl":
+        if content is None:
+            pass
+        elif name == "metrics.jsonl":
             content = [without_timings(json.loads(line)) for line in content.splitlines()]
         elif name == "all_results.json":
             content = without_timings(json.loads(content))

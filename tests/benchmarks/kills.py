@@ -242,5 +242,5 @@ if __name__ == "__main__":
     folder = Path(tempfile.mkdtemp(prefix="kills_"))
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     number = getattr(signal, f"SIG{options.signal}")
-    print(harness(options.kills, options.processes, number, options.seed, folder, options.streaming))
+    print(json.dumps(harness(options.kills, options.processes, number, options.seed, folder, options.streaming)))
     shutil.rmtree(folder)

@@ -26,19 +26,6 @@ CONFIGURATIONS = [  # shape, block, micro-batch, accumulation, processes
     ("n_layer=6,n_head=8,n_embd=512", 256, 8, 2, 1),
     ("n_layer=6,n_head=12,n_embd=768", 128, 32, 1, 1),
 ]
-TIMED = """
-import sys, time
-from train_loop import loop
-plain = loop.train
-def timed(**arguments):
-    began = time.perf_counter()
-    result = plain(**arguments)
-    print("LOOP", time.perf_counter() - began, flush=True)
-    return result
-loop.train = timed
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
 GIB_PER_UNIT = {"GiB": 1.0, "MB": 1e6 / 2**30}
 
 
@@ -55,8 +42,7 @@ def launch(script, num_processes, arguments):
 def compare(folder, configuration, num_steps):
     """((GiB, seconds a step, seconds in all) predicted, the same measured, GiB counted)."""
     shape, block, batch, accumulation, num_processes = configuration
-    script, output_dir = folder / "script.py", folder / "run"
-    script.write_text(TIMED)
+    script, output_dir = ROOT / "tests" / "programs" / "timed_loop.py", folder / "run"
     shutil.rmtree(output_dir, ignore_errors=True)
     arguments = [
         "--config=quickstart",

@@ -18,32 +18,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 
-TRAINER = """
-import os, sys, time
-from datasets import load_dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments, default_data_collator
-
-folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
-rows = load_dataset("text", data_files=folder + "/data.txt", split="train", keep_linebreaks=True)
-rows = rows.map(lambda rows: tokenizer(rows["text"]), batched=True, remove_columns="text")
-
-def group_texts(rows):
-    joined = {name: sum(values, []) for name, values in rows.items()}
-    length = len(joined["input_ids"]) // 128 * 128
-    blocks = {name: [v[i : i + 128] for i in range(0, length, 128)] for name, v in joined.items()}
-    return blocks | {"labels": blocks["input_ids"]}
-
-blocks = rows.map(group_texts, batched=True)
-model = AutoModelForCausalLM.from_pretrained(folder)
-arguments = TrainingArguments(
-    folder + "/trainer", per_device_train_batch_size=8, max_steps=1, save_strategy="no", report_to="none", use_cpu=True,
-    disable_tqdm=True,
-)
-Trainer(model=model, args=arguments, train_dataset=blocks, data_collator=default_data_collator).train()
-print("FIRST STEP", time.time())
-"""
-
 
 def prepare(folder):
     from pydoc_data.topics import topics
@@ -86,11 +60,11 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         prepare(folder)
-        (folder / "trainer.py").write_text(TRAINER)
+        trainer = ROOT / "tests" / "programs" / "trainers_first_step.py"
         ours = [sys.executable, "-m", "train_loop.main", "--model_name_or_path", folder, "--overwrite_output_dir"]
         ours += ["--train_file", folder / "data.txt", "--max_train_steps", 1, "--logging_steps", 1]
         ours += ["--max_eval_samples", 2, "--checkpointing_steps", "none", "--output_dir", folder / "ours"]
-        commands = {"train_loop": ours, "Trainer": [sys.executable, folder / "trainer.py", folder]}
+        commands = {"train_loop": ours, "Trainer": [sys.executable, trainer, folder]}
         for repetition in range(-1, arguments.repetitions):  # the first fills the caches
             for name, command in commands.items():
                 seconds = seconds_to_first_step(command, folder)

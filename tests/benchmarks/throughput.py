@@ -2,6 +2,7 @@
 
 python tests/benchmarks/throughput.py --batch_sizes 8 32 --repetitions 3 --json speed.json --plot speed.png
 python tests/benchmarks/throughput.py --model gpt2-medium --block_size 1024 --precision bf16 --steps 60
+git worktree add ../before HEAD~1; python tests/benchmarks/throughput.py --against ../before   # what a change costs
 
 The model has the shape of a published one (distilgpt2: 82 M parameters) and random weights; dropout is on; the data is
 the same random tokens in blocks, in the same order of batches' size. Each run is a process of its own, ours and
@@ -14,6 +15,7 @@ reaches on the CPU, or what `--peak_tflops` says (989 for an H100 in bf16), whic
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -29,44 +31,6 @@ SHAPES = {  # layers, width, heads
     "gpt2": (12, 768, 12),
     "gpt2-medium": (24, 1024, 16),
 }
-
-TRAINER = """
-import json, sys, time
-import numpy as np
-import torch
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, default_data_collator
-
-folder, data, precision, batch, num_steps, evaluate = *sys.argv[1:4], *map(int, sys.argv[4:])
-blocks = [{"input_ids": block, "labels": block} for block in torch.from_numpy(np.load(data))]
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-model.loss_type = "ForCausalLM"  # counts a block's targets as it does for other models: 127, not 128
-times = []
-
-class Clock(TrainerCallback):
-    def on_step_end(self, *args, **kwargs):
-        times.append(time.perf_counter())
-
-trainer = Trainer(
-    model=model,
-    args=TrainingArguments(
-        folder + "/trainer", per_device_train_batch_size=batch, per_device_eval_batch_size=batch, max_steps=num_steps,
-        learning_rate=2e-5, weight_decay=0.01, seed=42, logging_steps=1, save_strategy="no", report_to="none",
-        use_cpu=not torch.cuda.is_available(), disable_tqdm=True, prediction_loss_only=True,
-        bf16=precision == "bf16", tf32=True if precision == "tf32" else None,
-    ),
-    train_dataset=blocks, eval_dataset=blocks, data_collator=default_data_collator, callbacks=[Clock()],
-)
-if evaluate:
-    began = time.perf_counter()
-    done = {"loss": trainer.evaluate()["eval_loss"], "seconds": [time.perf_counter() - began]}
-else:
-    trainer.train()
-    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
-    done = {"loss": float(losses[-1]), "seconds": [b - a for a, b in zip(times, times[1:])][1:]}
-if torch.cuda.is_available():
-    done["device_peak"] = torch.cuda.max_memory_allocated() / 2**30
-print(json.dumps(done))
-"""
 
 
 def prepare(folder, num_blocks, block_size, shape, vocab=VOCAB):
@@ -89,7 +53,7 @@ def prepare(folder, num_blocks, block_size, shape, vocab=VOCAB):
     np.save(folder / "blocks.npy", blocks)
 
 
-def run(command, environment=()):
+def run(command, environment=(), checkout=ROOT):
     """(what the process printed, its peak memory in GiB)."""
     # the interpreter starts the command by itself, so that the peak is of that process alone
     wrapped = (
@@ -98,8 +62,8 @@ def run(command, environment=()):
     )
     done = subprocess.run(
         [sys.executable, "-c", wrapped, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **dict(environment)},
+        cwd=checkout,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout), **dict(environment)},
         capture_output=True,
         text=True,
     )
@@ -109,7 +73,7 @@ def run(command, environment=()):
     return printed, float(peak.split()[1])
 
 
-def ours(folder, batch, num_steps, evaluate, options):
+def ours(folder, batch, num_steps, evaluate, options, checkout=ROOT):
     """{"loss", "seconds": of each step, "peak"} of this loop."""
     output, block_size = folder / "ours", options.block_size
     arguments = [
@@ -129,7 +93,7 @@ def ours(folder, batch, num_steps, evaluate, options):
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
     elif options.precision == "tf32":
         arguments.append("--tf32")
-    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment)
+    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment, checkout)
     results = json.loads((output / "all_results.json").read_text())
     peak = results.get("peak_device_memory_gib", peak)
     if evaluate:
@@ -143,8 +107,7 @@ def ours(folder, batch, num_steps, evaluate, options):
 
 def trainers(folder, batch, num_steps, evaluate, options):
     """The same of `transformers.Trainer`."""
-    script = folder / "trainer.py"
-    script.write_text(TRAINER)
+    script = ROOT / "tests" / "programs" / "trainers_steps.py"
     command = [sys.executable, script, folder, folder / "blocks.npy", options.precision, batch, num_steps]
     printed, peak = run([*command, int(evaluate)])
     done = json.loads(printed[-1])
@@ -186,7 +149,9 @@ def plot(results, path, block_size):
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [row for row in results if not row["evaluation"]]
-    for name, color in (("train_loop", "tab:blue"), ("Trainer", "tab:orange")):
+    for name, color in zip(
+        [n for n in rows[0] if isinstance(rows[0][n], dict)][:2], ("tab:blue", "tab:orange"), strict=True
+    ):
         x = [row["batch"] for row in rows]
         for axis, key in zip(axes, ("tokens_per_second", "peak_gib"), strict=True):
             values = [row[name][key] for row in rows]
@@ -214,10 +179,14 @@ def main():
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of both")
     parser.add_argument("--peak_tflops", type=float, help="of the device at this precision, for its utilisation")
     parser.add_argument("--compiled", action="store_true", help="this loop with torch.compile (inductor)")
+    parser.add_argument("--against", type=Path, help="a different checkout of this repository in Trainer's place")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture (PNG)")
     arguments = parser.parse_args()
     shape, block_size = SHAPES[arguments.model], arguments.block_size
+    other, others = "Trainer", trainers
+    if arguments.against:
+        other, others = "other", functools.partial(ours, checkout=arguments.against.resolve())
     results = []
     print(f"{'batch':>6} {'what':>10} {'':>10} {'tokens/s':>23} {'GiB':>17} {'loss':>8}   min / median / max")
     with tempfile.TemporaryDirectory() as folder:
@@ -226,9 +195,9 @@ def main():
         for evaluate in [arguments.evaluation]:
             for batch in arguments.batch_sizes:
                 row = {"batch": batch, "evaluation": evaluate}
-                runs = {"train_loop": [], "Trainer": []}
+                runs = {"train_loop": [], other: []}
                 for _ in range(arguments.repetitions):
-                    for name, function in (("train_loop", ours), ("Trainer", trainers)):
+                    for name, function in (("train_loop", ours), (other, others)):
                         runs[name].append(function(folder, batch, arguments.steps, evaluate, arguments))
                 for name, done in runs.items():
                     num_blocks = max(arguments.batch_sizes) * arguments.steps if evaluate else batch

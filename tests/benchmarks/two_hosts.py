@@ -31,50 +31,14 @@ ARRANGEMENTS = {  # processes, threads of each
     "2 hosts, 1 process of 1 thread each": (2, 1),
 }
 TOKENS_OF_A_STEP = 16 * 127
-SCRIPT = """
-import json, os, sys, time
-from pathlib import Path
-import torch
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from train_loop.report.metrics import Metrics
-plain, sent = Metrics.count_step, Path("/sys/class/net/eth0/statistics/tx_bytes")
-num_steps = 0
-
-def watched(self, step, *values):
-    global num_steps
-    plain(self, step, *values)
-    num_steps += 1
-    seen = {"seconds": time.perf_counter(), "sent": int(sent.read_text()) if sent.exists() else 0}
-    with open(f"{os.environ['SEEN']}.{os.environ.get('RANK', 0)}", "a") as file:
-        print(json.dumps(seen), file=file)
-
-def exchange_every_other_step(state, bucket):
-    if num_steps % 2 == 0:
-        return allreduce_hook(None, bucket)
-    future = torch.futures.Future()
-    future.set_result(bucket.buffer())
-    return future
-
-class EveryOtherStep(torch.nn.parallel.DistributedDataParallel):
-    def __init__(self, *values, **options):
-        super().__init__(*values, **options)
-        self.register_comm_hook(None, exchange_every_other_step)
-
-Metrics.count_step = watched
-if os.environ["EXCHANGE"] == "every other step":
-    torch.nn.parallel.DistributedDataParallel = EveryOtherStep
-from train_loop.main import leave, main
-leave(main(sys.argv[1:]))
-"""
 
 
 def measure(pair, folder, name, accumulation, exchange="every step", num_steps=12):
     """(losses, [what was seen between two steps of the first process: {"seconds", "sent" bytes}])"""
-    output_dir, script = folder / "run", folder / "script.py"
+    output_dir, script = folder / "run", ROOT / "tests" / "programs" / "watches_the_wire.py"
     shutil.rmtree(output_dir, ignore_errors=True)
     for path in folder.glob("seen.*"):
         path.unlink()
-    script.write_text(SCRIPT)
     num_processes, num_threads = ARRANGEMENTS[name]
     no_dropout = "resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
     arguments = [

@@ -17,11 +17,13 @@ import dataclasses
 import json
 import math
 import time
-from collections import defaultdict
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from train_loop.checkpoint.durable import (
@@ -36,9 +38,11 @@ from train_loop.checkpoint.durable import (
 )
 from train_loop.checkpoint.identity import differences
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
-from train_loop.checkpoint.sharded import Shares, is_sharded, named_tensors, write_share
+from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
+from train_loop.report import Metrics
+from train_loop.settings import Settings
 from train_loop.version import code_version
 from train_loop.whole import remove
 
@@ -49,14 +53,14 @@ class Checkpoints:
     """The checkpoints of one run. Every process has one and calls the same methods; the main process writes, and under
     FSDP each process its share of the tensors, to a disk that all must see."""
 
-    def __init__(self, settings, accelerator, identity=None):
-        self.settings, self.accelerator, self.identity = settings, accelerator, identity
-        self.folder = Path(settings.output_dir) / "checkpoints"
-        self.latest = None  # the last one that this process saved or resumed from
+    def __init__(self, settings: Settings, accelerator: Accelerator, identity: dict[str, Any] | None = None) -> None:
+        self.settings, self.accelerator, self.identity = settings, accelerator, identity or {}
+        self.folder = settings.folder / "checkpoints"
+        self.latest: Path | None = None  # the last one that this process saved or resumed from
         self.resumed_step = math.inf  # what is newer than it goes with the first save: the run takes another way
         self.seconds = 0.0  # spent on saving
 
-    def is_due(self, position, last_step):
+    def is_due(self, position: Position, last_step: int) -> bool:
         every, step = self.settings.checkpointing_steps, position.step
         if every == "none":
             return False
@@ -64,8 +68,11 @@ class Checkpoints:
             return True
         return position.ends_epoch() if every == "epoch" else step % int(every) == 0
 
-    def save(self, position, model, optimizer, metrics):
-        """Raises UserError on every process where it cannot be written; the checkpoints before it stay."""
+    def save(
+        self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
+    ) -> Path:
+        """Returns the checkpoint's folder. Raises UserError on every process where it cannot be written; the
+        checkpoints before it stay."""
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
@@ -83,11 +90,12 @@ class Checkpoints:
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         }
         self._write(position, tensors, optimizer_tensors, state)
-        self.latest = self.folder / name_of(position.step)
+        self.latest = path = self.folder / name_of(position.step)
         self.seconds += time.perf_counter() - began
         metrics.leave_out(time.perf_counter() - began)
+        return path
 
-    def _write(self, position, tensors, optimizer_tensors, state):
+    def _write(self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, state: dict[str, Any]) -> None:
         is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
         step, partial = position.step, self.folder / f"{name_of(position.step)}.partial"
         try:
@@ -100,7 +108,7 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     remove(partial)
 
-    def _together(self, step, does_it, deed):
+    def _together(self, step: int, does_it: bool, deed: Callable[[], Any]) -> list[Any]:
         """Runs `deed` where `does_it`, and returns what it returned there. Raises UserError on all processes where it
         did on one."""
         result = problem = None
@@ -115,24 +123,29 @@ class Checkpoints:
                 raise UserError(problem)
         return [result for result, _ in outcomes if result is not None]
 
-    def _snapshot(self, model, optimizer):
+    def _snapshot(
+        self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
         model = self.accelerator.unwrap_model(model)
-        tensors, optimizer_tensors, scalars = named_tensors(model), {}, {}
-        names = {id(p): name for name, p in model.named_parameters()}
+        tensors, names = named_tensors(model), {id(p): name for name, p in model.named_parameters()}
+        optimizer_tensors: Tensors = {}
+        scalars: dict[str, Any] = {}
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
                 kept = optimizer_tensors if isinstance(value, torch.Tensor) else scalars
                 kept[f"{names[id(parameter)]}.{key}"] = value
         return tensors, optimizer_tensors, scalars
 
-    def _begin(self, partial):
+    def _begin(self, partial: Path) -> None:
         self.folder.mkdir(exist_ok=True)
         for leftover in self.folder.glob("*.partial"):
             remove(leftover)
         partial.mkdir()
 
-    def _write_tensors(self, partial, tensors, optimizer_tensors, sharded):
+    def _write_tensors(
+        self, partial: Path, tensors: Tensors, optimizer_tensors: Tensors, sharded: bool
+    ) -> dict[str, Any]:
         rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
         of = f"-{rank + 1:05}-of-{world_size:05}" if sharded else ""
         paths = partial / f"model{of}.safetensors", partial / f"optimizer{of}.safetensors"
@@ -140,12 +153,13 @@ class Checkpoints:
             write_share(content, path, self.accelerator.is_main_process)
         return {path.name: flushed(path) for path in paths}
 
-    def _finish(self, partial, position, state, written):
+    def _finish(self, partial: Path, position: Position, state: dict[str, Any], written: list[dict[str, Any]]) -> None:
         (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
         files = {"state.json": flushed(partial / "state.json")}
         for entries in written:
             files |= entries
-        eval_loss = position.evaluation["eval_loss"] if position.evaluated_step == position.step else None
+        evaluation = position.evaluation if position.evaluated_step == position.step else None
+        eval_loss = evaluation["eval_loss"] if evaluation else None
         best_step = position.best_step if self.settings.load_best_model_at_end else None
         write_manifest(partial, {"step": position.step, "eval_loss": eval_loss, "best_step": best_step}, files)
         for step, path in checkpoints_in(self.folder):
@@ -155,7 +169,7 @@ class Checkpoints:
         put_in_place(partial)
         self._rotate()
 
-    def _rotate(self):
+    def _rotate(self) -> None:
         """Keeps the newest, the best that each of them goes back to, and the best of all. Raises OSError."""
         found, limit = checkpoints_in(self.folder), self.settings.checkpoints_total_limit
         manifests = {step: manifest_of(path) for step, path in found}
@@ -172,7 +186,7 @@ class Checkpoints:
         for path in self.folder.glob("*.discarded"):
             remove(path)
 
-    def find(self):
+    def find(self) -> Path | None:
         """The checkpoint to go on from, or None for a new run; the same on every process. Says on stderr which
         damaged ones were skipped. Raises UserError where there are only damaged ones, or the one named is."""
         found, problem = None, None
@@ -184,10 +198,10 @@ class Checkpoints:
         found, problem = broadcast_object_list([found, problem])
         if problem:
             raise UserError(problem)
-        self.latest = found and Path(found)
+        self.latest = Path(found) if found else None
         return self.latest
 
-    def _find(self):
+    def _find(self) -> str | None:
         wanted = self.settings.resume_from_checkpoint
         if wanted is None:
             return None
@@ -205,7 +219,7 @@ class Checkpoints:
             raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
         return None
 
-    def position_of(self, path):
+    def position_of(self, path: Path) -> Position:
         """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -218,10 +232,12 @@ class Checkpoints:
         self._compare(state, position)
         return position
 
-    def restore(self, path, position, model, optimizer, metrics):
+    def restore(
+        self, path: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
+    ) -> None:
         """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if self.settings.load_best_model_at_end and position.best:
+        if self.settings.load_best_model_at_end and position.best_step is not None:
             best = self.folder / name_of(position.best_step)
             reason = broadcast_object_list([damage(best) if self.accelerator.is_main_process else None])[0]
             if reason:
@@ -250,7 +266,7 @@ class Checkpoints:
             except OSError as error:
                 warn(f"older checkpoints cannot be removed: {one_line(error)}")
 
-    def _compare(self, state, position):
+    def _compare(self, state: dict[str, Any], position: Position) -> None:
         fixed, changed, code, bits, others = differences(state, self.identity, self.settings)
         if fixed:
             raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
@@ -271,37 +287,6 @@ class Checkpoints:
                 f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"
             )
 
-    def say_latest(self):
+    def say_latest(self) -> str:
         """A clause for messages about a run that ends here."""
         return f"the last checkpoint is {self.latest}" if self.latest else "there is no checkpoint yet"
-
-
-def load_weights(path, model):
-    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
-    fit."""
-    tensors, saved = named_tensors(model), Shares(path, "model")
-    if saved.pieces.keys() != tensors.keys():
-        raise UserError(f"{path} holds other weights than this model has")
-    for name, tensor in tensors.items():
-        saved.read_into(tensor, name)
-
-
-def load_optimizer(path, model, optimizer, scalars):
-    """Puts the optimizer's state in the checkpoint `path` into `optimizer`; `scalars`: what of it is no tensor. Where
-    `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
-    parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers, state = {id(p): number for number, p in enumerate(ordered)}, defaultdict(dict)
-    for name in [*saved.pieces, *scalars]:
-        parameter_name, _, key = name.rpartition(".")
-        parameter = parameters[parameter_name]
-        if name in scalars:
-            value = scalars[name]
-        elif saved.shape(name) == list(parameter.shape):
-            value = torch.empty_like(parameter)
-            saved.read_into(value, name)
-        else:
-            value = saved.read(name).clone()
-        state[numbers[id(parameter)]][key] = value
-    # the optimizer knows best which of them belong on the parameter's device
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -5,8 +5,14 @@ import hashlib
 import json
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel
+
+from train_loop.data import Split, TrainingData
+from train_loop.settings import Settings
 
 # what may differ from a checkpoint when the user asks for it; the rest of an identity may not
 CHANGEABLE = {
@@ -37,7 +43,7 @@ CODE = ("loss.py", "cross_entropy.py", "head.py", "model.py", "optim.py", "loop.
 CODE_OF = "code of "
 
 
-def same_bits(settings) -> dict:
+def same_bits(settings: Settings) -> dict:
     """By name, what decides about the last bits of a result: threads, tuning, versions, and the code of the step."""
     folder = Path(__file__).parent.parent
     code = {name: folder / name for name in CODE}
@@ -49,14 +55,22 @@ def same_bits(settings) -> dict:
     }
 
 
-def optimizer_identity(optimizer) -> dict:
+def optimizer_identity(optimizer: torch.optim.Optimizer) -> dict:
     """The class of an optimizer, and the options that its groups have: a state of another class means other things."""
     options = sorted({name for group in optimizer.param_groups for name in group} - {"params", "initial_lr"})
     kind = type(optimizer)
     return {"optimizer": f"{kind.__module__}.{kind.__qualname__}", "optimizer's options": ", ".join(options)}
 
 
-def run_identity(settings, model, split, eval_split, num_steps, accelerator, optimizer) -> dict:
+def run_identity(
+    settings: Settings,
+    model: PreTrainedModel,
+    split: TrainingData,
+    eval_split: Split,
+    num_steps: int,
+    accelerator: Accelerator,
+    optimizer: torch.optim.Optimizer,
+) -> dict:
     """What decides about the weights of a run, by name: a checkpoint can be resumed only under the same. Paths and
     names do not: the blocks themselves and the model's config do. `optimizer` is not prepared yet. "same bits" is told
     where it differs, and not refused."""
@@ -79,7 +93,9 @@ def run_identity(settings, model, split, eval_split, num_steps, accelerator, opt
     }
 
 
-def differences(state, new, settings):
+def differences(
+    state: dict[str, Any], new: dict[str, Any], settings: Settings
+) -> tuple[list[str], list[str], list[str], list[str], list[str]]:
     """(fixed, changed, code, bits, others) between a checkpoint's `state` and a run that would resume from it, a clause
     each: what makes it a different run, what changes its result and may be wanted, the code of the step, what may
     change the last bits of its result, and settings that have no effect on it."""

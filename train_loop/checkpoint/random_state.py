@@ -1,6 +1,7 @@
 """The random states of a process, which a checkpoint keeps: of Python, NumPy, torch, and its device."""
 
 import random
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,19 +9,19 @@ import torch
 from train_loop.errors import UserError
 
 
-def rng_state():
+def rng_state() -> dict[str, Any]:
     """The random states of this process, as JSON takes them."""
-    kind, keys, *rest = np.random.get_state()
+    kind, keys, *rest = np.random.get_state(legacy=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
         "python": random.getstate(),
-        "numpy": [kind, keys.tolist(), *rest],
+        "numpy": [kind, np.asarray(keys).tolist(), *rest],
         "torch": torch.get_rng_state().tolist(),
         "device": torch.get_device_module(device).get_rng_state().tolist() if device else None,
     }
 
 
-def set_rng_state(state):
+def set_rng_state(state: dict[str, Any]) -> None:
     """Raises UserError where a state does not fit: going on with other random numbers would be another run."""
     try:
         version_, keys, gauss = state["python"]

@@ -6,34 +6,45 @@ written once. `torch.distributed.checkpoint` writes files of its own (pickled on
 a tied weight twice; here one file is as safe to read as another.
 """
 
+from __future__ import annotations
+
 import json
 import re
+from collections import defaultdict
 from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from train_loop.checkpoint.durable import manifest_of
+from train_loop.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+Tensors = dict[str, torch.Tensor]  # parameters and buffers, or an optimizer's tensors, by name
 
 
-def is_sharded(tensor):
+def is_sharded(tensor: torch.Tensor) -> TypeGuard[DTensor]:
     return hasattr(tensor, "full_tensor")  # a DTensor: to import the class takes most of a second
 
 
-def unsharded(tensor):
+def unsharded(tensor: torch.Tensor) -> torch.Tensor:
     """`tensor` itself, or put together of every process's share: then to be called on every process."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def named_tensors(model):
+def named_tensors(model: torch.nn.Module) -> Tensors:
     """{name: parameter or buffer}, a tied weight under its first name alone."""
     every_name = dict(model.named_parameters(remove_duplicate=False))
     buffers = {name: t for name, t in model.state_dict().items() if name not in every_name}
     return dict(model.named_parameters()) | buffers
 
 
-def unsharded_tensors(model, keep):
+def unsharded_tensors(model: torch.nn.Module, keep: bool) -> Tensors:
     """`named_tensors`, whole and on the CPU; {} where `keep` is false. To be called on every process."""
     gathered = {}
     for name, tensor in named_tensors(model).items():
@@ -43,7 +54,7 @@ def unsharded_tensors(model, keep):
     return gathered
 
 
-def local_rows(tensor):
+def local_rows(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     """(the rows of `tensor` on this process, the index of the first of them)"""
     if not is_sharded(tensor):
         return tensor, 0
@@ -53,7 +64,7 @@ def local_rows(tensor):
     return tensor.to_local(), min(tensor.device_mesh.get_local_rank() * rows_each, len(tensor))
 
 
-def write_share(tensors, path, is_main):
+def write_share(tensors: Tensors, path: Path, is_main: bool) -> None:
     """Writes this process's rows of `tensors`, and on the main process also those tensors that are not sharded.
     Raises OSError."""
     rows, first_rows = {}, {}
@@ -74,8 +85,8 @@ class Shares:
     """The tensors in a checkpoint's `stem`.safetensors, or of the files that several processes wrote, each its rows.
     What the manifest does not name is not read."""
 
-    def __init__(self, folder, stem):
-        self.pieces = {}  # name: [(file, index of its first row)]
+    def __init__(self, folder: Path, stem: str) -> None:
+        self.pieces: dict[str, list[tuple[Any, int]]] = {}  # name: [(file of `safe_open`, index of its first row)]
         pattern = rf"{stem}(-\d+-of-\d+)?\.safetensors"
         for name in sorted(name for name in manifest_of(folder)["files"] if re.fullmatch(pattern, name)):
             file = safe_open(folder / name, "pt")
@@ -83,18 +94,18 @@ class Shares:
             for name in file.keys():  # noqa: SIM118
                 self.pieces.setdefault(name, []).append((file, first_rows.get(name, 0)))
 
-    def shape(self, name):
+    def shape(self, name: str) -> list[int]:
         """The shape of a tensor, of all its rows."""
         shapes = [file.get_slice(name).get_shape() for file, _ in self.pieces[name]]
         return [sum(shape[0] for shape in shapes), *shapes[0][1:]] if shapes[0] else []
 
-    def read(self, name):
+    def read(self, name: str) -> torch.Tensor:
         """All rows of a tensor, on the CPU."""
         parts = [file.get_tensor(name) for file, _ in sorted(self.pieces[name], key=itemgetter(1))]
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
-    def read_into(self, tensor, name):
+    def read_into(self, tensor: torch.Tensor, name: str) -> None:
         """Fills `tensor`, or the rows of it that this process holds."""
         local, first = local_rows(tensor)
         for file, start in self.pieces[name]:
@@ -105,3 +116,37 @@ class Shares:
             begin, end = max(first, start), min(first + len(local), start + piece.get_shape()[0])
             if begin < end:
                 local[begin - first : end - first].copy_(piece[begin - start : end - start])
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
+    fit."""
+    tensors, saved = named_tensors(model), Shares(path, "model")
+    if saved.pieces.keys() != tensors.keys():
+        raise UserError(f"{path} holds other weights than this model has")
+    for name, tensor in tensors.items():
+        saved.read_into(tensor, name)
+
+
+def load_optimizer(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+) -> None:
+    """Puts the optimizer's state in the checkpoint `path` into `optimizer`; `scalars`: what of it is no tensor. Where
+    `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
+    parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {id(p): number for number, p in enumerate(ordered)}
+    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for name in [*saved.pieces, *scalars]:
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        if name in scalars:
+            value = scalars[name]
+        elif saved.shape(name) == list(parameter.shape):
+            value = torch.empty_like(parameter)
+            saved.read_into(value, name)
+        else:
+            value = saved.read(name).clone()
+        state[numbers[id(parameter)]][key] = value
+    # the optimizer knows best which of them belong on the parameter's device
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -22,13 +22,16 @@ from train_loop.data.blocks import (
 )
 from train_loop.data.row_files import Rows
 from train_loop.data.rows import load_file, load_rows
-from train_loop.data.sources import load_source
+from train_loop.data.sources import Source, load_source
 from train_loop.data.streaming import Stream
+from train_loop.data.text import CoveredText
 from train_loop.data.token_cache import cached_tokens, clear_cached_tokens, token_folder
 
 __all__ = [
     "IGNORED",
+    "CoveredText",
     "Rows",
+    "Source",
     "Split",
     "Stream",
     "TrainingData",

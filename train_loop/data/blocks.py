@@ -11,14 +11,16 @@ B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from transformers import PreTrainedTokenizerFast
 
+from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
 from train_loop.errors import UserError, tell
@@ -41,8 +43,11 @@ class TrainingData(Protocol):
 
     name: str
     blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
-    num_blocks: int | None  # None: not known
     document_end: int | None  # the token after which attention and positions begin anew
+
+    @property
+    def num_blocks(self) -> int | None:
+        """None: not known."""
 
     def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
         """How many blocks an epoch takes; None: not known."""
@@ -118,7 +123,7 @@ class Split:
             yield Window(tensors, end=Place(start.epoch, number, per_epoch=len(windows)))
 
     def digest(self) -> str:
-        return hashlib.blake2b(np.ascontiguousarray(self.blocks), digest_size=16).hexdigest()
+        return hashlib.blake2b(np.ascontiguousarray(self.blocks).data, digest_size=16).hexdigest()
 
     def identity(self) -> dict[str, Any]:
         """What stands for the training data in a checkpoint's identity."""
@@ -135,7 +140,9 @@ class Split:
         return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
 
 
-def load_split(rows, tokenizer, name, settings, show_progress=False):
+def load_split(
+    rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
+) -> Split:
     """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
     end_of_text = end_of_documents(tokenizer, settings)
@@ -155,7 +162,7 @@ def load_split(rows, tokenizer, name, settings, show_progress=False):
     return split
 
 
-def too_few(name, rows, num_tokens, settings):
+def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
     """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
     size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
     ways = f"give a block_size of at most {num_tokens}, or more text"
@@ -167,14 +174,14 @@ def too_few(name, rows, num_tokens, settings):
     return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
 
 
-def end_of_documents(tokenizer, settings):
+def end_of_documents(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> int | None:
     """The id of the token that documents are to end with, or None. Raises UserError where the tokenizer lacks it."""
     if settings.add_eos_token and tokenizer.eos_token_id is None:
         raise UserError("add_eos_token: the tokenizer has no end-of-text token")
     return tokenizer.eos_token_id if settings.add_eos_token else None
 
 
-def group_texts(rows, block_size):
+def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:
     """(blocks [n, block_size], number of tokens dropped): the rows' tokens, one row after the other, cut every
     `block_size`; the tokens of a last, short block are dropped. One single array is cut where it lies, not copied."""
     tokens = rows[0] if len(rows) == 1 else np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
@@ -203,27 +210,36 @@ class Windows(torch.utils.data.Dataset):
     do not rise by one, transformers' models build attention masks that keep documents apart.
     """
 
-    def __init__(self, blocks, order, micro_batch_size, num_micro_batches, world_size=1, rank=0, document_end=None):
+    def __init__(
+        self,
+        blocks: np.ndarray,
+        order: np.ndarray,
+        micro_batch_size: int,
+        num_micro_batches: int,
+        world_size: int = 1,
+        rank: int = 0,
+        document_end: int | None = None,
+    ) -> None:
         self.blocks, self.order, self.document_end = blocks, order, document_end
         # a micro-batch that is larger than the data has no more fillers than it takes to share it evenly
         self.micro_batch_size = min(micro_batch_size, -(-len(order) // world_size))
         self.world_size, self.rank = world_size, rank
         self.blocks_per_window = world_size * num_micro_batches * self.micro_batch_size
 
-    def __len__(self):
+    def __len__(self) -> int:
         return -(-len(self.order) // self.blocks_per_window)
 
-    def __getitem__(self, window):
+    def __getitem__(self, window: int) -> dict[str, torch.Tensor]:
         indices = self.order[window * self.blocks_per_window :][: self.blocks_per_window]
         num_fillers = -len(indices) % (self.world_size * self.micro_batch_size)
         indices = np.concatenate([indices, np.full(num_fillers, -1)])
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        window = inputs_and_labels(self.blocks[indices])
+        tensors = inputs_and_labels(self.blocks[indices])
         if self.document_end is not None:
-            window["position_ids"] = positions_in_documents(window["input_ids"], self.document_end)
-            window["labels"][window["position_ids"] == 0] = IGNORED
-        window["labels"][indices == -1] = IGNORED
-        return {name: torch.from_numpy(array) for name, array in window.items()}
+            tensors["position_ids"] = positions_in_documents(tensors["input_ids"], self.document_end)
+            tensors["labels"][tensors["position_ids"] == 0] = IGNORED
+        tensors["labels"][indices == -1] = IGNORED
+        return {name: torch.from_numpy(array) for name, array in tensors.items()}
 
 
 def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
@@ -235,14 +251,14 @@ def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
     return {"input_ids": tokens.astype(np.int64), "labels": tokens.astype(np.int64)}
 
 
-def positions_in_documents(input_ids, document_end):
+def positions_in_documents(input_ids: np.ndarray, document_end: int) -> np.ndarray:
     """The position of each token [..., T] within its document, the first of the block beginning with the block."""
     index = np.arange(input_ids.shape[-1])
     begins = np.roll(input_ids == document_end, 1, axis=-1)
     return index - np.maximum.accumulate(np.where(begins & (index > 0), index, 0), axis=-1)
 
 
-def load_windows(windows, first=0, pin_memory=False):
+def load_windows(windows: Windows, first: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
     """A DataLoader over `windows` from index `first` on. It has a generator of its own: iterating over a DataLoader
     draws from torch's global one otherwise, and evaluation would change training."""
     return torch.utils.data.DataLoader(

@@ -17,7 +17,7 @@ def format_of(path: str, each_file_is_a_row: bool = False, streamed: bool = Fals
         if is_array and streamed:
             raise UserError(f"{path} is one JSON array; streaming reads JSON of one object a line")
         return JsonArray() if is_array else JsonLines()
-    return {"csv": Csv, "parquet": Parquet}[kind]()
+    return Csv() if kind == "csv" else Parquet()
 
 
 def _first_byte(path: str) -> bytes:

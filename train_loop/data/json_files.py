@@ -1,7 +1,7 @@
 """JSON files: an object a line, or one array."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from train_loop.data.text_files import BOM, CHUNK_BYTES, Lines, broken, decode, line_at, reading
@@ -15,7 +15,7 @@ class JsonLines(Lines):
     # pairs show a key that is given twice; Python's integers have a limit of digits, and none of them is text
     decoder = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float)
 
-    def _objects(self, path, place, chunk):
+    def _objects(self, path: str, place: int, chunk: bytes) -> Iterator[tuple[int, tuple]]:
         """(byte, object as a tuple of pairs) of each line."""
         for line in chunk.splitlines(keepends=True):
             byte, place = place, place + len(line)
@@ -30,7 +30,7 @@ class JsonLines(Lines):
                 raise broken(path, line_at(path, byte), "the line is no JSON object")
             yield byte, row
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
         texts = []
         for byte, row in self._objects(path, place, chunk):
             text, problem = _text_of(row, column)
@@ -39,11 +39,11 @@ class JsonLines(Lines):
             texts.append(text)
         return texts
 
-    def columns(self, path):
+    def columns(self, path: str) -> tuple[list[str], list[str]]:
         place, chunk = next(self.chunks(path, 0, CHUNK_BYTES, ""), (0, b""))
         return _columns_of(row for _, row in self._objects(path, place, chunk))
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         return sum(
             bool(line.removeprefix(BOM).strip())
             for _, chunk in self.chunks(path, 0, CHUNK_BYTES, "")
@@ -54,7 +54,7 @@ class JsonLines(Lines):
 class JsonArray:
     """A file that is one JSON array, of objects or of texts. It is read into memory at once."""
 
-    def _rows(self, path):
+    def _rows(self, path: str) -> Iterator[tuple]:
         with reading(path), open_file(path) as file:
             content = decode(path, 0, file.read())
         try:
@@ -68,10 +68,10 @@ class JsonArray:
                 raise broken(path, f"row {number:,}", "it is neither an object nor a text")
             yield row
 
-    def chunks(self, path, place, size, column):
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[tuple]]]:
         yield 0, list(self._rows(path))
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: list[tuple], column: str) -> list[str]:
         texts = []
         for number, row in enumerate(chunk, start=1):
             text, problem = _text_of(row, column)
@@ -80,10 +80,10 @@ class JsonArray:
             texts.append(text)
         return texts
 
-    def columns(self, path):
+    def columns(self, path: str) -> tuple[list[str], list[str]]:
         return _columns_of(islice(self._rows(path), 1000))
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         return sum(1 for _ in self._rows(path))
 
 
@@ -110,7 +110,7 @@ def _text_of(row: tuple, column: str) -> tuple[str, str]:
 
 def _columns_of(rows: Iterable[tuple]) -> tuple[list[str], list[str]]:
     """(all columns, those of text) of JSON objects: a column is one of text if none of its values is anything else."""
-    is_text = {}
+    is_text: dict[str, bool] = {}
     for row in rows:
         for name, value in row:
             is_text[name] = is_text.get(name, True) and (value is None or isinstance(value, str))

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from train_loop.data.formats import format_of
 from train_loop.data.text_files import CHUNK_BYTES, reading
 from train_loop.errors import UserError, warn
 from train_loop.files import DataFiles, file_kind
+from train_loop.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -27,42 +28,42 @@ class Rows:
     span: range
 
     @classmethod
-    def of(cls, texts):
+    def of(cls, texts: list[str]) -> "Rows":
         """`Rows` of a list of texts."""
         return cls(lambda: iter(texts), digest_of(texts), range(len(texts)))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.span)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[dict[str, str]]:
         for index, text in enumerate(self.read()):
             if index in self.span:
                 yield {"text": text}
 
 
-def rows_of_files(paths, settings, each_is_a_row=False) -> Rows:
+def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row: bool = False) -> Rows:
     """The rows of files of one kind, one file after the other. Raises UserError where one cannot be read, or where
     there are no rows."""
-    paths = [str(path) for path in paths]
-    formats = [format_of(path, each_is_a_row) for path in paths]
-    column = text_column(*formats[0].columns(paths[0]), settings)
-    digests = [_digest(path) for path in paths]
-    num_rows = sum(format.num_rows(path) for format, path in zip(formats, paths, strict=True))
+    names = [str(path) for path in paths]
+    formats = [format_of(path, each_is_a_row) for path in names]
+    column = text_column(*formats[0].columns(names[0]), settings)
+    digests = [_digest(path) for path in names]
+    num_rows = sum(format.num_rows(path) for format, path in zip(formats, names, strict=True))
     if not num_rows:
-        raise UserError(f"{', '.join(paths)}: the data has no rows")
+        raise UserError(f"{', '.join(names)}: the data has no rows")
 
-    def read():
-        for format, path, digest in zip(formats, paths, digests, strict=True):
+    def read() -> Iterator[str]:
+        for format, path, digest in zip(formats, names, digests, strict=True):
             for place, chunk in format.chunks(path, 0, CHUNK_BYTES, column):
                 yield from format.texts(path, place, chunk, column)
             if _digest(path) != digest:  # what was read belongs to no content that could be named
                 raise UserError(f"{path} was changed while it was read: start again")
 
-    kinds = [file_kind(path) for path in paths]
+    kinds = [file_kind(path) for path in names]
     return Rows(read, digest_of([kinds, each_is_a_row, column, digests]), range(num_rows))
 
 
-def warn_of_left_out(path, files: DataFiles):
+def warn_of_left_out(path: Path | str, files: DataFiles) -> None:
     if files.num_left_out and int(os.environ.get("RANK", 0)) == 0:
         which = "are no text files" if files.each_is_a_row or Path(path).is_dir() else "are of no known kind"
         warn(f"{path}: {files.num_left_out:,} of its files {which} and are left out")
@@ -77,13 +78,13 @@ def _digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def cache_folder():
+def cache_folder() -> Path:
     """The cache folder of `datasets`, its config.HF_DATASETS_CACHE, without importing it."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(os.path.expanduser(home), "datasets")))
 
 
-def only_text(rows: Any, settings) -> Rows:
+def only_text(rows: Any, settings: Settings) -> Rows:
     """`Rows` of the one column that is meant, from a `datasets.Dataset`."""
     kinds = rows.features.items()
     texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
@@ -96,7 +97,7 @@ def only_text(rows: Any, settings) -> Rows:
     )
 
 
-def text_column(columns: list[str], texts: list[str], settings) -> str:
+def text_column(columns: list[str], texts: list[str], settings: Settings) -> str:
     """The name of the column that is meant, one of `columns`: the one that is set, or "text", or the only one of
     `texts`, which are those that seem to hold text. Raises UserError where there is none, or not just one."""
     column = settings.text_column or ("text" if "text" in columns else texts[0] if len(texts) == 1 else None)
@@ -106,6 +107,6 @@ def text_column(columns: list[str], texts: list[str], settings) -> str:
     return column
 
 
-def digest_of(values):
+def digest_of(values: Any) -> str:
     """A digest of anything that JSON can say: what it depends on makes the name of a cached file, or of data."""
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

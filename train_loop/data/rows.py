@@ -3,13 +3,15 @@ row, with its newline, or each file of a folder is one.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 from train_loop.data.row_files import Rows, rows_of_files, warn_of_left_out
 from train_loop.errors import UserError
 from train_loop.files import data_files
+from train_loop.settings import Settings
 
 
-def load_rows(settings):
+def load_rows(settings: Settings) -> tuple[Rows | None, Rows, str]:
     """(training rows, validation rows, note): each `Rows`; training rows are None when only evaluating a validation
     file. The note says where the validation rows come from.
 
@@ -31,6 +33,7 @@ def load_rows(settings):
         raise UserError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
     note = ""
     if validation is None:
+        assert train is not None  # else there is a validation split
         num_held_out = max(1, len(train) * settings.validation_split_percentage // 100)
         if num_held_out >= len(train):
             raise UserError(f"{len(train)} training row(s): too few to hold out some; give validation_file")
@@ -40,7 +43,7 @@ def load_rows(settings):
     return train, validation, note
 
 
-def load_file(path, settings) -> Rows:
+def load_file(path: Path | str, settings: Settings) -> Rows:
     """The rows of a file, of a folder of text files, or of the files that fit a pattern."""
     files = data_files(path)
     warn_of_left_out(path, files)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -17,6 +18,7 @@ from train_loop.data.row_files import Rows, cache_folder, digest_of, only_text, 
 from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind
 from train_loop.hub import hub_address
+from train_loop.settings import Settings
 
 KINDS = ("text", "json", "csv", "parquet")  # names of builders of `datasets`
 OF_NO_CONCERN = (
@@ -32,7 +34,7 @@ OF_NO_CONCERN = (
 )
 
 
-def find_data_set(settings) -> tuple[Any, dict[str, list[str]] | None]:
+def find_data_set(settings: Settings) -> tuple[Any, dict[str, list[str]] | None]:
     """(builder of `datasets`, {split: its files}). The files are None where `datasets` must read them; the builder is
     None where the hub is out of reach, and the files are those that an earlier run has downloaded.
 
@@ -78,7 +80,7 @@ def find_data_set(settings) -> tuple[Any, dict[str, list[str]] | None]:
     raise UserError(f"data set {name} is not read: {reason}. Convert it to jsonl or parquet")
 
 
-def prepared_splits(settings) -> dict[str, Rows]:
+def prepared_splits(settings: Settings) -> dict[str, Rows]:
     """The rows of the settings' data set: of its split "train", and of "validation" or else "test"."""
     builder, files = find_data_set(settings)
     if files is None:
@@ -106,12 +108,12 @@ def _download(path: str) -> str:
     return hf_hub_download(repository, name, repo_type="dataset", revision=unquote(revision))
 
 
-def _index(settings):
+def _index(settings: Settings) -> Path:
     key = digest_of([settings.dataset_name, settings.dataset_config_name])
     return cache_folder() / "train_loop" / "data_sets" / f"{key}.json"
 
 
-def _remember(settings, files):
+def _remember(settings: Settings, files: dict[str, list[str]]) -> None:
     """For a run that does not reach the hub. A cache that cannot be written is no error here."""
     path = _index(settings)
     with contextlib.suppress(OSError):
@@ -121,7 +123,7 @@ def _remember(settings, files):
         os.replace(partial, path)
 
 
-def _downloaded_earlier(settings) -> dict[str, list[str]] | None:
+def _downloaded_earlier(settings: Settings) -> dict[str, list[str]] | None:
     try:
         files = json.loads(_index(settings).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -5,10 +5,15 @@ A source has `chunks(place)`, all the chunks from a place on (None: the beginnin
 and `files`, which know whether they are still the same. A place is JSON, and goes into checkpoints.
 """
 
+from __future__ import annotations
+
 import hashlib
 import itertools
 import os
 import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
 from train_loop.data import text_files
 from train_loop.data.formats import format_of
@@ -17,24 +22,40 @@ from train_loop.data.rows import load_file
 from train_loop.data.tokens import ROWS_PER_BATCH
 from train_loop.errors import UserError, one_line
 from train_loop.files import data_files, file_kind
+from train_loop.settings import Settings
 
 CHUNK_BYTES = text_files.CHUNK_BYTES
 
 
-def load_source(settings):
+class Source(Protocol):
+    """What a stream asks of where its rows come from: `FileSource` and `Table` have it."""
+
+    column: str
+    files: Files | RemoteFiles
+
+    def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
+        """(place, chunk) of each chunk from a place on. Raises UserError."""
+
+    def texts(self, place: Any, chunk: Any) -> list[str]:
+        """The rows of a chunk. Raises UserError."""
+
+
+def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
     """(training rows, validation rows, ""): a source of chunks, `FileSource` or `Table`, None when only evaluating; and
     prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
+    assert settings.validation_file
     eval_rows = load_file(settings.validation_file, settings)
     if settings.eval_only:
         return None, eval_rows, ""
+    assert settings.train_file
     files = data_files(settings.train_file)
     warn_of_left_out(settings.train_file, files)
     return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""
 
 
-def _load_dataset(settings):
+def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
     from train_loop.data.sets import find_data_set  # imported where it is needed alone: `datasets` takes a second
 
     builder, files = find_data_set(settings)
@@ -46,13 +67,10 @@ def _load_dataset(settings):
             f"{', '.join(splits)}"
         )
 
-    def source_of(split):
-        if files is None:
-            paths = builder.config.data_files[split]
-        elif all(map(os.path.isfile, files[split])):
+    def source_of(split: str) -> Source:
+        if files is not None and all(map(os.path.isfile, files[split])):
             return FileSource(Files(files[split]), settings)
-        else:
-            paths = builder.config.data_files[split]
+        paths = builder.config.data_files[split]
         remote = RemoteFiles(paths, [list(metadata) for metadata in paths.origin_metadata])
         if files is None:
             return Table(lambda: builder.as_streaming_dataset(split), remote, settings)
@@ -60,7 +78,7 @@ def _load_dataset(settings):
 
     validation = source_of(name)
 
-    def read():
+    def read() -> Iterator[str]:
         return itertools.chain.from_iterable(validation.texts(*chunk) for chunk in validation.chunks(None))
 
     digest = digest_of([name, validation.column, *validation.files.identity().values()])
@@ -71,19 +89,19 @@ def _load_dataset(settings):
 class Files:
     """Files on this machine, as they were when the run began."""
 
-    def __init__(self, paths):
+    def __init__(self, paths: Sequence[Path | str]) -> None:
         self.paths, self.kind = [str(path) for path in paths], file_kind(paths[0])
         self.seen = {path: self._look(path) for path in self.paths}
 
     @staticmethod
-    def _look(path):
+    def _look(path: str) -> tuple[int, int]:
         try:
             status = os.stat(path)
         except OSError as error:
             raise UserError(f"training file {path} cannot be read: {error.strerror}") from error
         return status.st_size, status.st_mtime_ns
 
-    def check(self, *paths):
+    def check(self, *paths: str) -> None:
         """Raises UserError where a file, by default any, is no longer the one that it was."""
         for path in paths or self.paths:
             if self._look(path) != self.seen[path]:
@@ -92,7 +110,7 @@ class Files:
                     "no data that could be named. The last checkpoint goes on with the file as it was"
                 )
 
-    def identity(self):
+    def identity(self) -> dict[str, str]:
         """Sizes and samples of the content, without reading it all; and when each file was written last."""
         digest = hashlib.blake2b(digest_size=16)
         num_samples = max(2, 64 // len(self.paths))
@@ -105,7 +123,7 @@ class Files:
         times = digest_of([time for _, time in self.seen.values()])
         return {"training data": digest.hexdigest(), "training files' times of change": times}
 
-    def summary(self):
+    def summary(self) -> str:
         size = sum(size for size, _ in self.seen.values())
         return f"{len(self.paths):,} file{'s' if len(self.paths) > 1 else ''} of {size:,} bytes"
 
@@ -113,20 +131,20 @@ class Files:
 class RemoteFiles:
     """Files on the hub, as they were when the run began: the library reads those of one commit."""
 
-    def __init__(self, paths, versions):
+    def __init__(self, paths: Sequence[str], versions: list[list]) -> None:
         self.paths, self.versions = [str(path) for path in paths], versions
 
-    def check(self, *paths):
+    def check(self, *paths: str) -> None:
         pass  # a commit does not change
 
-    def identity(self):
+    def identity(self) -> dict[str, str]:
         names = [re.sub(r"@[^/]*", "", path) for path in self.paths]
         return {
             "training data": digest_of(names),
             "training files' times of change": digest_of(self.versions),
         }
 
-    def summary(self):
+    def summary(self) -> str:
         return f"{len(self.paths):,} file{'s' if len(self.paths) > 1 else ''} on the hub"
 
 
@@ -137,12 +155,12 @@ class FileSource:
     A place is [index of the file, place in it]; it can be gone to at once, but a .gz is unpacked up to there.
     """
 
-    def __init__(self, files, settings, each_is_a_row=False):
+    def __init__(self, files: Files | RemoteFiles, settings: Settings, each_is_a_row: bool = False) -> None:
         self.files = files
         self.formats = [format_of(path, each_is_a_row, streamed=True) for path in files.paths]
         self.column = text_column(*self.formats[0].columns(files.paths[0]), settings)
 
-    def chunks(self, place):
+    def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
         """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
         be read, or is no longer the one that it was."""
         first, within = place or (0, 0)
@@ -153,7 +171,7 @@ class FileSource:
                 yield [index, at], chunk
             within = 0
 
-    def texts(self, place, chunk):
+    def texts(self, place: Any, chunk: Any) -> list[str]:
         """The rows of a chunk. Raises UserError where they are no text."""
         index, within = place
         return self.formats[index].texts(self.files.paths[index], within, chunk, self.column)
@@ -166,12 +184,12 @@ class Table:
     of one, and the row in it. Going to it reads the shard's rows up to there again; none is tokenised.
     """
 
-    def __init__(self, open, files, settings):
-        self.open, self.files, self.column = open, files, None
-        row = next(iter(open()), {})
-        self.column = text_column(row, [name for name, value in row.items() if isinstance(value, str)], settings)
+    def __init__(self, open: Callable[[], Any], files: Files | RemoteFiles, settings: Settings) -> None:
+        self.open, self.files = open, files
+        row: dict[str, Any] = next(iter(open()), {})
+        self.column = text_column(list(row), [name for name, value in row.items() if isinstance(value, str)], settings)
 
-    def chunks(self, place):
+    def chunks(self, place: Any) -> Iterator[tuple[Any, list[Any]]]:
         """(place, texts) of each chunk, from a place on, or from the beginning."""
         texts, num_characters = [], 0
         try:
@@ -192,7 +210,7 @@ class Table:
             self.files.check()
             yield place, texts
 
-    def texts(self, place, texts):
+    def texts(self, place: Any, texts: list[Any]) -> list[str]:
         if None in texts:
             raise UserError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
         return texts

@@ -18,28 +18,34 @@ the source goes to that place, and at most two groups are tokenised again.
 import itertools
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.blocks import Window, Windows, end_of_documents
 from train_loop.data.row_files import digest_of
+from train_loop.data.sources import Source
 from train_loop.data.tokens import encode, tokenizer_recipe
 from train_loop.errors import UserError
 from train_loop.position import Place
 from train_loop.settings import Settings
 
+Block = tuple[np.ndarray, tuple[Any, int]]  # its tokens, and where the first of them is: (place of its chunk, token)
+Shuffled = tuple[np.ndarray, tuple[Any, int], int, int]  # as `shuffle_in_groups` says
+
 NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
-BEGINNING = {"place": None, "token": 0, "group": 0, "index": 0}
+BEGINNING: dict[str, Any] = {"place": None, "token": 0, "group": 0, "index": 0}
 
 
-def cut_blocks(chunks, token, block_size):
+def cut_blocks(chunks: Iterable[tuple[Any, np.ndarray]], token: int, block_size: int) -> Iterator[Block]:
     """(block [T] of int32, (place, token) of its first token) of each block. `chunks`: (place, tokens) of each chunk;
     their first `token` tokens are left out. The tokens of a last, short block are dropped."""
-    rest, beginning = np.empty(0, dtype=np.int32), None
+    rest, beginning = np.empty(0, dtype=np.int32), (None, 0)
     for place, tokens in chunks:
         start = token - len(rest)  # in the chunk, of what is cut now
         tokens, token = np.concatenate([rest, tokens[token:]]), max(0, token - len(tokens))
@@ -49,7 +55,7 @@ def cut_blocks(chunks, token, block_size):
         rest, beginning = tokens[i:], beginning if i < len(rest) else (place, start + i)
 
 
-def shuffle_in_groups(blocks, size, seed, epoch, group=0):
+def shuffle_in_groups(blocks: Iterator[Block], size: int, seed: int, epoch: int, group: int = 0) -> Iterator[Shuffled]:
     """(block, beginning of its group's first block, number of the group, number of its blocks up to this one): each
     `size` blocks in an order of their own, a pure function of (seed, epoch, group).
 
@@ -58,7 +64,8 @@ def shuffle_in_groups(blocks, size, seed, epoch, group=0):
     """
     current = list(itertools.islice(blocks, size))
     while current:
-        order, upcoming = [0], []
+        upcoming: list[Block] = []
+        order = np.zeros(1, dtype=int)
         if size > 1:
             order = np.random.Generator(np.random.PCG64([seed, epoch, group])).permutation(len(current))
         for index, i in enumerate(order, start=1):
@@ -70,9 +77,10 @@ def shuffle_in_groups(blocks, size, seed, epoch, group=0):
 class Stream:
     """The training blocks of a source, not counted: a `blocks.TrainingData`."""
 
-    name, num_blocks = "training", None
+    name = "training"
+    num_blocks: int | None = None
 
-    def __init__(self, source, tokenizer, settings):
+    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
         """Raises UserError where the data has not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         self.end_of_text = end_of_documents(tokenizer, settings)
@@ -89,16 +97,17 @@ class Stream:
         else:
             raise UserError(f"the training data has less than one block of {settings.block_size} tokens")
 
-    def identity(self):
+    def identity(self) -> dict[str, Any]:
         return self._identity
 
-    def summary(self):
+    def summary(self) -> str:
         size = self.settings.shuffle_buffer_size
         order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
         return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
 
-    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> None:
+    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
         """Not known before the end of the data."""
+        return None
 
     def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
         """This process's windows from `start` to the end of its epoch. The last one knows how many they are.
@@ -107,7 +116,7 @@ class Stream:
         """
         if start.window and start.window == start.per_epoch:
             return
-        at = start.stream if start.window else BEGINNING
+        at = start.stream if start.window and start.stream else BEGINNING
         W, rank, size = accelerator.num_processes, accelerator.process_index, max(1, settings.shuffle_buffer_size)
         shape = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, W, rank
         per_window = math.prod(shape[:3])
@@ -115,18 +124,18 @@ class Stream:
         blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
         if settings.max_train_samples:
             blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
-        blocks = shuffle_in_groups(blocks, size, settings.seed, start.epoch, at["group"])
-        blocks = itertools.islice(blocks, at["index"], None)
-        window = list(itertools.islice(blocks, per_window))
+        shuffled = shuffle_in_groups(blocks, size, settings.seed, start.epoch, at["group"])
+        shuffled = itertools.islice(shuffled, at["index"], None)
+        window = list(itertools.islice(shuffled, per_window))
         if not window:
             raise UserError("the training data ends before the place that the run had come to")
         for number in itertools.count(start.window + 1):
-            following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
+            following = list(itertools.islice(shuffled, per_window))  # read before it is needed, to know the last one
             _, (place, token), group, index = window[-1]
             stream = {"place": place, "token": token, "group": group, "index": index}
             end = Place(start.epoch, number, start.per_epoch if following else number, stream)
-            window = np.stack([block for block, *_ in window])
-            batch = Windows(window, np.arange(len(window)), *shape, document_end=self.document_end)[0]
+            taken = np.stack([block for block, *_ in window])
+            batch = Windows(taken, np.arange(len(taken)), *shape, document_end=self.document_end)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
             yield Window(batch, end)
@@ -134,11 +143,11 @@ class Stream:
                 return
             window = following
 
-    def _tokens(self, place, W=1, rank=0):
+    def _tokens(self, place: Any, W: int = 1, rank: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
         """(place, tokens) of each chunk from a place on, the same on each of W processes."""
         chunks = self.source.chunks(place)
 
-        def tokenize():
+        def tokenize() -> tuple[list, np.ndarray | None, Exception | None]:
             """Of the next W chunks: their places, the tokens of this process's one, what went wrong."""
             places, tokens = [], None
             try:

@@ -3,8 +3,10 @@
 import contextlib
 import csv
 import io
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from train_loop.data.text_files import BOM, broken, line_at, reading
 from train_loop.files import open_file
@@ -16,7 +18,7 @@ class Csv:
     """A file of comma separated values (.tsv: of tabs) with a header. A cell is the text that stands there, whatever it
     looks like; line breaks within quotes stay as they are. A line without any character is no row."""
 
-    def _records(self, path, byte):
+    def _records(self, path: str, byte: int) -> Iterator[tuple[int, list[str]]]:
         """(byte where it begins, its cells) of each record from a byte on."""
         with reading(path, csv.Error), open_file(path) as file:
             file.seek(byte)
@@ -25,7 +27,7 @@ class Csv:
             file.seek(byte)
             end = byte
 
-            def lines():
+            def lines() -> Iterator[str]:
                 nonlocal end
                 for line in io.TextIOWrapper(file, "utf-8", newline=""):
                     end += len(line) if line.isascii() else len(line.encode())
@@ -41,10 +43,12 @@ class Csv:
                 reason = f"it is not UTF-8 text ({error.reason})" if isinstance(error, UnicodeError) else error
                 raise broken(path, f"in the record at {line_at(path, byte)}", reason) from error
 
-    def _header(self, path):
+    def _header(self, path: str) -> list[str]:
         return next(self._records(path, 0), (0, []))[1]
 
-    def chunks(self, path, place, size, column):
+    def chunks(
+        self, path: str, place: int, size: int, column: str
+    ) -> Iterator[tuple[int, list[tuple[int, list[str]]]]]:
         records, chunk, length = self._records(path, place), [], 0
         if place == 0:
             next(records, None)
@@ -57,7 +61,7 @@ class Csv:
         if chunk:
             yield chunk[0][0], chunk
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: list[tuple[int, list[str]]], column: str) -> list[str]:
         header = self._header(path)
         index = _only_index(path, header, column)
         for byte, cells in chunk:
@@ -66,14 +70,14 @@ class Csv:
                 raise broken(path, line_at(path, byte), f"{problem}; a comma or line break in a text needs quotes")
         return [cells[index] for _, cells in chunk]
 
-    def columns(self, path):
+    def columns(self, path: str) -> tuple[list[str], list[str]]:
         """A column whose first 1,000 cells are all numbers is one of text only if all columns are like that."""
         header = self._header(path)
         rows = [cells for _, cells in islice(self._records(path, 0), 1, 1001)]
         texts = [n for i, n in enumerate(header) if not all(_is_number(cells[i]) for cells in rows if i < len(cells))]
         return header, texts or header
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         return sum(1 for _ in self._records(path, 0)) - bool(self._header(path))
 
 
@@ -85,7 +89,7 @@ def _is_number(cell: str) -> bool:
     return True
 
 
-def _only_index(path, header, column):
+def _only_index(path: str, header: list[str], column: str) -> int:
     if header.count(column) > 1:
         raise broken(path, "", f"it has {header.count(column)} columns that are named {column!r}")
     return header.index(column)
@@ -95,14 +99,14 @@ class Parquet:
     """A parquet file, of which only the column of text is read, whatever the others are."""
 
     @contextlib.contextmanager
-    def _open(self, path):
+    def _open(self, path: str) -> Iterator[Any]:
         import pyarrow.parquet  # imported where it is needed alone: that takes a while
 
         with reading(path, pyarrow.ArrowException), open_file(path) as file:
             # a small buffer and no reading ahead: the memory does not depend on the size of the file's row groups
             yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
-    def chunks(self, path, place, size, column):
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[Any]]]:
         with self._open(path) as file:
             _only_index(path, file.schema_arrow.names, column)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
@@ -123,12 +127,12 @@ class Parquet:
             if chunk:
                 yield place, chunk
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: list[Any], column: str) -> list[str]:
         if None in chunk:
             raise broken(path, f"row {place + chunk.index(None) + 1:,}", f"{column!r} is null")
         return chunk
 
-    def columns(self, path):
+    def columns(self, path: str) -> tuple[list[str], list[str]]:
         from pyarrow import types
 
         with self._open(path) as file:
@@ -140,6 +144,6 @@ class Parquet:
                 names.append(field.name)
         return names, names
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         with self._open(path) as file:
             return file.metadata.num_rows

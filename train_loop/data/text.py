@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
+from train_loop.data.row_files import Rows
 from train_loop.data.tokens import encode
 
 
@@ -23,7 +25,9 @@ class CoveredText:
     is_text: np.ndarray
 
 
-def covered_text(rows, tokenizer, end_of_text, num_tokens):
+def covered_text(
+    rows: Rows, tokenizer: PreTrainedTokenizerFast, end_of_text: int | None, num_tokens: int
+) -> CoveredText:
     """The `CoveredText` of the first `num_tokens` tokens of `rows`, as `tokenize_rows` makes them.
 
     The rows are tokenised once more, as far as needed, since this asks more of the tokenizer. In a row that is cut, the

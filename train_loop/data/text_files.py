@@ -37,15 +37,16 @@ def broken(path: str, where: str, reason: object) -> UserError:
 
 
 @contextlib.contextmanager
-def reading(path: str, *more_errors: type[Exception]):
+def reading(path: str, *more_errors: type[Exception]) -> Iterator[None]:
     """Turns what can go wrong with a file into a UserError that names it. `more_errors`: those of a library."""
+    mendable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *more_errors)
     try:
         yield
     except UserError:
         raise
     except UnicodeDecodeError as error:
         raise broken(path, "", f"it is not UTF-8 text ({error.reason})") from error
-    except (OSError, EOFError, zlib.error, *more_errors) as error:
+    except mendable as error:
         raise broken(path, "", error) from error
 
 
@@ -69,20 +70,20 @@ def decode(path: str, byte: int, content: bytes) -> str:
 class Lines:
     """A text file: a line is a row, and ends as in Python with \\n, \\r\\n or \\r; the row has \\n there."""
 
-    def chunks(self, path, place, size, column):
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:
             file.seek(place)
             while chunk := file.read(size) + file.readline():
                 yield place, chunk
                 place += len(chunk)
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
         return list(io.StringIO(decode(path, place, chunk), newline=None))
 
-    def columns(self, path):
+    def columns(self, path: str) -> tuple[list[str], list[str]]:
         return ["text"], ["text"]
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         num_rows = 0
         for place, chunk in self.chunks(path, 0, CHUNK_BYTES, "text"):
             text = decode(path, place, chunk)
@@ -93,13 +94,13 @@ class Lines:
 class Documents(Lines):
     """A text file that is one row, also if it is empty. Its line ends are \\n."""
 
-    def chunks(self, path, place, size, column):
+    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:
             yield 0, file.read()
 
-    def texts(self, path, place, chunk, column):
+    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
         return [io.StringIO(decode(path, place, chunk), newline=None).read()]
 
-    def num_rows(self, path):
+    def num_rows(self, path: str) -> int:
         decode(path, 0, next(self.chunks(path, 0, -1, "text"))[1])
         return 1

@@ -6,9 +6,11 @@ row, of which the empty ones then have no tokens.
 
 import errno
 from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import tokenizers
@@ -16,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data import token_cache
-from train_loop.data.row_files import digest_of
+from train_loop.data.row_files import Rows, digest_of
 from train_loop.errors import UserError
 
 # rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
@@ -32,7 +34,13 @@ CACHE_ERRORS = (
 )
 
 
-def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
+def tokenize_rows(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    end_of_text: int | None = None,
+    show_progress: bool = False,
+) -> tuple[np.ndarray, int, int]:
     """(tokens, words, bytes): the tokens of all rows, one after the other, as a read-only memory-mapped array [tokens]
     of int32, and the size of the text that they stand for (see `count_words`). `end_of_text`: the id of the token to
     put after each row that is not empty, or None.
@@ -44,7 +52,7 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     span = [rows.span.start, rows.span.stop]
     key = digest_of([rows.digest, span, *tokenizer_recipe(tokenizer, end_of_text), CODE])
 
-    def write(file):
+    def write(file: BinaryIO) -> list[int]:
         return _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress)
 
     try:
@@ -61,7 +69,7 @@ def tokenize_rows(rows, tokenizer, name, end_of_text=None, show_progress=False):
     return tokens, num_words, num_bytes
 
 
-def tokenizer_recipe(tokenizer, end_of_text):
+def tokenizer_recipe(tokenizer: PreTrainedTokenizerFast, end_of_text: int | None) -> list:
     """What the tokens of a row depend on, as JSON takes it."""
     tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
     return [
@@ -70,14 +78,14 @@ def tokenizer_recipe(tokenizer, end_of_text):
     ]
 
 
-def is_plain(tokenizer):
+def is_plain(tokenizer: PreTrainedTokenizerFast) -> bool:
     """Whether its class leaves a fast tokenizer's call as it is: that does nothing to the ids of its Rust part, which
     then can be asked alone, without lists of masks and strings; and by two threads, which Python code may not bear."""
     methods = ("__call__", "_encode_plus", "_convert_encoding")
     return all(getattr(type(tokenizer), m) is getattr(PreTrainedTokenizerFast, m) for m in methods)
 
 
-def encode(texts, tokenizer, end_of_text):
+def encode(texts: list[str], tokenizer: PreTrainedTokenizerFast, end_of_text: int | None) -> np.ndarray:
     """The tokens of all texts, one after the other, as an array of int32; see `tokenize_rows`."""
     if end_of_text is not None:  # an empty row is no document: it has neither an end nor a token that begins it
         texts = [text for text in texts if text]
@@ -92,27 +100,35 @@ def encode(texts, tokenizer, end_of_text):
     return np.fromiter(chain.from_iterable(rows), dtype=np.int32)
 
 
-def _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress):
+def _write_tokens(
+    file: BinaryIO,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerFast,
+    name: str,
+    end_of_text: int | None,
+    show_progress: bool,
+) -> list[int]:
     """Writes the tokens of all rows; returns (words, bytes) of their text.
 
     The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
     what comes back, while this one reads rows and writes arrays.
     """
-    counts, batches = np.zeros(2, dtype=np.int64), deque()
+    counts = np.zeros(2, dtype=np.int64)
+    batches: deque[Future[np.ndarray]] = deque()
     bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
     with bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
         for texts in _batches(rows, name):
             batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
             if len(batches) > NUM_BATCHES_AHEAD:
-                file.write(batches.popleft().result())
+                file.write(batches.popleft().result().data)
             counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
             bar.update(len(texts))
         for batch in batches:
-            file.write(batch.result())
+            file.write(batch.result().data)
     return counts.tolist()
 
 
-def _batches(rows, name):
+def _batches(rows: Rows, name: str) -> Iterator[list[str]]:
     """The rows' texts in lists. A line of white space alone is an empty row, as in the hub's WikiText."""
     texts, num_characters = [], 0
     for number, row in enumerate(rows, start=1):
@@ -127,6 +143,6 @@ def _batches(rows, name):
         yield texts
 
 
-def count_words(text):
+def count_words(text: str) -> int:
     """Words as WikiText counts them: what white space separates, and one for the end of each line."""
     return len(text.split()) + text.count("\n") + (not text.endswith("\n"))

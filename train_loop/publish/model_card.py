@@ -5,13 +5,30 @@ import math
 import platform
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
+from train_loop.report import Line
+from train_loop.settings import Settings
 from train_loop.version import code_version
+
+
+class Published(Protocol):
+    """What a card says of a run: `Publisher` has it."""
+
+    settings: Settings
+    accelerator: Accelerator
+    repository: str | None  # on the hub, None where it is not pushed
+    held_out: str  # which training rows are the validation data, in words
+    optimizer: str  # its class
+    inherited: dict[str, Any]  # from the cards of the model and the data set that it is made from
+
 
 METRICS = {  # of an evaluation line: the name that people know it by
     "eval_loss": "loss",
@@ -22,10 +39,10 @@ METRICS = {  # of an evaluation line: the name that people know it by
 }  # in the order of the card
 
 
-def inherited_metadata(settings):
+def inherited_metadata(settings: Settings) -> dict[str, Any]:
     """What the cards on the hub say that holds for the new model too: the license of the model that it is made from,
     the language of the data. Empty where there are no cards, or they do not say."""
-    found = {}
+    found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
     if is_hub_name(settings.dataset_name):
@@ -33,7 +50,7 @@ def inherited_metadata(settings):
     return found
 
 
-def _card_data(kind, name, keys):
+def _card_data(kind: type[ModelCard] | type[DatasetCard], name: str, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         data = kind.load(name, ignore_metadata_errors=True).data
     except Exception:  # no card, no hub, no metadata: nothing is known
@@ -41,7 +58,9 @@ def _card_data(kind, name, keys):
     return {key: value for key in keys if (value := data.get(key)) is not None}
 
 
-def model_card(publisher, model, lines, results=None):
+def model_card(
+    publisher: Published, model: PreTrainedModel, lines: list[Line], results: dict[str, Any] | None = None
+) -> str:
     """The README.md of an exported folder, as text: the metadata that the hub reads, losses, use, how it was made.
 
     `lines`: of metrics.jsonl; `results`: of the finished run, None before it is.
@@ -51,7 +70,7 @@ def model_card(publisher, model, lines, results=None):
     exported_step, choice = (results or {}).get("exported_step"), ""
     # {}: the record was lost, which must not keep a model from being exported
     last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
-    if exported_step and last:
+    if results and exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
         choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
@@ -59,7 +78,7 @@ def model_card(publisher, model, lines, results=None):
     digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
 
-    title = Path(repository or Path(s.output_dir).resolve()).name
+    title = Path(repository or s.folder.resolve()).name
     place = s.output_dir
     if repository:
         place = repository if "/" in repository else f"OWNER/{repository}"
@@ -67,7 +86,7 @@ def model_card(publisher, model, lines, results=None):
     origin = "trained from random weights"
     if s.model_name_or_path:
         origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
-    data = s.dataset_name or Path(s.train_file).name
+    data = s.dataset_name or Path(s.train_file or "").name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
     most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
     validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
@@ -122,10 +141,10 @@ print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
 """
 
 
-def _metadata(publisher, title, metrics):
+def _metadata(publisher: Published, title: str, metrics: dict[str, float]) -> str:
     """What the hub reads, as YAML."""
     s = publisher.settings
-    eval_file = s.validation_file or s.train_file
+    eval_file = s.validation_file or s.train_file or ""
     return ModelCardData(
         model_name=title,
         library_name="transformers",
@@ -151,7 +170,7 @@ def _metadata(publisher, title, metrics):
     ).to_yaml()
 
 
-def _table(lines):
+def _table(lines: list[Line]) -> str:
     rows, train_loss = [], ""
     for line in lines:
         train_loss = f"{line['loss']:.4f}" if "loss" in line else train_loss
@@ -161,7 +180,7 @@ def _table(lines):
     return "\n".join(rows)
 
 
-def _how_it_was_made(publisher, results):
+def _how_it_was_made(publisher: Published, results: dict[str, Any] | None) -> str:
     """The settings that had an effect, the machine, time and versions, as a list."""
     s, accelerator = publisher.settings, publisher.accelerator
     has_no_effect = {

@@ -4,11 +4,19 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from train_loop.checkpoint import Shares, flushed, unsharded_tensors
 from train_loop.errors import UserError, one_line, warn
+from train_loop.hub import Client
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
+from train_loop.report import Line, Metrics
+from train_loop.settings import Settings
 from train_loop.whole import utf8
 
 CARD = "README.md"
@@ -17,7 +25,13 @@ CARD = "README.md"
 EXPORT_PARTIAL = ".export.partial"  # the folder in output_dir to which the files are written first
 
 
-def export(folder, model, state_dict, tokenizer, card):
+def export(
+    folder: Path,
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    card: str,
+) -> dict[str, dict]:
     """Writes everything that `from_pretrained(folder)` needs, and the model card. Returns {name: size and digest} of
     the files, but for the card, which its reader may edit. Raises UserError.
 
@@ -52,32 +66,41 @@ class Publisher:
     `held_out`: which training rows are the validation data, in words, "" if it has its own. `optimizer`: its class.
     """
 
-    def __init__(self, settings, tokenizer, accelerator, repository, held_out, optimizer="AdamW"):
+    def __init__(
+        self,
+        settings: Settings,
+        tokenizer: PreTrainedTokenizerFast,
+        accelerator: Accelerator,
+        repository: str | None,
+        held_out: str,
+        optimizer: str,
+    ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
         # asked for now, when the hub has just been asked for the model, and not when there is something to lose
         self.inherited = inherited_metadata(settings) if accelerator.is_main_process else {}
         self.pushes_checkpoints = settings.hub_strategy == "every_save" and repository is not None
-        self.pushed_folder = Path(settings.output_dir) / "checkpoints" / "pushed"
-        self.client = self.step = None  # of the checkpoint pushed last
+        self.pushed_folder = settings.folder / "checkpoints" / "pushed"
+        self.client: Client | None = None  # of the checkpoint pushed last
+        self.step: int | None = None
 
-    def export_model(self, model, lines, results):
+    def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
         Returns what `export` does, and the same of metrics.jsonl, on the main one; {} on the others."""
         self.end()
-        is_main, model = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
-        state_dict = unsharded_tensors(model, keep=is_main)
+        is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
+        state_dict = unsharded_tensors(whole, keep=is_main)
         if is_main:
-            card = model_card(self, model, lines, results)
-            folder = Path(self.settings.output_dir)
-            exported = export(folder, model, state_dict, self.tokenizer, card)
+            card = model_card(self, whole, lines, results)
+            folder = self.settings.folder
+            exported = export(folder, whole, state_dict, self.tokenizer, card)
             return exported | {"metrics.jsonl": flushed(folder / "metrics.jsonl")}
         return {}
 
-    def push_checkpoint(self, checkpoint, step, model, metrics):
+    def push_checkpoint(self, checkpoint: Path, step: int, model: torch.nn.Module, metrics: Metrics) -> None:
         """Begins to push the model of the folder `checkpoint` in a process of its own, or leaves it out where the push
         before it is not over. Whatever goes wrong is a warning: training goes on."""
-        if not self.pushes_checkpoints:
+        if not self.pushes_checkpoints or self.repository is None:
             return
         if self.client is not None and self.client.is_running():
             return warn(f"step {step} is not pushed: the push of step {self.step} is not over")
@@ -87,19 +110,19 @@ class Publisher:
         try:
             shutil.rmtree(self.pushed_folder, ignore_errors=True)
             self.pushed_folder.mkdir()
-            model, saved = self.accelerator.unwrap_model(model), Shares(checkpoint, "model")
+            whole, saved = self.accelerator.unwrap_model(model), Shares(checkpoint, "model")
             state_dict = {name: saved.read(name) for name in saved.pieces}
-            card = model_card(self, model, metrics.lines)
-            export(self.pushed_folder, model, state_dict, self.tokenizer, card)
+            card = model_card(self, whole, metrics.lines)
+            export(self.pushed_folder, whole, state_dict, self.tokenizer, card)
             for name in ("metrics.jsonl", "train_config.yaml"):
-                shutil.copy(Path(self.settings.output_dir) / name, self.pushed_folder)
+                shutil.copy(self.settings.folder / name, self.pushed_folder)
             self.client = upload(self.pushed_folder, self.repository, self.settings, f"step {step}")
             self.step = step
         except Exception as error:
             warn(f"step {step} is not pushed: {one_line(error)}")
         metrics.leave_out(time.perf_counter() - began)
 
-    def end(self):
+    def end(self) -> None:
         """Gives up the push of a checkpoint that is not over, and the space that it took."""
         if self.client is not None and self.client.is_running():
             self.client.end("the run ended")

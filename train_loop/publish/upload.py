@@ -7,12 +7,14 @@ from train_loop import lock
 from train_loop.checkpoint import damage_of_files
 from train_loop.errors import UserError, warn
 from train_loop.hub import Client, hub_address
+from train_loop.settings import Settings
+from train_loop.stop import StopSignal
 from train_loop.whole import read_object
 
 PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size
 
 
-def upload(folder, repository, settings, message=None):
+def upload(folder: Path, repository: str, settings: Settings, message: str | None = None) -> Client:
     """Begins to push the files in `folder` but for its checkpoints, and returns the `Client` that does. The repository
     is made if there is none."""
     size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
@@ -22,10 +24,10 @@ def upload(folder, repository, settings, message=None):
     return Client(["-m", "huggingface_hub.cli.hf", *words], PUSH_SECONDS + size / PUSH_BYTES_PER_SECOND, ["hf", *words])
 
 
-def push(settings, repository, stop):
+def push(settings: Settings, repository: str, stop: StopSignal) -> None:
     """Pushes what a finished run left in output_dir, which no other run may change meanwhile. Nothing that goes wrong
     here is an error: all of it is on the disk, and the warning says how to repeat the push. A stop signal ends it."""
-    folder = Path(settings.output_dir)
+    folder = settings.folder
     try:
         with lock.held(folder):
             if problem := damage_of_export(folder):

@@ -7,10 +7,21 @@
 Nothing here imports torch, so that `compare` answers at once.
 """
 
-from train_loop.report.curve import draw_runs, points, read_lines
+from train_loop.report.curve import Line, draw_runs, points, read_lines
 from train_loop.report.metrics import Metrics, table
 from train_loop.report.sample import Samples
 from train_loop.report.summary import banner
 from train_loop.report.trackers import Trackers, wanted_trackers
 
-__all__ = ["Metrics", "Samples", "Trackers", "banner", "draw_runs", "points", "read_lines", "table", "wanted_trackers"]
+__all__ = [
+    "Line",
+    "Metrics",
+    "Samples",
+    "Trackers",
+    "banner",
+    "draw_runs",
+    "points",
+    "read_lines",
+    "table",
+    "wanted_trackers",
+]

@@ -7,16 +7,19 @@ good part of a second.
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from train_loop.errors import UserError, warn
 
+Line = dict[str, Any]  # of metrics.jsonl: "step", "epoch", and what was measured there, by name
+
 MIN_POINTS_TO_SMOOTH = 20
 WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 
-def read_lines(path):
+def read_lines(path: Path | str) -> list[Line]:
     """The lines of a metrics.jsonl. A last one that is still being written is left out, and so is a damaged one, with a
     warning. Raises UserError where no line can be read."""
     try:
@@ -39,13 +42,13 @@ def read_lines(path):
     return lines
 
 
-def points(lines, name):
+def points(lines: list[Line], name: str) -> np.ndarray:
     """(steps, values) of `name`, as arrays, where it is there and finite."""
     found = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
     return np.array(found, dtype=float).reshape(-1, 2).T
 
 
-def smooth(values):
+def smooth(values: np.ndarray) -> np.ndarray:
     """A mean of each value and its neighbours, with Gaussian weights; unlike a running mean it does not lag."""
     sigma = max(1.0, WIDTH * len(values))
     reach = min(int(3 * sigma), (len(values) - 1) // 2)
@@ -53,7 +56,7 @@ def smooth(values):
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def draw_run(lines, path):
+def draw_run(lines: list[Line], path: Path | str) -> None:
     """Training loss, its smoothing, validation loss and learning rate against the optimizer step, as a PNG."""
     plt = _pyplot()
     figure, (axes, below) = plt.subplots(
@@ -83,7 +86,7 @@ def draw_run(lines, path):
     _save(figure, path)
 
 
-def draw_runs(runs, path):
+def draw_runs(runs: dict[str, list[Line]], path: Path | str) -> None:
     """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right,
     without the untrained model's, beside which the others would look alike."""
     plt = _pyplot()
@@ -106,11 +109,11 @@ def draw_runs(runs, path):
     _save(figure, path)
 
 
-def _ppl(loss):
+def _ppl(loss: float) -> str:
     return f"{math.exp(min(loss, 700)):,.1f}" if loss < 14 else f"{math.exp(min(loss, 700)):.1e}"
 
 
-def _pyplot():
+def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -119,7 +122,7 @@ def _pyplot():
     return pyplot
 
 
-def _save(figure, path):
+def _save(figure: Any, path: Path | str) -> None:
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for axes in figure.axes:

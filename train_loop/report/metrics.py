@@ -12,12 +12,13 @@ import sys
 import time
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from train_loop.errors import warn
-from train_loop.report.curve import draw_run
+from train_loop.report.curve import Line, draw_run
+from train_loop.report.trackers import Trackers
 from train_loop.whole import cannot_be_written, write_whole
 
 if TYPE_CHECKING:
@@ -37,21 +38,30 @@ COLUMNS = ("step", "epoch", "train loss", "eval loss", "perplexity", "tokens/s")
 class Metrics:
     """Sums since the last line, sums of the whole run, and where they are written."""
 
-    def __init__(self, output_dir, num_steps, is_main, show_progress=False, trackers=None, mfu_per_token_rate=None):
+    def __init__(
+        self,
+        output_dir: Path | str,
+        num_steps: int,
+        is_main: bool,
+        show_progress: bool = False,
+        trackers: Trackers | None = None,
+        mfu_per_token_rate: float | None = None,
+    ) -> None:
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
         self.show_progress, self.trackers = show_progress, trackers
         self.mfu_per_token_rate = mfu_per_token_rate  # mfu = this x tokens_per_second
-        self.lines = []  # every line of metrics.jsonl
-        self.train_nats = self.train_tokens = self.train_seconds = 0
+        self.lines: list[Line] = []  # every line of metrics.jsonl
+        self.train_nats, self.train_tokens, self.train_seconds = 0.0, 0, 0.0
         self.num_skipped_steps = 0
-        self.bar = None
-        self.train_loss = None  # of the last training line
-        self.latest = {"step": 0, "epoch": 0.0}  # of the last optimizer step
+        self.bar: tqdm | None = None
+        self.train_loss: float | None = None  # of the last training line
+        self.latest: dict[str, Any] = {"step": 0, "epoch": 0.0}  # of the last optimizer step
         self.has_head = False  # of the table
         self._restart()
 
-    def _restart(self):
-        self.sums, self.tokens = {}, 0
+    def _restart(self) -> None:
+        self.sums: dict[str, Any] = {}  # numbers, or tensors until they are fetched; the tokens too
+        self.tokens: Any = 0
         self.started = time.perf_counter()
 
     def count_step(
@@ -89,20 +99,20 @@ class Metrics:
                 loss = self.sums["loss"] / self.tokens
                 self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.latest['learning_rate']:.2e}", refresh=False)
 
-    def _fetch(self):
+    def _fetch(self) -> None:
         """Turns every tensor in the state into a number: a checkpoint and a line take numbers alone."""
         self.sums = {name: float(value) for name, value in self.sums.items()}
         self.tokens = int(self.tokens)
         self.latest = {name: value if name == "step" else float(value) for name, value in self.latest.items()}
 
-    def count_skipped_step(self):
+    def count_skipped_step(self) -> None:
         self.num_skipped_steps += 1
 
-    def leave_out(self, seconds):
+    def leave_out(self, seconds: float) -> None:
         """Takes time that was not spent on training out of the tokens per second."""
         self.started += seconds
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that the numbers go on where they were: all lines too. metrics.jsonl may be
         lost, damaged or in another folder: `write_lines` writes it again."""
         self._fetch()
@@ -110,7 +120,7 @@ class Metrics:
         trackers = self.trackers.ids if self.trackers else {}
         return {"lines": self.lines, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from `state`."""
         for name in STATE:
             setattr(self, name, state[name])
@@ -119,7 +129,7 @@ class Metrics:
         if self.trackers:
             self.trackers.ids = state.get("trackers", {})
 
-    def write_lines(self):
+    def write_lines(self) -> None:
         """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. Raises
         UserError."""
         path, lines = self.output_dir / "metrics.jsonl", [json.dumps(line) + "\n" for line in self.lines]
@@ -130,7 +140,7 @@ class Metrics:
                 warn(f"{path} is damaged from line {differ[0]} on: its lines come from the checkpoint")
         write_whole(path, "".join(lines))
 
-    def log_training(self):
+    def log_training(self) -> None:
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
         self._fetch()
         if not self.tokens:
@@ -157,7 +167,9 @@ class Metrics:
             self._row(line["step"], line["epoch"], f"{self.train_loss:.4f}", speed=line["tokens_per_second"])
         self._restart()
 
-    def log_evaluation(self, step, epoch, evaluation, samples=None):
+    def log_evaluation(
+        self, step: int, epoch: float, evaluation: dict[str, Any], samples: dict[str, str] | None = None
+    ) -> None:
         """A line of metrics.jsonl, and a row of the table beside the training loss up to here. `samples`: {prompt: how
         the model goes on from it}."""
         self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})
@@ -168,7 +180,15 @@ class Metrics:
                 tqdm.write(f"{'':>10} {json.dumps(prompt, ensure_ascii=False)} {json.dumps(text, ensure_ascii=False)}")
         self._restart()
 
-    def _row(self, step, epoch, train_loss="", eval_loss="", ppl="", speed=None):
+    def _row(
+        self,
+        step: int,
+        epoch: float,
+        train_loss: str = "",
+        eval_loss: str = "",
+        ppl: str = "",
+        speed: float | None = None,
+    ) -> None:
         row = (f"{step:,}", f"{epoch:.2f}", train_loss, eval_loss, ppl, f"{speed:,.0f}" if speed else "")
         if not self.has_head:
             self.has_head = True
@@ -176,7 +196,7 @@ class Metrics:
         tqdm.write(" ".join(f"{cell:>10}" for cell in row).rstrip())
         sys.stdout.flush()
 
-    def _write(self, line):
+    def _write(self, line: Line) -> None:
         self.lines.append(line)
         if self.is_main:
             path = self.output_dir / "metrics.jsonl"
@@ -188,7 +208,7 @@ class Metrics:
             if self.trackers:
                 self.trackers.log(line)
 
-    def finish(self, evaluation, checkpoint_seconds=0.0):
+    def finish(self, evaluation: dict[str, Any], checkpoint_seconds: float = 0.0) -> dict[str, Any]:
         """The results of the whole run, and the picture of its losses in output_dir."""
         if self.bar:
             self.bar.close()
@@ -209,7 +229,7 @@ class Metrics:
         }
 
 
-def table(results):
+def table(results: dict[str, float]) -> str:
     """{"eval_loss": 1.5} as a line `eval_loss            1.5000`."""
     return "\n".join(
         f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}"

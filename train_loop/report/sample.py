@@ -1,6 +1,15 @@
 """What the model writes while it trains (`--sample_prompt`)."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from train_loop.errors import UserError
+from train_loop.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
 
 NUM_NEW_TOKENS = 40
 
@@ -8,11 +17,11 @@ NUM_NEW_TOKENS = 40
 class Samples:
     """The prompts of a run as tokens. Raises UserError for a prompt without any."""
 
-    def __init__(self, settings, tokenizer):
+    def __init__(self, settings: Settings, tokenizer: PreTrainedTokenizerFast) -> None:
         self.tokenizer, self.context = tokenizer, settings.block_size
         self.prompts = {prompt: self._encode(prompt) for prompt in settings.sample_prompt or []}
 
-    def _encode(self, prompt):
+    def _encode(self, prompt: str) -> list[int]:
         """As rows are tokenised, but for an end of text that the tokenizer puts after them: the text goes on here."""
         if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():  # e.g. a shell's Latin-1
             raise UserError(f"sample_prompt {prompt!r} is not UTF-8 text")
@@ -24,7 +33,7 @@ class Samples:
             raise UserError(f"sample_prompt {prompt!r} is no token of this tokenizer")
         return ids
 
-    def write(self, model, device):
+    def write(self, model: torch.nn.Module, device: torch.device) -> dict[str, str]:
         """{prompt: its continuation, always by the likeliest token, up to an end of text}, from the last `block_size`
         tokens each time.
 
@@ -37,14 +46,14 @@ class Samples:
         model.eval()
         written = {}
         with torch.no_grad():
-            for prompt, ids in self.prompts.items():
-                ids = torch.tensor([ids], device=device)
+            for prompt, prompt_ids in self.prompts.items():
+                ids = torch.tensor([prompt_ids], device=device)
                 for _ in range(NUM_NEW_TOKENS):
                     logits = model(input_ids=ids[:, -self.context :], use_cache=False).logits  # [1, T, V]
                     ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
                 new = ids[0, -NUM_NEW_TOKENS:].tolist()
                 if self.tokenizer.eos_token_id in new:
                     new = new[: new.index(self.tokenizer.eos_token_id)]
-                written[prompt] = self.tokenizer.decode(new, skip_special_tokens=True)
+                written[prompt] = str(self.tokenizer.decode(new, skip_special_tokens=True))
         model.train(was_training)
         return written

@@ -1,9 +1,29 @@
 """The arithmetic of a run, printed before it begins."""
 
+from __future__ import annotations
+
 import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from train_loop.settings import Settings
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from transformers import PreTrainedModel
+
+    from train_loop.data import TrainingData
 
 
-def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None, num_steps=None):
+def banner(
+    settings: Settings,
+    accelerator: Accelerator,
+    model: PreTrainedModel,
+    splits: Sequence[TrainingData],
+    held_out: str,
+    steps_per_epoch: int | None = None,
+    num_steps: int | None = None,
+) -> str:
     """The arithmetic of the run, a line each. `splits` are each a `data.Split` or a `streaming.Stream`; without
     steps, it is of an evaluation."""
     import torch  # loaded long ago by whoever has a model; whoever only draws need not wait for it
@@ -37,5 +57,5 @@ def banner(settings, accelerator, model, splits, held_out, steps_per_epoch=None,
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
         f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
     )
-    wrap = {"width": 80, "subsequent_indent": " " * 12, "break_long_words": False, "break_on_hyphens": False}
-    return "\n".join(textwrap.fill(line, **wrap) for line in lines)
+    wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
+    return "\n".join(map(wrap.fill, lines))

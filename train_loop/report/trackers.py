@@ -11,15 +11,16 @@ After a resume the same run goes on, with no step twice and none lost, as far as
 import dataclasses
 import importlib.util
 import os
-from pathlib import Path
+from typing import Any
 
 from train_loop.errors import UserError, one_line, warn
-from train_loop.settings import TRACKERS
+from train_loop.report.curve import Line
+from train_loop.settings import TRACKERS, Settings
 
 PROJECT = "train_loop"  # where trackers collect several runs
 
 
-def wanted_trackers(settings):
+def wanted_trackers(settings: Settings) -> list[str]:
     """The names of the trackers that `report_to` asks for. Raises UserError where one's library is not installed."""
     names = settings.report_to or ["none"]
     if names == ["all"]:
@@ -31,7 +32,7 @@ def wanted_trackers(settings):
     return names
 
 
-def _is_installed(name):
+def _is_installed(name: str) -> bool:
     spec = importlib.util.find_spec(name)
     return spec is not None and spec.origin is not None  # a folder ./wandb that a run left is no library
 
@@ -39,22 +40,29 @@ def _is_installed(name):
 class Trackers:
     """The trackers of one run. The main process starts them; on the others there are none, and nothing happens."""
 
-    def __init__(self, settings):
-        self.settings, self.running = settings, []
-        self.ids = {}  # of the runs, by tracker, as its class takes them; kept in checkpoints
-        self.sent = set()  # (metric, step) that MLflow had before this start
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.running: list[Any] = []  # Accelerate's trackers
+        self.ids: dict[
+            str, dict[str, Any]
+        ] = {}  # of the runs, by tracker, as its class takes them; kept in checkpoints
+        self.sent: set[tuple[str, int]] = set()  # (metric, step) that MLflow had before this start
 
-    def start(self, lines, step):
+    def start(self, lines: list[Line], step: int | None) -> None:
         """Starts them for a run that goes on from `step`, or a new one (None). `lines`: of metrics.jsonl so far."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
         # a server that is gone must not keep the run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-        output_dir = Path(self.settings.output_dir)
+        output_dir = self.settings.folder
         run_name = self.settings.run_name or output_dir.resolve().name
         projects = {"tensorboard": "tensorboard", "wandb": os.environ.get("WANDB_PROJECT", PROJECT)}
-        new = {"tensorboard": {"purge_step": step or 0}, "mlflow": {"run_name": run_name}, "wandb": {"name": run_name}}
+        new: dict[str, dict[str, Any]] = {
+            "tensorboard": {"purge_step": step or 0},
+            "mlflow": {"run_name": run_name},
+            "wandb": {"name": run_name},
+        }
         for name in wanted_trackers(self.settings):
             kind, goes_on = LOGGER_TYPE_TO_CLASS[name], name in self.ids
             folder = [output_dir] if kind.requires_logging_directory else []
@@ -76,7 +84,7 @@ class Trackers:
             if line["step"] == step:  # TensorBoard drops it too: the step's evaluation may be still to come
                 self.log(line)
 
-    def _send_settings(self, tracker):
+    def _send_settings(self, tracker: Any) -> None:
         values = {n: str(v) if isinstance(v, (list, dict)) else v for n, v in dataclasses.asdict(self.settings).items()}
         if tracker.name == "tensorboard":  # its table of settings would be a second run beside this one
             text = "\n".join(f"    {name}: {value}" for name, value in values.items())
@@ -84,7 +92,7 @@ class Trackers:
         else:
             self._attempt(tracker, "store_init_configuration", values)
 
-    def _ask_mlflow(self, tracker):
+    def _ask_mlflow(self, tracker: Any) -> None:
         import mlflow
 
         try:
@@ -94,7 +102,7 @@ class Trackers:
         except Exception as error:
             self._drop(tracker, error)
 
-    def log(self, line):
+    def log(self, line: Line) -> None:
         """Sends a line of metrics.jsonl: its `loss` as train/loss, its `eval_loss` as eval/loss, and so on."""
         group = "eval" if "eval_loss" in line else "train"
         values = {f"{group}/{name.removeprefix('eval_')}": value for name, value in line.items() if name != "step"}
@@ -107,12 +115,12 @@ class Trackers:
             takes_text = tracker.name in ("tensorboard", "wandb")
             self._attempt(tracker, "log", values | texts if takes_text else values, line["step"])
 
-    def finish(self):
+    def finish(self) -> None:
         for tracker in list(self.running):
             self._attempt(tracker, "finish")
         self.running = []
 
-    def _attempt(self, tracker, method, *arguments):
+    def _attempt(self, tracker: Any, method: str, *arguments: Any) -> bool:
         """Whether a method of a tracker did what it should. One that fails is not asked again."""
         try:
             getattr(tracker, method)(*arguments)
@@ -121,6 +129,6 @@ class Trackers:
             self._drop(tracker, error)
             return False
 
-    def _drop(self, tracker, error):
+    def _drop(self, tracker: Any, error: Exception) -> None:
         self.running.remove(tracker)
         warn(f"{tracker.name} gets nothing from here on ({one_line(error)}); metrics.jsonl has everything")

@@ -12,6 +12,7 @@ import os
 import sys
 import types
 from pathlib import Path
+from typing import Any, NoReturn
 
 import yaml
 
@@ -36,7 +37,7 @@ MODEL_OR_DATA = {
 }
 
 
-def read_settings(argv):
+def read_settings(argv: list[str]) -> Settings:
     """The settings that the command line `argv` (a list of words) asks for.
 
     Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, settings that
@@ -44,7 +45,10 @@ def read_settings(argv):
     those that came out, as a recipe, `--print_launch_config NAME` prints a launch config. All three leave with
     SystemExit.
     """
-    problems, remarks, entries, values = [], [], {}, {}
+    problems: list[str] = []
+    remarks: list[str] = []
+    entries: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     recipe, flags = _split_command_line(argv, problems)
     if "print_launch_config" in flags:
         _print_launch_config(flags["print_launch_config"])
@@ -71,7 +75,9 @@ def read_settings(argv):
     return settings
 
 
-def _take(entries, source, values, problems, remarks):
+def _take(
+    entries: dict[str, Any], source: str, values: dict[str, Any], problems: list[str], remarks: list[str]
+) -> None:
     """Puts `entries`, {name: value as it was written}, into `values` as what they are to be. `source`: how a message
     about one of them begins."""
     fields = {f.name: f for f in dataclasses.fields(Settings)}
@@ -94,10 +100,11 @@ def _take(entries, source, values, problems, remarks):
         except (ValueError, OverflowError, RecursionError):  # the last: JSON that is nested too deep
             wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
             shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
-            problems.append(f"{source}{written.get(name, name)} is {shown}, but must be {wanted}")
+            problem = f"needs a value: {wanted}" if value == "" else f"is {shown}, but must be {wanted}"
+            problems.append(f"{source}{written.get(name, name)} {problem}")
 
 
-def convert(value, kind):
+def convert(value: Any, kind: Any) -> Any:
     """`value` (text of the command line, or a YAML value) as `kind`, one of a field's types; ValueError if it is none.
 
     YAML reads 2e-5 as text, so a number may come as text from there too; a bool is never a number.
@@ -124,7 +131,7 @@ def convert(value, kind):
     raise ValueError
 
 
-def _split_command_line(argv, problems):
+def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | None, dict[str, Any]]:
     """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
     parser = argparse.ArgumentParser(
         prog="train_loop/main.py",
@@ -142,7 +149,7 @@ def _split_command_line(argv, problems):
         nargs="?",
         help=f"print a file to start with, and stop; one of: {', '.join(_launch_configs())}",
     )
-    groups = {}
+    groups: dict[str, Any] = {}
     for f in dataclasses.fields(Settings):
         group = f.metadata["group"]
         groups[group] = groups.get(group) or parser.add_argument_group(group)
@@ -179,23 +186,23 @@ def _split_command_line(argv, problems):
     return flags.pop("config", None), flags
 
 
-def _underscored(word):
+def _underscored(word: str) -> str:
     """--block-size=64 as --block_size=64: both are taken, as in transformers' own parser."""
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
 
-def _recipes():
+def _recipes() -> str:
     return ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
 
 
-def _launch_configs():
+def _launch_configs() -> dict[str, Path]:
     """{name: path} of the Accelerate configs, the Slurm script and the notebook."""
     files = sorted(LAUNCH_CONFIGS.iterdir()) if LAUNCH_CONFIGS else []
     return {path.stem: path for path in files if path.suffix in (".yaml", ".sbatch", ".ipynb")}
 
 
-def _print_launch_config(name):
+def _print_launch_config(name: str) -> NoReturn:
     found = _launch_configs()
     if name not in found:
         raise UserError(f"--print_launch_config {name}: there is no such file; there are {', '.join(found)}")
@@ -207,19 +214,19 @@ class _Loader(yaml.SafeLoader):
     """YAML as recipes need it. A key stands once. There are no aliases: a few lines of them can mean billions of
     values."""
 
-    def compose_node(self, parent, index):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe takes no aliases (*name)")
         return super().compose_node(parent, index)
 
-    def construct_mapping(self, node, deep=False):
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         mapping = super().construct_mapping(node, deep)
         if len(mapping) < len(node.value):
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: a name is given twice")
         return mapping
 
 
-def _read_recipe(recipe, problems):
+def _read_recipe(recipe: str, problems: list[str]) -> dict[str, Any]:
     """The mapping in a recipe, by name or by path; {} and a problem if there is none."""
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
@@ -242,11 +249,11 @@ def _read_recipe(recipe, problems):
     return {}
 
 
-def _kind(kind):
+def _kind(kind: Any) -> Any:
     """The type of a setting, without the None that stands for off."""
     return next(k for k in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,)) if k is not types.NoneType)
 
 
-def _type_name(kind):
+def _type_name(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text"}
     return names.get(_kind(kind), "a mapping of names to numbers, on the command line as JSON")

@@ -6,7 +6,7 @@ from train_loop.files import FILE_KINDS, data_files, file_kind
 from train_loop.settings.settings import SCHEDULES, Settings
 
 
-def contradictions(s):
+def contradictions(s: Settings) -> list[str]:
     """One line for each set of settings that do not go together, and for each input file that is not usable."""
     found = []
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(s, n)]
@@ -17,7 +17,7 @@ def contradictions(s):
         found.append("model_name_or_path is a GGUF file: give its folder, and its name as gguf_file")
     elif s.gguf_file and not s.model_name_or_path:
         found.append("gguf_file goes with model_name_or_path, the folder or the hub's repository that holds it")
-    elif s.gguf_file and (folder := Path(s.model_name_or_path)).is_dir() and not (folder / s.gguf_file).is_file():
+    elif s.gguf_file and (folder := Path(s.model_name_or_path or "")).is_dir() and not (folder / s.gguf_file).is_file():
         found.append(f"gguf_file {s.gguf_file}: no such file in {folder}")
     if s.model_revision and s.model_type:
         found.append("model_revision goes with model_name_or_path or config_name")
@@ -102,7 +102,7 @@ def contradictions(s):
     return found
 
 
-def _schedule_problems(s):
+def _schedule_problems(s: Settings) -> list[str]:
     """The same for the learning rate alone."""
     schedule, given = s.lr_scheduler_type, s.lr_scheduler_kwargs or {}
     known, found = SCHEDULES[schedule], []

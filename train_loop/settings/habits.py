@@ -8,6 +8,8 @@
 README.md beside this file lists them all, as `page` writes it.
 """
 
+from typing import Any
+
 TRUE = ("true", "yes", "y", "t", "1")
 
 SAME = {
@@ -109,7 +111,7 @@ NO_EFFECT = {
 }
 
 
-def _launch(flag):
+def _launch(flag: str) -> str:
     return f"give it to the launcher: accelerate launch {flag} train_loop/main.py ..."
 
 
@@ -119,6 +121,7 @@ SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
 DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
 RECOMPUTED = "gradient_checkpointing takes torch's way without reentry, with dropout's masks drawn again as they were"
+Instead = tuple[str, str]  # (name, what to do in the place of it)
 # name: (what to do instead, values that ask for what is done anyway and are taken)
 REFUSED = {
     "bf16": (_launch("--mixed_precision bf16"), "false"),
@@ -192,11 +195,11 @@ REFUSED = {
 }
 
 
-def is_habit(name):
+def is_habit(name: str) -> bool:
     return name in ALIASES or name in NO_EFFECT or name in REFUSED
 
 
-def translate(entries, remarks):
+def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, Any], dict[str, str], list[Instead]]:
     """(settings, written, refused) of `entries`, {name: value as it was written}: the same with settings' names in the
     place of aliases; {setting: the name that was written} of those; [(name, what to do instead)]. What has no effect
     goes to `remarks`."""
@@ -220,7 +223,7 @@ def translate(entries, remarks):
     return settings | found, written, problems
 
 
-def remarks_on_defaults(values):
+def remarks_on_defaults(values: dict[str, Any]) -> list[str]:
     """What one who writes aliases may not expect of the settings `values`, {name: value}, that were given."""
     found = []
     if "block_size" not in values:
@@ -230,11 +233,9 @@ def remarks_on_defaults(values):
     return found
 
 
-def _meaning(name, value, entries, problems):
+def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[Instead]) -> tuple[str | None, Any]:
     """(setting, value) that an alias stands for; (None, None) where nothing is to be set."""
-    text = _text(value)
-    number = _number(value)
-    target = ALIASES[name][0]
+    text, number, target = _text(value), _number(value), ALIASES[name][0]
     if name == "max_steps":
         return target, None if number is not None and number <= 0 else value
     if name == "save_total_limit":
@@ -266,18 +267,18 @@ def _meaning(name, value, entries, problems):
     return target, value
 
 
-def _text(value):
+def _text(value: object) -> str:
     return str(value).strip().lower()
 
 
-def _number(value):
+def _number(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):
         return None
 
 
-def page():
+def page() -> str:
     """README.md of this folder: what each argument becomes."""
     lines = [
         "# Arguments of transformers' scripts",

@@ -6,6 +6,8 @@ Names and defaults are those of `transformers.TrainingArguments` and its `run_cl
 import dataclasses
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,26 +27,26 @@ SCHEDULES: dict[str, dict[str, float]] = {
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
-def setting(group, default, help, check=None, wanted="", is_path=False):
+def setting(group: str, default: Any, help: str, check: Any = None, wanted: str = "", is_path: bool = False) -> Any:
     """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the
     value of one that is a path, or may be one, ~ is the home folder."""
     metadata = {"group": group, "help": help, "check": check, "wanted": wanted, "is_path": is_path}
     return field(default=default, metadata=metadata)
 
 
-def at_least(low):
+def at_least(low: float) -> dict[str, Any]:
     return {"check": lambda value: value >= low, "wanted": f"at least {low}"}
 
 
-def above(low):
+def above(low: float) -> dict[str, Any]:
     return {"check": lambda value: value > low, "wanted": f"above {low}"}
 
 
-def one_of(*names):
+def one_of(*names: str) -> dict[str, Any]:
     return {"check": lambda value: value in names, "wanted": "one of " + ", ".join(names)}
 
 
-FRACTION = {"check": lambda value: 0 <= value < 1, "wanted": "at least 0 and below 1"}
+FRACTION: dict[str, Any] = {"check": lambda value: 0 <= value < 1, "wanted": "at least 0 and below 1"}
 
 
 @dataclass
@@ -263,6 +265,12 @@ class Settings:
         **one_of("end", "every_save"),
     )
 
+    @property
+    def folder(self) -> Path:
+        """output_dir as a path."""
+        assert self.output_dir is not None  # every run that trains has one (`contradictions`)
+        return Path(self.output_dir)
+
     def blocks_per_step(self, world_size: int) -> int:
         """Blocks of an optimizer step, of all processes together; the last one of an epoch may be a short one."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
@@ -276,13 +284,14 @@ class Settings:
         """Optimizer steps of the whole run, of epochs of `num_blocks` blocks. Raises UserError where the first
         evaluation would come after its end."""
         per_epoch = self.steps_per_epoch(num_blocks, world_size)
-        steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)
+        # a stream has no length of an epoch, and needs max_train_steps (`contradictions`)
+        steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
             raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
         return steps
 
 
-def as_recipe(settings):
+def as_recipe(settings: Settings) -> str:
     """Every setting as YAML, which `--config` reads back."""
     return yaml.safe_dump(dataclasses.asdict(settings), sort_keys=False)
