@@ -164,7 +164,7 @@ def test_a_neighbours_manifest_of_other_types_is_skipped(change, interrupted, re
 
 def test_a_card_without_evaluations_is_a_card(arguments, finished):
     settings, accelerator = Settings(output_dir=str(finished), train_file="prose.txt"), Accelerator(cpu=True)
-    publisher = Publisher(settings, None, accelerator, None, "")
+    publisher = Publisher(settings, None, accelerator, None, "", "AdamW")
     model = AutoModelForCausalLM.from_pretrained(finished)
     card = model_card(publisher, model, [{"step": 1, "epoch": 0.1, "loss": 5.0}])
     assert "There is no record of an evaluation." in card and ModelCard(card).data.library_name == "transformers"

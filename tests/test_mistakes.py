@@ -25,7 +25,7 @@ LOOP = Path(loop.__file__)
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("        optimizer.zero_grad()\n", r"optimizer\.zero_grad\(\) is missing"),
+        ("        optimizer.zero_grad()\n", r"gradients are left over: zero_grad\(\) is missing"),
         ("        position.move_to(window.end)\n", r"position\.move_to\(window\.end\) is missing"),
         ("        position.step += 1\n", r"step 0 is counted again: is position\.step \+= 1 missing"),
     ],

@@ -75,7 +75,7 @@ def train(
             break
 
         # one optimizer step: gradients of the window, divided by its number of targets on all processes
-        assert all(p.grad is None for p in model.parameters()), "optimizer.zero_grad() is missing after the last step"
+        assert all(p.grad is None for p in model.parameters()), "gradients are left over: zero_grad() is missing"
         window = next(windows)
         tensors = {name: value.to(device, non_blocking=True) for name, value in window.tensors.items()}
         num_targets = accelerator.reduce(count_targets(tensors["labels"]), "sum")

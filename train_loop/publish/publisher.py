@@ -73,7 +73,7 @@ class Publisher:
         accelerator: Accelerator,
         repository: str | None,
         held_out: str,
-        optimizer: str = "AdamW",
+        optimizer: str,
     ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
