@@ -50,10 +50,12 @@ def settings_for(micro_batch, accumulation=2):
     )
 
 
-def find(mebibytes):
+if __name__ == "__main__":
+    mebibytes = json.loads(sys.argv[1])
     settings = settings_for(24)
     accelerator = build_accelerator(settings)
     model, split = make()
+    # a name of the module: freed after its process group, a DDP model can wait for ever (launch.py)
     model = accelerator.prepare(model)
     try:
         with memory_left(mebibytes[accelerator.process_index]):
@@ -64,7 +66,3 @@ def find(mebibytes):
     # at once: the processes share the pipe, and print writes the line's end apart
     sys.stdout.write(json.dumps(found) + "\n")
     accelerator.end_training()
-
-
-if __name__ == "__main__":
-    find(json.loads(sys.argv[1]))
