@@ -226,12 +226,10 @@ class _LinearInChunks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, with_gradients: bool
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows, needs_grad: bool) -> Tensor:
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        needs = [with_gradients and needed for needed in ctx.needs_input_grad[:3]]
+        needs = [needs_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
         # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
@@ -264,9 +262,7 @@ class _LinearInChunks(torch.autograd.Function):
                 grad_logits = grad_logits.to(dtype)
                 if grad_hidden is not None:
                     grad_hidden[some] = grad_logits @ low
-                if (
-                    grad_weight is not None and dtype == grad_weight.dtype
-                ):  # beta 0: written, not added to, and not read before
+                if grad_weight is not None and dtype == grad_weight.dtype:  # beta 0: it is written, and not read
                     grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
                 elif grad_weight is not None:
                     product = grad_logits.T @ x
@@ -278,6 +274,8 @@ class _LinearInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient would be one without the head's share
+            raise RuntimeError("create_graph: this loss has no gradient of its gradient. Take it through full logits")
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
         # scaled in place: a copy of the weight's gradient would be as large as the weight
@@ -289,8 +287,8 @@ class _LinearInChunks(torch.autograd.Function):
 def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:
     """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras), scalars,
     the sum with a gradient if it is to be `differentiated`."""
-    code = getattr(function, "__code__", None)
-    who = getattr(function, "__name__", repr(function)) + (f" ({code.co_filename})" if code else "")
+    who, code = getattr(function, "__name__", repr(function)), getattr(function, "__code__", None)
+    who += f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     if not isinstance(result, tuple) or len(result) != len(names):
         got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
         raise TypeError(f"{who} returned {got}. It must return {len(names)}: ({', '.join(names)})")

@@ -15,9 +15,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-
-# transformers exports its automatic classes by a way of its own, which no checker sees
-from transformers import (  # type: ignore[attr-defined]
+from transformers import (  # type: ignore[attr-defined]  # its automatic classes are exported as a checker cannot see
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -168,8 +166,7 @@ def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any)
 def _pretrained_model(
     settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
 ) -> PreTrainedModel:
-    name = settings.model_name_or_path
-    assert name is not None
+    name = str(settings.model_name_or_path)
     model, info = _load(
         AutoModelForCausalLM,
         name,

@@ -5,10 +5,10 @@ identity.py     does it belong to this run   sharded.py       state of which eac
 random_state.py random states of a process
 """
 
-from train_loop.checkpoint.checkpoint import Checkpoints, load_weights
+from train_loop.checkpoint.checkpoint import Checkpoints
 from train_loop.checkpoint.durable import damage, damage_of_files, flushed, has_checkpoints, name_of
 from train_loop.checkpoint.identity import run_identity
-from train_loop.checkpoint.sharded import Shares, named_tensors, unsharded, unsharded_tensors
+from train_loop.checkpoint.sharded import Shares, load_weights, named_tensors, unsharded, unsharded_tensors
 
 __all__ = [
     "Checkpoints",

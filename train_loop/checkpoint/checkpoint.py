@@ -17,7 +17,6 @@ import dataclasses
 import json
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +38,7 @@ from train_loop.checkpoint.durable import (
 )
 from train_loop.checkpoint.identity import differences
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
-from train_loop.checkpoint.sharded import Shares, Tensors, is_sharded, named_tensors, write_share
+from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.report import Metrics
@@ -268,7 +267,7 @@ class Checkpoints:
                 warn(f"older checkpoints cannot be removed: {one_line(error)}")
 
     def _compare(self, state: dict[str, Any], position: Position) -> None:
-        fixed, changed, bits, others = differences(state, self.identity, self.settings)
+        fixed, changed, code, bits, others = differences(state, self.identity, self.settings)
         if fixed:
             raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
         if changed and not self.settings.resume_with_changes:
@@ -281,6 +280,8 @@ class Checkpoints:
             raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
         if self.accelerator.is_main_process and changed + others:
             tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
+        if self.accelerator.is_main_process and code:
+            tell(f"the code changed since the checkpoint, the new code is run from here on: {', '.join(code)}")
         if self.accelerator.is_main_process and bits:
             tell(
                 f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"
@@ -289,37 +290,3 @@ class Checkpoints:
     def say_latest(self) -> str:
         """A clause for messages about a run that ends here."""
         return f"the last checkpoint is {self.latest}" if self.latest else "there is no checkpoint yet"
-
-
-def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
-    fit."""
-    tensors, saved = named_tensors(model), Shares(path, "model")
-    if saved.pieces.keys() != tensors.keys():
-        raise UserError(f"{path} holds other weights than this model has")
-    for name, tensor in tensors.items():
-        saved.read_into(tensor, name)
-
-
-def load_optimizer(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
-) -> None:
-    """Puts the optimizer's state in the checkpoint `path` into `optimizer`; `scalars`: what of it is no tensor. Where
-    `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
-    parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    numbers = {id(p): number for number, p in enumerate(ordered)}
-    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
-    for name in [*saved.pieces, *scalars]:
-        parameter_name, _, key = name.rpartition(".")
-        parameter = parameters[parameter_name]
-        if name in scalars:
-            value = scalars[name]
-        elif saved.shape(name) == list(parameter.shape):
-            value = torch.empty_like(parameter)
-            saved.read_into(value, name)
-        else:
-            value = saved.read(name).clone()
-        state[numbers[id(parameter)]][key] = value
-    # the optimizer knows best which of them belong on the parameter's device
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import defaultdict
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
@@ -19,6 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from train_loop.checkpoint.durable import manifest_of
+from train_loop.errors import UserError
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -114,3 +116,37 @@ class Shares:
             begin, end = max(first, start), min(first + len(local), start + piece.get_shape()[0])
             if begin < end:
                 local[begin - first : end - first].copy_(piece[begin - start : end - start])
+
+
+def load_weights(path: Path, model: torch.nn.Module) -> None:
+    """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
+    fit."""
+    tensors, saved = named_tensors(model), Shares(path, "model")
+    if saved.pieces.keys() != tensors.keys():
+        raise UserError(f"{path} holds other weights than this model has")
+    for name, tensor in tensors.items():
+        saved.read_into(tensor, name)
+
+
+def load_optimizer(
+    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, scalars: dict[str, Any]
+) -> None:
+    """Puts the optimizer's state in the checkpoint `path` into `optimizer`; `scalars`: what of it is no tensor. Where
+    `model` is sharded, what is shaped like a parameter is too; anything else (a count, a factor) is whole."""
+    parameters, saved = dict(model.named_parameters()), Shares(path, "optimizer")
+    ordered = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = {id(p): number for number, p in enumerate(ordered)}
+    state: defaultdict[int, dict[str, Any]] = defaultdict(dict)
+    for name in [*saved.pieces, *scalars]:
+        parameter_name, _, key = name.rpartition(".")
+        parameter = parameters[parameter_name]
+        if name in scalars:
+            value = scalars[name]
+        elif saved.shape(name) == list(parameter.shape):
+            value = torch.empty_like(parameter)
+            saved.read_into(value, name)
+        else:
+            value = saved.read(name).clone()
+        state[numbers[id(parameter)]][key] = value
+    # the optimizer knows best which of them belong on the parameter's device
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

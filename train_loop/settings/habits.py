@@ -121,6 +121,7 @@ SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
 DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
 RECOMPUTED = "gradient_checkpointing takes torch's way without reentry, with dropout's masks drawn again as they were"
+Instead = tuple[str, str]  # (name, what to do in the place of it)
 # name: (what to do instead, values that ask for what is done anyway and are taken)
 REFUSED = {
     "bf16": (_launch("--mixed_precision bf16"), "false"),
@@ -198,9 +199,7 @@ def is_habit(name: str) -> bool:
     return name in ALIASES or name in NO_EFFECT or name in REFUSED
 
 
-def translate(
-    entries: dict[str, Any], remarks: list[str]
-) -> tuple[dict[str, Any], dict[str, str], list[tuple[str, str]]]:
+def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, Any], dict[str, str], list[Instead]]:
     """(settings, written, refused) of `entries`, {name: value as it was written}: the same with settings' names in the
     place of aliases; {setting: the name that was written} of those; [(name, what to do instead)]. What has no effect
     goes to `remarks`."""
@@ -234,11 +233,9 @@ def remarks_on_defaults(values: dict[str, Any]) -> list[str]:
     return found
 
 
-def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[tuple[str, str]]) -> tuple[str | None, Any]:
+def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[Instead]) -> tuple[str | None, Any]:
     """(setting, value) that an alias stands for; (None, None) where nothing is to be set."""
-    text = _text(value)
-    number = _number(value)
-    target = ALIASES[name][0]
+    text, number, target = _text(value), _number(value), ALIASES[name][0]
     if name == "max_steps":
         return target, None if number is not None and number <= 0 else value
     if name == "save_total_limit":

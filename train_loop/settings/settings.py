@@ -5,7 +5,6 @@ Names and defaults are those of `transformers.TrainingArguments` and its `run_cl
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,14 +27,7 @@ SCHEDULES: dict[str, dict[str, float]] = {
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
-def setting(
-    group: str,
-    default: Any,
-    help: str,
-    check: Callable[[Any], bool] | None = None,
-    wanted: str = "",
-    is_path: bool = False,
-) -> Any:
+def setting(group: str, default: Any, help: str, check: Any = None, wanted: str = "", is_path: bool = False) -> Any:
     """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the
     value of one that is a path, or may be one, ~ is the home folder."""
     metadata = {"group": group, "help": help, "check": check, "wanted": wanted, "is_path": is_path}
@@ -275,8 +267,8 @@ class Settings:
 
     @property
     def folder(self) -> Path:
-        """output_dir, which every run has that trains (`contradictions`)."""
-        assert self.output_dir is not None
+        """output_dir as a path."""
+        assert self.output_dir is not None  # every run that trains has one (`contradictions`)
         return Path(self.output_dir)
 
     def blocks_per_step(self, world_size: int) -> int:
@@ -292,10 +284,8 @@ class Settings:
         """Optimizer steps of the whole run, of epochs of `num_blocks` blocks. Raises UserError where the first
         evaluation would come after its end."""
         per_epoch = self.steps_per_epoch(num_blocks, world_size)
-        steps = self.max_train_steps
-        if steps is None:
-            assert per_epoch is not None  # a stream needs max_train_steps (`contradictions`)
-            steps = math.ceil(self.num_train_epochs * per_epoch)
+        # a stream has no length of an epoch, and needs max_train_steps (`contradictions`)
+        steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
             raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
