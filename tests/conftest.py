@@ -255,10 +255,10 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **valu
     from train_loop.data import Split
     from train_loop.optim import build_optimizer, build_scheduler
     from train_loop.position import Position
+    from train_loop.process.stop import StopSignal
     from train_loop.report import Metrics
     from train_loop.services import Services
     from train_loop.settings import Settings
-    from train_loop.stop import StopSignal
 
     values = {
         "checkpointing_steps": "none",
@@ -361,7 +361,12 @@ def assert_same_run(output_dir, reference):
     """Weights bit for bit, and the lines of metrics.jsonl but for their timings."""
     lines, wanted = without_timings(output_dir), without_timings(reference)
     for line, expected in zip(lines, wanted, strict=False):
-        assert line == expected, f"a run is not the one that it must equal: its line {line} should be {expected}"
+        said = [
+            f"{name} is {line.get(name)}, should be {expected.get(name)}"
+            for name in expected | line
+            if line.get(name) != expected.get(name)
+        ]
+        assert not said, f"a run is not the one that it must equal: in step {line['step']} {', '.join(said)}"
     assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
     first, second = weights_of(output_dir), weights_of(reference)
     different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]

@@ -85,6 +85,7 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
     arguments = [*arguments, "--max_train_steps=10"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
+    assert f"- optimizer: {other.__name__}, " in (tmp_path / "alone" / "README.md").read_text(encoding="utf-8")
     copy_until(5, tmp_path / "alone", tmp_path / "resumed")
     assert main([*arguments, f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]) == 0
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
@@ -374,13 +375,14 @@ def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(argument
         running.send_signal(signal.SIGINT)
         with pytest.raises(subprocess.TimeoutExpired):
             running.wait(1.5)
-        for _ in range(100):  # at once: but where the first came late, the second counts as the same
+        for _ in range(10):  # at once: but where the first came late, the second counts as the same
             running.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                running.wait(1.5)
+                running.wait(20)
                 break
     finally:
         running.kill()
-    assert running.wait() == 130
+    # on a busy machine one more may reach the interpreter while it ends; a shell says 130 of both
+    assert running.wait() in (130, -signal.SIGINT)
     assert "stopped by SIGINT" in running.stderr.read()
     assert damage(output_dir / "checkpoints" / "step-000005") is None

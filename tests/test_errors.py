@@ -156,7 +156,8 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
     done = run("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", launcher=TWO)
     assert done.returncode == 1 and not (folder / "out").exists()
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
-        "error: the validation data has 2 tokens, less than one block of 32"
+        "error: the validation data has 1 row of 2 tokens together, less than one block of 32: give a block_size of at "
+        "most 2, or more text"
     ]
 
 
@@ -213,7 +214,7 @@ def broken_model(folder, what):
         ("a weight missing", "lacks 1 of its weights, e.g. transformer.h.1.mlp.c_fc.weight"),
         ("another shape", "holds no usable model: "),
         ("no tokenizer", "holds no usable tokenizer: it has no vocabulary"),
-        ("tokenizer too large", "but the model's vocabulary only 200"),
+        ("tokenizer too large", "the tokenizer has tokens beyond the model's vocabulary of 200"),
         ("pickled weights", "holds no usable model: "),
     ],
 )

@@ -177,9 +177,9 @@ def test_a_second_pass_over_a_window_is_a_second_call(blocks):
     accelerator, model = Accelerator(cpu=True), make_model()
     ids = torch.from_numpy(blocks[:6].astype(np.int64)).reshape(3, 2, BLOCK)
     tensors, num_targets = {"input_ids": ids, "labels": ids}, count_targets(ids)
-    first = loop.forward_backward(model, tensors, num_targets, accelerator)
+    first = loop.forward_backward(model, tensors, num_targets, accelerator, named={})
     once = [p.grad.clone() for p in model.parameters()]
-    again = loop.forward_backward(model, tensors, num_targets, accelerator)
+    again = loop.forward_backward(model, tensors, num_targets, accelerator, named={})
     assert torch.equal(first["loss"], again["loss"]) and not first["loss"].requires_grad
     for gradient, parameter in zip(once, model.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, 2 * gradient)

@@ -5,8 +5,8 @@ import torch
 from conftest import TINY, TINY_CONFIGS, lines_of, without_timings
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop import flops
-from train_loop.flops import flops_of_block, peak_flops
+from train_loop.machine import flops
+from train_loop.machine.flops import flops_of_block, peak_flops
 from train_loop.main import main
 
 

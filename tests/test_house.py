@@ -2,7 +2,6 @@
 
 import ast
 import graphlib
-import re
 
 import pytest
 from conftest import ROOT
@@ -36,13 +35,6 @@ def test_no_import_goes_in_a_circle():
         graphlib.TopologicalSorter({name: imports(name) for name in MODULES}).prepare()
     except graphlib.CycleError as error:
         pytest.fail(f"these modules import each other in a circle: {' <- '.join(error.args[1])}", pytrace=False)
-
-
-def test_readmes_picture_has_every_file_in_front_and_every_wing():
-    (picture,) = re.findall(r"^```\ntrain_loop/\n(.*?)^```$", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)
-    for path in [*PACKAGE.glob("*.py"), *(PACKAGE / wing for wing in WINGS)]:
-        name = path.name if path.suffix else f"{path.name}/"
-        assert name == "__init__.py" or name in picture.split(), f"README's picture of train_loop/ lacks {name}"
 
 
 @pytest.mark.parametrize("wing", sorted(WINGS))

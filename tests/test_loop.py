@@ -158,7 +158,9 @@ def test_micro_batches_with_few_targets_weigh_by_their_targets(blocks, tmp_path,
         gradient_accumulation_steps=22,
     )
     assert many[0][0]["tokens_seen"] == one[0][0]["tokens_seen"] < 22 * (BLOCK - 1)
-    assert many[0][0]["loss"] == pytest.approx(one[0][0]["loss"], rel=1e-6)
+    assert many[0][0]["loss"] == pytest.approx(one[0][0]["loss"], rel=1e-6), (
+        "the loss of a step must be the sum over all its targets, divided by their number: not a mean of means"
+    )
     assert many[0][0]["grad_norm"] == pytest.approx(one[0][0]["grad_norm"], rel=1e-5)
 
 
@@ -189,7 +191,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(blocks, tmp_path):
 def test_logged_loss_is_the_token_weighted_mean_since_the_line_before(blocks, tmp_path):
     each, _, _ = train(make_model(), blocks, blocks[:2], tmp_path / "each", num_train_epochs=4.0)
     some, _, _ = train(make_model(), blocks, blocks[:2], tmp_path / "some", num_train_epochs=4.0, logging_steps=5)
-    assert [line["step"] for line in some] == [3, 5, 6, 9, 10, 12]  # every fifth step, and where an epoch ends
+    logged = [line["step"] for line in some]
+    assert logged == [3, 5, 6, 9, 10, 12], "a line of training belongs to every fifth step, and to the end of an epoch"
     nats, seen, last = 0.0, 0, 0
     for line in each:
         nats += line["loss"] * (line["tokens_seen"] - seen)

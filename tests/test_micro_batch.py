@@ -11,7 +11,7 @@ from programs.limited_memory import make, settings_for
 
 from train_loop.data.blocks import Split
 from train_loop.main import main
-from train_loop.micro_batch import fit_micro_batch
+from train_loop.trial.micro_batch import fit_micro_batch
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="the limit on a process's address space is Linux's")
 

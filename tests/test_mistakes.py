@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from conftest import TINY_CONFIGS, make_model, train
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop import loop, loss, loss_check
+from train_loop import loop, loss
 from train_loop.cross_entropy import cross_entropy
 from train_loop.data.blocks import Split
 from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
 from train_loop.settings.settings import Settings
+from train_loop.trial import loss_check
 
 LOOP = Path(loop.__file__)
 

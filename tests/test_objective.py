@@ -11,12 +11,13 @@ from accelerate import Accelerator
 from conftest import NO_DROPOUT, TINY, TINY_CONFIGS, VOCAB, lines_of
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from train_loop import head, loss, loss_check
+from train_loop import head, loss
 from train_loop.cross_entropy import cross_entropy
 from train_loop.data.blocks import IGNORED, Split
 from train_loop.loss import next_token_loss, plain_next_token_loss
 from train_loop.main import main
 from train_loop.settings.settings import Settings
+from train_loop.trial import loss_check
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from conftest import LAUNCH, TINY, run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
-from train_loop.plan import LiveBytes, bytes_exchanged, state_bytes
+from train_loop.trial.plan import LiveBytes, bytes_exchanged, state_bytes
 
 
 @pytest.fixture(scope="module")

@@ -12,8 +12,8 @@ import pytest
 from conftest import PROGRAMS, ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, run_program, without_timings
 
 from train_loop.compare import main as compare
-from train_loop.console import printable
 from train_loop.main import main
+from train_loop.process.console import printable
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_run_resumed_from_a_folder_of_another_name_can_be_resumed_again(argume
     def stopped_at_once(self, *arguments):
         self.deferred, self.number = True, signal.SIGTERM
 
-    monkeypatch.setattr("train_loop.stop.StopSignal.defer", stopped_at_once)
+    monkeypatch.setattr("train_loop.process.stop.StopSignal.defer", stopped_at_once)
     capsys.readouterr()
     assert main(resumed) == 75
     assert f"--resume_from_checkpoint '{named}'" in capsys.readouterr().err
@@ -239,7 +239,7 @@ def test_a_progress_bar_keeps_its_line(capsys):
     """tqdm goes back to the beginning of a line, and a line up: that much passes."""
     from tqdm import tqdm
 
-    from train_loop.console import safe_console
+    from train_loop.process.console import safe_console
 
     with safe_console():
         outer = tqdm(total=2, desc="outer", mininterval=0, position=0, ncols=60)
@@ -339,7 +339,7 @@ def test_a_checkpoint_of_another_format_is_refused_with_a_sentence(arguments, tm
 
 
 def test_a_run_records_the_code_that_it_was_made_with(unbroken):
-    from train_loop.version import code_version
+    from train_loop.process.version import code_version
 
     state = json.loads((unbroken / "checkpoints" / "step-000005" / "state.json").read_text())
     assert state["train_loop"] == code_version()
@@ -350,7 +350,7 @@ def test_a_run_records_the_code_that_it_was_made_with(unbroken):
 
 def test_the_version_names_the_commit_and_whether_it_was_changed(tmp_path):
     from train_loop import __version__
-    from train_loop.version import code_version
+    from train_loop.process.version import code_version
 
     def git(*words):
         own = ["-c", "user.name=me", "-c", "user.email=me@example.org"]

@@ -63,6 +63,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
     assert "eval/loss" in outputs[0] and "processes 2" in outputs[1]
 
 
+@pytest.mark.quick
 def test_the_picture_of_the_house_names_every_file():
     house = next(block for block in BLOCKS if block.startswith("train_loop/\n"))
     files = sorted((ROOT / "train_loop").rglob("*.py"))

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM
 from train_loop.checkpoint.durable import damage, name_of, steps_in
 from train_loop.checkpoint.sharded import Shares
 from train_loop.main import main
-from train_loop.plan import state_bytes
+from train_loop.trial.plan import state_bytes
 
 # rows that no number of processes divides
 SHAPE = "n_layer=2,n_head=1,n_embd=31,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"

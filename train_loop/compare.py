@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from train_loop.console import printable, safe_console
 from train_loop.errors import UserError
+from train_loop.process import printable, safe_console
 from train_loop.report import Line, draw_runs, points, read_lines
 
 SAY_NOTHING = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "resume_with_changes", "traceback")

@@ -2,7 +2,7 @@
 
 import sys
 
-from train_loop.console import printable
+from train_loop.process import printable
 
 
 class UserError(ValueError):

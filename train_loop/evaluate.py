@@ -11,10 +11,10 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train_loop.data import IGNORED, CoveredText, Split, positions_in_documents
+from train_loop.data import IGNORED, CoveredText, Split, inputs_and_labels, positions_in_documents
 from train_loop.loss import plain_next_token_loss
+from train_loop.process import StopSignal
 from train_loop.settings import Settings
-from train_loop.stop import StopSignal
 
 
 def perplexity(loss: float) -> float:
@@ -70,20 +70,21 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
     forward pass of a model that is sharded needs all processes.
     """
     tokens, block_size = split.blocks.reshape(-1), split.blocks.shape[1]
-    input_ids = np.zeros((max(1, len(windows)), block_size), dtype=np.int64)
-    labels = np.full_like(input_ids, IGNORED)
-    is_text = np.ones(input_ids.shape, dtype=bool)
+    own = np.zeros((max(1, len(windows)), block_size), dtype=tokens.dtype)
+    is_new, is_text = np.zeros(own.shape, dtype=bool), np.ones(own.shape, dtype=bool)
     for row, window in enumerate(windows):
         begin, num_context = window * stride, block_size - stride if window else 0
         after = split.tail[max(0, begin - len(tokens)) :]
         ids = np.concatenate([tokens[begin : begin + block_size], after])[:block_size]
-        input_ids[row, : len(ids)] = ids
-        labels[row, num_context : len(ids)] = ids[num_context:]
+        own[row, : len(ids)] = ids
+        is_new[row, num_context : len(ids)] = True
         if split.text:
             is_text[row, : len(ids)] = split.text.is_text[begin : begin + len(ids)]
-    batch = {"input_ids": input_ids, "labels": labels}
+    batch = inputs_and_labels(own)
+    labels = batch["labels"]
+    labels[~is_new] = IGNORED
     if split.document_end is not None:
-        batch["position_ids"] = positions_in_documents(input_ids, split.document_end)
+        batch["position_ids"] = positions_in_documents(batch["input_ids"], split.document_end)
         labels[batch["position_ids"] == 0] = IGNORED
     if split.text and not split.text.is_text.all():
         batch["target_is_text"] = is_text

@@ -7,8 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from train_loop.console import safe_console
 from train_loop.errors import UserError, one_line, tell
+from train_loop.process import safe_console
 
 
 def main(argv: list[str] | None = None) -> int:

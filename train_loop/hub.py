@@ -19,8 +19,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from train_loop.errors import UserError, warn
+from train_loop.process import StopSignal
 from train_loop.settings import Settings
-from train_loop.stop import StopSignal
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question

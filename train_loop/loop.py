@@ -21,9 +21,9 @@ from train_loop.evaluate import evaluate_splits
 from train_loop.finite import FiniteGuard
 from train_loop.loss import count_targets, next_token_loss
 from train_loop.position import Place, Position
+from train_loop.process import Stopped
 from train_loop.services import Services
 from train_loop.settings import Settings
-from train_loop.stop import Stopped
 
 
 def train(

@@ -24,11 +24,10 @@ if __package__ in (None, ""):  # run as a script: this folder's modules must not
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from train_loop import hub, tuning
-from train_loop.console import safe_console
 from train_loop.errors import UserError, tell
+from train_loop.process import Stopped, StopSignal, end_with_launcher, safe_console
 from train_loop.report import wanted_trackers
 from train_loop.settings import Settings, read_settings
-from train_loop.stop import Stopped, StopSignal, end_with_launcher
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -107,8 +106,7 @@ def in_a_sentence(error: Exception) -> str | None:
         return "\n".join(f"error: {name}{line}" for line in str(error).split("\n"))
     if not isinstance(error, (RuntimeError, MemoryError)) or "torch" not in sys.modules:
         return None
-    from train_loop.launch import is_lost_peer
-    from train_loop.memory import is_out_of_memory
+    from train_loop.machine import is_lost_peer, is_out_of_memory
 
     if is_out_of_memory(error):
         advice = "give --auto_micro_batch, or lower per_device_train_batch_size or block_size"

@@ -27,10 +27,10 @@ from transformers import (  # type: ignore[attr-defined]  # its automatic classe
     PreTrainedTokenizerFast,
 )
 
-from train_loop.compat import checkpoint_activations
 from train_loop.data import Source
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
+from train_loop.machine import checkpoint_activations
 from train_loop.probes import is_causal, keeps_documents_apart
 from train_loop.settings import Settings
 

@@ -15,9 +15,9 @@ from accelerate.utils import broadcast_object_list
 from train_loop import lock
 from train_loop.checkpoint import has_checkpoints
 from train_loop.errors import UserError, tell
+from train_loop.process import code_version
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.settings import Settings, as_recipe
-from train_loop.version import code_version
 from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
 
 MARK = "train_config.yaml"  # the first file of a run, and the last that is removed

@@ -11,23 +11,32 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
-from train_loop import best, launch, loop, memory, output_dir
+from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Rows, Split, Stream, TrainingData, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
-from train_loop.flops import mfu_per_token_rate
 from train_loop.head import head_of
-from train_loop.loss_check import check_loss
-from train_loop.micro_batch import fit_micro_batch
+from train_loop.machine import (
+    after_restart,
+    build_accelerator,
+    compile_in_place,
+    end_training,
+    mfu_per_token_rate,
+    peak_device_memory_gib,
+    peaks,
+    prepare,
+    quiet_libraries,
+)
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
+from train_loop.process import StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
 from train_loop.services import Services
 from train_loop.settings import Settings
-from train_loop.stop import StopSignal
+from train_loop.trial import check_loss, fit_micro_batch
 
 
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
@@ -36,11 +45,11 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
     pushed. Raises UserError for what the user can mend, and Stopped.
     """
-    accelerator = launch.build_accelerator(settings)
-    is_main, show_progress = accelerator.is_main_process, launch.quiet_libraries(accelerator)
+    accelerator = build_accelerator(settings)
+    is_main, show_progress = accelerator.is_main_process, quiet_libraries(accelerator)
     with contextlib.ExitStack() as at_the_end:
-        at_the_end.push(launch.end_training(accelerator))
-        settings = launch.after_restart(settings, accelerator)
+        at_the_end.push(end_training(accelerator))
+        settings = after_restart(settings, accelerator)
         at_the_end.enter_context(output_dir.held(settings, accelerator))
 
         # settings -> rows -> blocks
@@ -61,7 +70,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         model = load_model(settings, config, tokenizer)
         for remark in head_of(model).remarks:
             accelerator.print(f"loss        {remark}")
-        launch.compile_in_place(model, accelerator)
+        compile_in_place(model, accelerator)
         if settings.eval_only:
             evaluate_only(model, eval_splits, settings, accelerator, held_out, show_progress)
             return False
@@ -71,7 +80,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
         decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
-        model, optimizer = launch.prepare(accelerator, model, optimizer)
+        model, optimizer = prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
         for remark in check_loss(model, train_split, settings, accelerator):
@@ -81,7 +90,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         splits: list[TrainingData] = [train_split, *eval_splits.values()]
         arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
         if settings.dry_run:
-            from train_loop.plan import print_plan
+            from train_loop.trial import print_plan
 
             accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
@@ -125,7 +134,9 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
 
         # -> loop
         scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
-        publisher = Publisher(settings, tokenizer, accelerator, repository, held_out)
+        publisher = Publisher(
+            settings, tokenizer, accelerator, repository, held_out, type(optimizer.optimizer).__name__
+        )
         at_the_end.callback(publisher.end)
         stop.defer(settings.ddp_timeout)
         loop.train(
@@ -145,7 +156,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         step, evaluation = best.load_best(checkpoints, position, model)
         if settings.load_best_model_at_end and position.evaluation:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}
-        results = metrics.finish(evaluation, checkpoints.seconds) | memory.peaks()
+        results = metrics.finish(evaluation, checkpoints.seconds) | peaks()
         exported = publisher.export_model(model, metrics.lines, results)
         if is_main:
             output_dir.write_results(settings.folder, {**results, "exported": exported})
@@ -164,11 +175,11 @@ def evaluate_only(
 ) -> None:
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
     accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
-    model, began = launch.prepare(accelerator, model), time.perf_counter()
+    model, began = prepare(accelerator, model), time.perf_counter()
     results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)
     assert results is not None  # nothing can stop it
     results["eval_runtime"] = time.perf_counter() - began  # seconds
-    results |= memory.peak_device_memory_gib()
+    results |= peak_device_memory_gib()
     accelerator.print(table(results))
     if accelerator.is_main_process and settings.output_dir:
         output_dir.create_output_dir(settings)

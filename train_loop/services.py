@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from accelerate import Accelerator
 
 from train_loop.checkpoint import Checkpoints
+from train_loop.process import StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples
-from train_loop.stop import StopSignal
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel, Trainer, default
 
 import train_loop.publish
 import train_loop.run  # noqa: F401
-from train_loop.flops import peak_flops
+from train_loop.machine.flops import peak_flops
 from train_loop.main import main
 
 ROOT = Path(__file__).parents[2]

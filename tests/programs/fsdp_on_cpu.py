@@ -12,7 +12,7 @@ import sys
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
-from train_loop import launch
+from train_loop.machine import launch
 from train_loop.main import leave, main
 
 

@@ -5,7 +5,8 @@ import os
 import time
 from pathlib import Path
 
-from train_loop import launch, main
+from train_loop import main
+from train_loop.machine import launch
 
 plain = launch.build_accelerator
 

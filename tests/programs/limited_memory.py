@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.data import Split
 from train_loop.errors import UserError
-from train_loop.launch import build_accelerator
-from train_loop.micro_batch import fit_micro_batch
+from train_loop.machine.launch import build_accelerator
 from train_loop.settings import Settings
+from train_loop.trial.micro_batch import fit_micro_batch
 
 
 @contextlib.contextmanager

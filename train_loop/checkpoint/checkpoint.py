@@ -41,9 +41,9 @@ from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
+from train_loop.process import code_version
 from train_loop.report import Metrics
 from train_loop.settings import Settings
-from train_loop.version import code_version
 from train_loop.whole import remove
 
 FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know

@@ -15,12 +15,13 @@ from train_loop.data.blocks import (
     Window,
     Windows,
     block_order,
+    inputs_and_labels,
     load_split,
     load_windows,
     positions_in_documents,
 )
 from train_loop.data.row_files import Rows
-from train_loop.data.rows import load_rows
+from train_loop.data.rows import load_file, load_rows
 from train_loop.data.sources import Source, load_source
 from train_loop.data.streaming import Stream
 from train_loop.data.text import CoveredText
@@ -39,6 +40,8 @@ __all__ = [
     "block_order",
     "cached_tokens",
     "clear_cached_tokens",
+    "inputs_and_labels",
+    "load_file",
     "load_rows",
     "load_source",
     "load_split",

@@ -204,7 +204,7 @@ class Windows(torch.utils.data.Dataset):
 
     A window takes the next `world_size * M * B` blocks of `order`. A last, short one takes as many micro-batches as
     its blocks need, filled up with blocks that have no targets: each block is seen once, and every process has the
-    same number of micro-batches. `labels` equal `input_ids`: the shift to the next token happens in the loss.
+    same number of micro-batches.
 
     `document_end`: after this token positions begin at 0 again, and the token there is no target. From positions that
     do not rise by one, transformers' models build attention masks that keep documents apart.
@@ -234,14 +234,21 @@ class Windows(torch.utils.data.Dataset):
         num_fillers = -len(indices) % (self.world_size * self.micro_batch_size)
         indices = np.concatenate([indices, np.full(num_fillers, -1)])
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        input_ids = self.blocks[indices].astype(np.int64)
-        labels = input_ids.copy()
-        tensors = {"input_ids": input_ids, "labels": labels}
+        tensors = inputs_and_labels(self.blocks[indices])
         if self.document_end is not None:
-            tensors["position_ids"] = positions_in_documents(input_ids, self.document_end)
-            labels[tensors["position_ids"] == 0] = IGNORED
-        labels[indices == -1] = IGNORED
+            tensors["position_ids"] = positions_in_documents(tensors["input_ids"], self.document_end)
+            tensors["labels"][tensors["position_ids"] == 0] = IGNORED
+        tensors["labels"][indices == -1] = IGNORED
         return {name: torch.from_numpy(array) for name, array in tensors.items()}
+
+
+def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
+    """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T], in training and evaluation.
+
+    Each token is a target: both are the same, the shift to the next token happens in the loss. A label of -100 makes
+    its token no target: a mask of prompts goes here.
+    """
+    return {"input_ids": tokens.astype(np.int64), "labels": tokens.astype(np.int64)}
 
 
 def positions_in_documents(input_ids: np.ndarray, document_end: int) -> np.ndarray:

@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
+from train_loop.process import code_version
 from train_loop.report import Line
 from train_loop.settings import Settings
-from train_loop.version import code_version
 
 
 class Published(Protocol):
@@ -26,6 +26,7 @@ class Published(Protocol):
     accelerator: Accelerator
     repository: str | None  # on the hub, None where it is not pushed
     held_out: str  # which training rows are the validation data, in words
+    optimizer: str  # its class
     inherited: dict[str, Any]  # from the cards of the model and the data set that it is made from
 
 
@@ -196,7 +197,7 @@ def _how_it_was_made(publisher: Published, results: dict[str, Any] | None) -> st
     }
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = s.blocks_per_step(W)
-    made["optimizer"] = f"AdamW, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
+    made["optimizer"] = f"{publisher.optimizer}, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
     made["precision"] = accelerator.mixed_precision.replace("no", "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
     made["hardware"] = f"{W} process{'es' if W > 1 else ''} on {name}"

@@ -63,7 +63,7 @@ class Publisher:
     every_save on the hub after each checkpoint. Every process has one; the main one writes.
 
     `repository`: the model's name on the hub, None where it is not pushed, and on the other processes.
-    `held_out`: which training rows are the validation data, in words, "" if it has its own.
+    `held_out`: which training rows are the validation data, in words, "" if it has its own. `optimizer`: its class.
     """
 
     def __init__(
@@ -73,9 +73,10 @@ class Publisher:
         accelerator: Accelerator,
         repository: str | None,
         held_out: str,
+        optimizer: str = "AdamW",
     ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
-        self.repository, self.held_out = repository, held_out
+        self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
         # asked for now, when the hub has just been asked for the model, and not when there is something to lose
         self.inherited = inherited_metadata(settings) if accelerator.is_main_process else {}
         self.pushes_checkpoints = settings.hub_strategy == "every_save" and repository is not None

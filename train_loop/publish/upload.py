@@ -7,8 +7,8 @@ from train_loop import lock
 from train_loop.checkpoint import damage_of_files
 from train_loop.errors import UserError, warn
 from train_loop.hub import Client, hub_address
+from train_loop.process import StopSignal
 from train_loop.settings import Settings
-from train_loop.stop import StopSignal
 from train_loop.whole import read_object
 
 PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this long, and longer by its size

@@ -118,7 +118,7 @@ def _launch(flag: str) -> str:
 HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
 COMPILE = _launch("--dynamo_backend inductor")
 SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
-DDP = "DDP is set up by Accelerate; the place to change it is train_loop/launch.py"
+DDP = "DDP is set up by Accelerate; the place to change it is train_loop/machine/launch.py"
 METRIC = "this is code of one's own: change train_loop/evaluate.py"
 RECOMPUTED = "gradient_checkpointing takes torch's way without reentry, with dropout's masks drawn again as they were"
 Instead = tuple[str, str]  # (name, what to do in the place of it)

@@ -22,19 +22,19 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from train_loop import launch, loop
+from train_loop import loop
 from train_loop.checkpoint import Checkpoints
 from train_loop.data import Split, TrainingData
 from train_loop.evaluate import evaluate_splits
 from train_loop.head import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE
 from train_loop.loss import next_token_loss
-from train_loop.memory import available_bytes, peak_memory_gib, resident_bytes
-from train_loop.micro_batch import trial_batch
+from train_loop.machine import asks_for_fsdp, available_bytes, peak_memory_gib, resident_bytes
 from train_loop.position import Position
+from train_loop.process import StopSignal
 from train_loop.report import Metrics
 from train_loop.services import Services
 from train_loop.settings import Settings
-from train_loop.stop import StopSignal
+from train_loop.trial.micro_batch import trial_batch
 
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
@@ -218,7 +218,7 @@ def print_plan(
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
     W, B, A = accelerator.num_processes, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     whole, device = accelerator.unwrap_model(model), accelerator.device
-    sharded, runs_sharded = launch.asks_for_fsdp(), accelerator.distributed_type == "FSDP"
+    sharded, runs_sharded = asks_for_fsdp(), accelerator.distributed_type == "FSDP"
     available = available_bytes(device)
 
     half = accelerator.mixed_precision in ("bf16", "fp16")

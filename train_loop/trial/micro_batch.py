@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from train_loop.data import TrainingData, Windows
 from train_loop.errors import UserError
 from train_loop.loss import next_token_loss
-from train_loop.memory import is_out_of_memory
+from train_loop.machine import is_out_of_memory
 from train_loop.settings import Settings
 
 

@@ -10,8 +10,8 @@ from transformers.utils import logging
 from train_loop.data import TrainingData
 from train_loop.head import auxiliary_loss, check_result
 from train_loop.loss import next_token_loss, plain_next_token_loss
-from train_loop.micro_batch import trial_batch
 from train_loop.settings import Settings
+from train_loop.trial.micro_batch import trial_batch
 
 PIECE_TOKENS = 65  # of a block, for a look at whether the objective is a sum
 

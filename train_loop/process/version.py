@@ -6,7 +6,7 @@ from pathlib import Path
 
 from train_loop import __version__
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @functools.cache
