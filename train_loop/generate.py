@@ -5,6 +5,7 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 
 import argparse
 import sys
+from pathlib import Path
 
 from train_loop.errors import UserError, one_line, tell
 from train_loop.process import safe_console
@@ -45,6 +46,12 @@ def generate(argv: list[str] | None) -> None:
     if not 0 < arguments.top_p <= 1:
         parser.error("--top_p must be above 0 and at most 1")
 
+    folder = Path(arguments.model)
+    if (folder / "train_config.yaml").is_file() and not (folder / "config.json").is_file():
+        raise UserError(
+            f"the run in {folder} has not exported its model yet: resume it, by its command with "
+            "--resume_from_checkpoint auto"
+        )
     from transformers import logging, pipeline, set_seed  # imported here: --help and a typo answer at once
 
     logging.set_verbosity_error()

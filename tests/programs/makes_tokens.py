@@ -13,7 +13,6 @@ def write(file):
     if sys.argv[1] == "die":
         file.flush()
         os.kill(os.getpid(), signal.SIGKILL)
-    return [1, 2]
 
 
-print(len(open_or_make("key", write)[0]))
+print(len(open_or_make("key", write)))

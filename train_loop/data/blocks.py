@@ -146,7 +146,7 @@ def load_split(
     """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
     end_of_text = end_of_documents(tokenizer, settings)
-    tokens, _, _ = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
+    tokens = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
         raise UserError(too_few(name, rows, len(tokens), settings))

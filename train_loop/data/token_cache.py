@@ -3,9 +3,9 @@
     python -m train_loop.cache list       path, size, and when each was used last
     python -m train_loop.cache clear      removes them all
 
-A file is a header, then tokens of int32. The header holds the words and the bytes of the text, the number of tokens,
-and a digest of these three and of every token: any change to the file is found when it is opened. Files that no run has
-opened for `MAX_DAYS` days are removed when a new one is made.
+A file is a header, then tokens of int32. The header holds the number of tokens, and a digest of it and of every
+token: any change to the file is found when it is opened. Files that no run has opened for `MAX_DAYS` days are removed
+when a new one is made.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from train_loop.data.row_files import cache_folder
 from train_loop.errors import warn
 
 MAX_DAYS = 60
-HEADER = struct.Struct("<3q40s")  # words, bytes, tokens, digest
+HEADER = struct.Struct("<q40s")  # number of tokens, digest
 PIECE_BYTES = 1 << 22  # of which each is digested by itself: by as many threads as there are cores
 
 
@@ -38,12 +38,12 @@ def token_folder() -> Path:
     return cache_folder() / "train_loop" / "tokens"
 
 
-def open_or_make(key: str, write: Callable[[BinaryIO], list[int]]) -> tuple[np.ndarray, list[int]]:
-    """(tokens [n] of int32, read-only and memory-mapped, [words, bytes] of their text) of the file with this key.
+def open_or_make(key: str, write: Callable[[BinaryIO], None]) -> np.ndarray:
+    """The tokens of the file with this key, [n] of int32, read-only and memory-mapped.
 
-    Where there is none, or a damaged one, `write(file)` writes the tokens and returns [words, bytes]. Of several
-    processes one does it, and the others wait for it. A kill at any instant leaves no half of a file: it is written
-    under a different name, flushed to disk, and renamed. Raises OSError where the folder cannot be written.
+    Where there is none, or a damaged one, `write(file)` writes the tokens. Of several processes one does it, and the
+    others wait for it. A kill at any instant leaves no half of a file: it is written under a different name, flushed to
+    disk, and renamed. Raises OSError where the folder cannot be written.
     """
     path = token_folder() / f"{key}.int32"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, Damaged):
@@ -61,34 +61,38 @@ def open_or_make(key: str, write: Callable[[BinaryIO], list[int]]) -> tuple[np.n
         return _open(path)
 
 
-def _open(path: Path) -> tuple[np.ndarray, list[int]]:
+def _open(path: Path) -> np.ndarray:
     """As `open_or_make`. Raises Damaged, or FileNotFoundError."""
     size = path.stat().st_size
     if size < HEADER.size:
         raise Damaged(f"it has {size:,} bytes")
     with open(path, "rb") as file:
-        *counts, digest = HEADER.unpack(file.read(HEADER.size))
-    if size != HEADER.size + 4 * counts[2]:
-        raise Damaged(f"it has {size:,} bytes in the place of {HEADER.size + 4 * counts[2]:,}")
-    tokens = np.empty(0, np.int32) if not counts[2] else np.memmap(path, np.int32, mode="r", offset=HEADER.size)
-    if _digest(tokens, counts) != digest:
+        num_tokens, digest = HEADER.unpack(file.read(HEADER.size))
+    if size != HEADER.size + 4 * num_tokens:
+        raise Damaged(f"it has {size:,} bytes in the place of {HEADER.size + 4 * num_tokens:,}")
+    tokens = _mapped(path, num_tokens)
+    if _digest(tokens) != digest:
         raise Damaged("its content is not what was written")
     with contextlib.suppress(OSError):  # of another user, or on a disk that is read-only
         os.utime(path, (time.time(), path.stat().st_mtime))  # it was used now
-    return tokens, counts[:2]
+    return tokens
 
 
-def _make(path: Path, write: Callable[[BinaryIO], list[int]]) -> None:
+def _mapped(path: Path, num_tokens: int) -> np.ndarray:
+    return np.memmap(path, np.int32, "r", HEADER.size) if num_tokens else np.empty(0, np.int32)
+
+
+def _make(path: Path, write: Callable[[BinaryIO], None]) -> None:
     partial = path.with_suffix(".partial")
     try:
         with open(partial, "wb") as file:
             file.write(bytes(HEADER.size))
-            counts = write(file)
-            counts = [*counts, (file.tell() - HEADER.size) // 4]
+            write(file)
+            num_tokens = (file.tell() - HEADER.size) // 4
             file.flush()
-            tokens = np.empty(0, np.int32) if not counts[2] else np.memmap(partial, np.int32, "r", HEADER.size)
+            digest = _digest(_mapped(partial, num_tokens))
             file.seek(0)
-            file.write(HEADER.pack(*counts, _digest(tokens, counts)))
+            file.write(HEADER.pack(num_tokens, digest))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -96,13 +100,13 @@ def _make(path: Path, write: Callable[[BinaryIO], list[int]]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _digest(tokens: np.ndarray, counts: list[int]) -> bytes:
+def _digest(tokens: np.ndarray) -> bytes:
     """Of every byte. Each piece is digested by itself, in threads: hashlib does not hold Python's lock."""
     data = tokens.view(np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         pieces = [data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES)]
         digests = list(threads.map(lambda piece: hashlib.blake2b(piece).digest(), pieces))
-    return hashlib.blake2b(repr(counts).encode() + b"".join(digests), digest_size=40).digest()
+    return hashlib.blake2b(repr(len(tokens)).encode() + b"".join(digests), digest_size=40).digest()
 
 
 def cached_tokens() -> Iterator[tuple[Path, int, float]]:

@@ -40,10 +40,9 @@ def tokenize_rows(
     name: str,
     end_of_text: int | None = None,
     show_progress: bool = False,
-) -> tuple[np.ndarray, int, int]:
-    """(tokens, words, bytes): the tokens of all rows, one after the other, as a read-only memory-mapped array [tokens]
-    of int32, and the size of the text that they stand for (see `count_words`). `end_of_text`: the id of the token to
-    put after each row that is not empty, or None.
+) -> np.ndarray:
+    """The tokens of all rows, one after the other: a memory-mapped array [tokens] of int32, read-only. `end_of_text` is
+    the id of the token to put after each row that is not empty, or None.
 
     They are kept beside the cache of `datasets` under a name made of what they depend on: the rows, the tokenizer and
     the code. They are verified when they are opened, and damaged ones are made again. Raises UserError for a row that
@@ -52,11 +51,11 @@ def tokenize_rows(
     span = [rows.span.start, rows.span.stop]
     key = digest_of([rows.digest, span, *tokenizer_recipe(tokenizer, end_of_text), CODE])
 
-    def write(file: BinaryIO) -> list[int]:
-        return _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress)
+    def write(file: BinaryIO) -> None:
+        _write_tokens(file, rows, tokenizer, name, end_of_text, show_progress)
 
     try:
-        tokens, (num_words, num_bytes) = token_cache.open_or_make(key, write)
+        tokens = token_cache.open_or_make(key, write)
     except OSError as error:
         if error.errno not in CACHE_ERRORS:
             raise
@@ -66,7 +65,7 @@ def tokenize_rows(
         ) from error
     if not len(tokens):
         raise UserError(f"the {name} data has no tokens: every row is empty")
-    return tokens, num_words, num_bytes
+    return tokens
 
 
 def tokenizer_recipe(tokenizer: PreTrainedTokenizerFast, end_of_text: int | None) -> list:
@@ -107,13 +106,12 @@ def _write_tokens(
     name: str,
     end_of_text: int | None,
     show_progress: bool,
-) -> list[int]:
-    """Writes the tokens of all rows; returns (words, bytes) of their text.
+) -> None:
+    """Writes the tokens of all rows.
 
     The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
     what comes back, while this one reads rows and writes arrays.
     """
-    counts = np.zeros(2, dtype=np.int64)
     batches: deque[Future[np.ndarray]] = deque()
     bar = tqdm(total=len(rows), desc=f"tokenizing {name}", unit=" rows", disable=not show_progress, leave=False)
     with bar, ThreadPoolExecutor(1 + is_plain(tokenizer)) as threads:
@@ -121,11 +119,9 @@ def _write_tokens(
             batches.append(threads.submit(encode, texts, tokenizer, end_of_text))
             if len(batches) > NUM_BATCHES_AHEAD:
                 file.write(batches.popleft().result().data)
-            counts += sum(map(count_words, texts)), sum(len(text.encode()) for text in texts)
             bar.update(len(texts))
         for batch in batches:
             file.write(batch.result().data)
-    return counts.tolist()
 
 
 def _batches(rows: Rows, name: str) -> Iterator[list[str]]:
@@ -141,8 +137,3 @@ def _batches(rows: Rows, name: str) -> Iterator[list[str]]:
             texts, num_characters = [], 0
     if texts:
         yield texts
-
-
-def count_words(text: str) -> int:
-    """Words as WikiText counts them: what white space separates, and one for the end of each line."""
-    return len(text.split()) + text.count("\n") + (not text.endswith("\n"))
