@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from train_loop import loop
-from train_loop.checkpoint.durable import steps_in
+from train_loop.checkpoint.durable import digest_of_manifest, steps_in
 from train_loop.main import main
 from train_loop.publish import Publisher, push
 from train_loop.publish.model_card import model_card
@@ -85,7 +85,8 @@ def test_a_damaged_model_without_checkpoints_is_a_sentence(finished, resume, cap
     (finished / "model.safetensors").unlink()
     assert resume(finished) == 1
     said = capsys.readouterr().err
-    assert "holds a finished run without checkpoints" in said and "model.safetensors is missing" in said
+    assert "holds a finished run without checkpoints" in said
+    assert "model.safetensors is missing. --overwrite_output_dir starts anew" in said
 
 
 def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_again(
@@ -148,6 +149,15 @@ def test_a_checkpoint_is_resumed_in_another_folder(arguments, reference, tmp_pat
 def test_no_damaged_record_keeps_a_run_from_its_end(name, damage, interrupted, reference, resume):
     (interrupted / name).touch()
     spoil(interrupted / name, DAMAGED_RECORDS[damage])
+    assert resume(interrupted, "--checkpoints_total_limit=2") == 0
+    assert_same_run(interrupted, reference)
+
+
+@pytest.mark.parametrize("change", [{"step": "two"}, {"eval_loss": "low"}, {"best_step": {}}, {"files": []}], ids=str)
+def test_a_neighbours_manifest_of_other_types_is_skipped(change, interrupted, reference, resume):
+    path = interrupted / "checkpoints" / "step-000002" / "manifest.json"
+    manifest = json.loads(path.read_text()) | change
+    path.write_text(json.dumps(manifest | {"blake2b": digest_of_manifest(manifest)}))
     assert resume(interrupted, "--checkpoints_total_limit=2") == 0
     assert_same_run(interrupted, reference)
 

@@ -107,6 +107,12 @@ def test_a_model_that_is_not_there_ends_with_one_sentence(folder, text_file, cap
     one_sentence(arguments, capsys, folder, "'none/such' cannot be loaded")
 
 
+@pytest.mark.parametrize("name", ["./none", "/none/such", "models/none/such"])
+def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, folder, text_file, capsys):
+    arguments = [f"--model_name_or_path={name}", f"--train_file={text_file}", "--output_dir=out"]
+    one_sentence(arguments, capsys, folder, f"{name!r} cannot be loaded: there is no such folder")
+
+
 def test_a_folder_that_is_no_model_ends_with_one_sentence(folder, text_file, capsys):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_text(json.dumps({"hello": 1}))
@@ -120,7 +126,9 @@ def test_a_data_set_that_is_not_there_is_one_sentence_that_offers_train_file(fol
 
 def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, capsys):
     (folder / "out").write_text("kept")
-    one_sentence([*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file")
+    one_sentence(
+        [*TINY, f"--train_file={text_file}", "--output_dir=out"], capsys, folder, "out is a file: choose another name"
+    )
     assert (folder / "out").read_text() == "kept"
 
 

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from conftest import TINY_CONFIGS, VOCAB
-from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -301,20 +300,3 @@ def test_where_the_host_does_not_wait_a_step_that_is_not_finite_is_held_back_on_
     assert torch.equal(step(3, 1.0), first), "a later step went on from weights that should have stayed"
     with pytest.raises(ValueError, match="step 2: the loss"):
         guard.look()
-
-
-def test_a_compiled_model_is_compiled_for_its_first_batches_alone():
-    """Training with a short last batch, and evaluation with another batch size: no recompilation afterwards."""
-    counter, model = CompileCounter(), make_model(n_layer=1).train()
-    head_of(model)
-    model.base_model.compile(backend=counter)
-    counts = []
-    for _ in range(2):
-        for num_blocks in (4, 2):
-            next_token_loss(model, some_batch(num_blocks))[0].backward()
-        with torch.no_grad():
-            plain_next_token_loss(model.eval(), some_batch(3))
-            plain_next_token_loss(model, some_batch(5))
-        model.train()
-        counts.append(counter.frame_count)
-    assert counts[0] == counts[1] > 0

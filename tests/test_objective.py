@@ -185,7 +185,6 @@ def test_nothing_is_said_of_the_objective_as_it_stands(trained, blocks):
 
 
 MISTAKES = {
-    "a mean": (lambda nats: (nats.mean(), {}), None, "looks like"),
     "one value": (lambda nats: nats.sum(), TypeError, r"returned a Tensor. It must return 2: \(sum, extras\)"),
     "three values": (lambda nats: (nats.sum(), 3, {}), TypeError, "returned 3 values"),
     "a float": (lambda nats: (nats.sum().item(), {}), TypeError, "the sum is a float"),
@@ -202,20 +201,9 @@ MISTAKES = {
 def test_a_mistake_in_the_objective_is_a_sentence_before_the_first_step(mistake, trained, blocks, monkeypatch):
     result, error, text = MISTAKES[mistake]
     monkeypatch.setattr(loss, "objective", lambda logits, targets, **of_rows: result(cross_entropy(logits, targets)))
-    if error:
-        with pytest.raises(error, match=text) as caught:
-            check(trained[0], blocks)
-        assert mistake == "nan" or "test_objective.py" in str(caught.value), "the file of the mistake is named"
-    else:
-        remark = " ".join(check(trained[0], blocks))
-        nats = trained[0](
-            torch.from_numpy(blocks[:1].astype("int64")), labels=torch.from_numpy(blocks[:1].astype("int64"))
-        )
-        assert (
-            f"{nats.loss.item():.4f}" in remark
-            and f"{15 * nats.loss.item():.2f}" in remark
-            and "return a sum" in remark
-        )
+    with pytest.raises(error, match=text) as caught:
+        check(trained[0], blocks)
+    assert mistake == "nan" or re.search(r"test_objective\.py:\d+\)", str(caught.value)), "file and line are named"
 
 
 def test_a_mistake_in_next_token_loss_is_a_sentence_before_the_first_step(trained, blocks, monkeypatch):

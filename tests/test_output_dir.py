@@ -163,12 +163,13 @@ def test_overwriting_spares_the_inputs_of_the_run(name, arguments, copied, text_
 
 
 def test_overwriting_removes_all_that_a_run_made_and_nothing_else(arguments, copied, finished, capsys):
-    (copied / "notes.txt").write_text("years")
+    for name in ("notes.txt", "vocab.json"):  # the second has a name that some tokenizers' files have
+        (copied / name).write_text("years")
     (copied / "checkpoints" / "step-000002.copy").mkdir()
     (copied / "tensorboard").mkdir()
     assert main([*arguments, "--max_train_steps=1", "--overwrite_output_dir", f"--output_dir={copied}"]) == 0
-    assert f"what no run made stays in {copied}: checkpoints, notes.txt\n" in capsys.readouterr().err
-    assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt"}
+    assert f"what no run made stays in {copied}: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt", "vocab.json"}
     assert {path.name for path in (copied / "checkpoints").iterdir()} == {"step-000001", "step-000002.copy"}
 
 
@@ -180,5 +181,5 @@ def test_a_name_that_is_not_utf8_is_written_with_its_byte_escaped(arguments, tex
     assert yaml.safe_load((tmp_path / "run" / "train_config.yaml").read_text())["train_file"] == str(text)
     output_dir = str(tmp_path / os.fsdecode(b"r\xe9sum\xe9"))
     assert main([*arguments, f"--output_dir={output_dir}"]) == 1  # safetensors could not read it
-    assert rf"error: output_dir {tmp_path}/r\xe9sum\xe9 is no UTF-8" in capsys.readouterr().err
+    assert rf"error: output_dir {tmp_path}/r\xe9sum\xe9 is not UTF-8" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {text.name, "run"}

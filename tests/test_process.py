@@ -310,7 +310,7 @@ def test_a_resumed_run_says_what_may_change_its_last_bits(arguments, tmp_path, m
         torch.set_num_threads(before)
     told = capsys.readouterr().err
     assert "may differ in its last bits" in told and "CPU threads of a process: 1 -> 2" in told
-    assert "tuning: True -> False" in told and "-> 0.0" in told and "code of " in told
+    assert "tuning: True -> False" in told and "-> 0.0" in told and "the code changed since the checkpoint" in told
 
 
 def test_an_optimizer_of_another_class_is_refused(arguments, monkeypatch, capsys):

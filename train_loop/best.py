@@ -17,6 +17,14 @@ from train_loop.position import Position
 from train_loop.settings import Settings
 
 
+def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
+    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
+    step, every = position.step, settings.eval_steps
+    due = step == 0 or (step % every == 0 if every else position.ends_epoch())
+    too_early = (step if every else position.in_epochs()) < settings.eval_delay
+    return (step == last_step or (due and not too_early)) and position.evaluated_step != step
+
+
 def take_evaluation(position: Position, evaluation: dict[str, Any], settings: Settings) -> None:
     """Takes note in `position` of the evaluation that was made there. Its `eval_loss` is finite."""
     position.evaluated_step, position.evaluation = position.step, evaluation

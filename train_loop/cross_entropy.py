@@ -40,6 +40,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_nats: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("create_graph: cross_entropy has no gradient of its gradient, F.cross_entropy has one")
         grad, ctx.log_p = ctx.log_p, None
         if grad is None:
             raise RuntimeError("cross_entropy can be differentiated once: its memory became the gradient")

@@ -60,5 +60,8 @@ class FiniteGuard:
 
     def _advice(self, num_updates: float) -> str:
         if num_updates:
-            return "Try a lower learning_rate, or more num_warmup_steps"
+            return (
+                "Try a lower learning_rate, or more num_warmup_steps. If loss.py was changed, look there for log, sqrt "
+                "or a division at 0"
+            )
         return "The weights were not updated yet: check loss.py, the training and validation data, the model's weights"

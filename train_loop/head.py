@@ -274,6 +274,8 @@ class _LinearInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # the gradient would be one without the head's share
+            raise RuntimeError("create_graph: this loss has no gradient of its gradient. Take it through full logits")
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
         # scaled in place: a copy of the weight's gradient would be as large as the weight
@@ -285,8 +287,8 @@ class _LinearInChunks(torch.autograd.Function):
 def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:
     """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras), scalars,
     the sum with a gradient if it is to be `differentiated`."""
-    code = getattr(function, "__code__", None)
-    who = getattr(function, "__name__", repr(function)) + (f" ({code.co_filename})" if code else "")
+    who, code = getattr(function, "__name__", repr(function)), getattr(function, "__code__", None)
+    who += f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     if not isinstance(result, tuple) or len(result) != len(names):
         got = f"{len(result)} values" if isinstance(result, tuple) else f"a {type(result).__name__}"
         raise TypeError(f"{who} returned {got}. It must return {len(names)}: ({', '.join(names)})")

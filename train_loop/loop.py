@@ -6,7 +6,6 @@ by the number of those targets: how the blocks are spread over micro-batches and
 """
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Iterator
 
@@ -48,13 +47,13 @@ def train(
     accelerator, device = services.accelerator, services.accelerator.device
     num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), accelerator.num_processes)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
-    windows = windows_from(dataclasses.replace(position), train_split, settings, accelerator)
+    windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
     model.train()
 
     while True:  # once more than there are steps: the last evaluation and the last save are made here, too
         # evaluate when due: also the untrained model, and where a stop cut the evaluation short
-        if evaluation_is_due(position, last_step, settings):
+        if best.evaluation_is_due(position, last_step, settings):
             finite.look()
             metrics.log_training()
             evaluation = evaluate_splits(model, eval_splits, settings, accelerator, metrics.show_progress, stop)
@@ -76,6 +75,7 @@ def train(
             break
 
         # one optimizer step: gradients of the window, divided by its number of targets on all processes
+        assert all(p.grad is None for p in model.parameters()), "optimizer.zero_grad() is missing after the last step"
         window = next(windows)
         tensors = {name: value.to(device, non_blocking=True) for name, value in window.tensors.items()}
         num_targets = accelerator.reduce(count_targets(tensors["labels"]), "sum")
@@ -132,18 +132,15 @@ def forward_backward(
     return sums
 
 
-def windows_from(place: Place, split: TrainingData, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
-    """This process's windows from `place` on, epoch after epoch, without end."""
+def windows_from(
+    position: Position, split: TrainingData, settings: Settings, accelerator: Accelerator
+) -> Iterator[Window]:
+    """This process's windows from `position` on, epoch after epoch, without end. `position` is only looked at."""
+    place = Place(position.epoch, position.window, position.per_epoch, position.stream)
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's
-            place = window.end
+            place, step = window.end, position.step
             yield window
+            is_there = (position.epoch, position.window) == (place.epoch, place.window)
+            assert is_there or position.step == step, "position.move_to(window.end) is missing after a step"
         place = Place(place.epoch + 1, 0, place.per_epoch)
-
-
-def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
-    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
-    step, every = position.step, settings.eval_steps
-    due = step == 0 or (step % every == 0 if every else position.ends_epoch())
-    too_early = (step if every else position.in_epochs()) < settings.eval_delay
-    return (step == last_step or (due and not too_early)) and position.evaluated_step != step

@@ -13,6 +13,8 @@ from train_loop.loss import next_token_loss, plain_next_token_loss
 from train_loop.micro_batch import trial_batch
 from train_loop.settings import Settings
 
+PIECE_TOKENS = 65  # of a block, for a look at whether the objective is a sum
+
 
 def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator) -> list[str]:
     """Sentences for the user about the loss of one training block: where the objective looks like a mean, and where
@@ -44,6 +46,10 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
             plain = plain_next_token_loss(model, batch)
             nll_sum, num_targets = plain[0].item(), int(plain[1])
             own = _own_loss(model, batch) if num_targets else None
+            # few enough tokens that both copies are one chunk of rows
+            piece = {name: value[:, :PIECE_TOKENS] for name, value in batch.items()}
+            copies = {name: torch.cat([value, value]) for name, value in piece.items()}
+            of_one, of_two = (next_token_loss(model, some | options)[0].item() for some in (piece, copies))
     finally:
         model.train(was_training)
     if nll_sum == nll_sum and total != total:
@@ -52,11 +58,10 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
             "for 0 log 0 or inf - inf in loss.py, and for logits that are used after cross_entropy(..., inplace=True)"
         )
     remarks = []
-    if num_targets > 1 and abs(total * num_targets / nll_sum - 1) < 0.1:
+    if abs(of_two) < 1.5 * abs(of_one):  # a sum doubles, a mean does not change
         remarks += [
-            f"warning: the objective of one block is {total:.4f},",
-            f"the plain cross entropy of its {num_targets:,} targets {nll_sum:.2f} nats in sum.",
-            "If the objective is a mean, return a sum: the loop divides by the targets",
+            f"warning: the objective of a piece of one block is {of_one:.4f}, of two copies of it {of_two:.4f}.",
+            "A sum would double. If loss.py returns a mean, return a sum: the loop divides by the targets",
         ]
     if own is not None:
         mean, T = nll_sum / num_targets, batch["labels"].shape[1]

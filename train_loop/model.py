@@ -8,6 +8,7 @@ precision in the forward and backward passes is the launch config's affair (auto
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -153,8 +154,10 @@ def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any)
             ) from error
         if Path(name).is_dir():
             raise UserError(f"the folder {name} holds no usable {what}: {one_line(error)}") from error
+        if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
+            raise UserError(f"{what} {name!r} cannot be loaded: there is no such folder") from error
         raise UserError(
-            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and could not be had from "
+            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and cannot be downloaded from "
             f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a "
             "machine that reaches it and set HF_HUB_OFFLINE=1"
         ) from error

@@ -25,7 +25,7 @@ RECORDS = ("metrics.jsonl", "all_results.json", "loss_curve.png")
 PARTIALS = [partial_of(Path(name)).name for name in (MARK, *RECORDS)] + [EXPORT_PARTIAL]
 # what `from_pretrained` wants, where no all_results.json says what was exported
 EXPORTED = (
-    r"README\.md|(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
+    r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
     r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja|spiece\.model"
 )
 CHECKPOINT = r"step-\d{6,}(\.partial|\.discarded)?|pushed"
@@ -69,9 +69,11 @@ def check_output_dir(settings: Settings) -> None:
         return
     path = Path(settings.output_dir)
     if (name := utf8(str(path.absolute())).decode()) != str(path.absolute()):
-        raise UserError(f"output_dir {name} is no UTF-8, and safetensors reads no such folder: choose another name")
+        raise UserError(
+            f"output_dir {name} is not UTF-8, and safetensors cannot read such a folder: choose another name"
+        )
     if path.exists() and not path.is_dir():
-        raise UserError(f"output_dir {path} is a file")
+        raise UserError(f"output_dir {path} is a file: choose another name")
     is_run = (path / MARK).is_file() or has_checkpoints(path / "checkpoints")
     place = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(place, os.W_OK | os.X_OK):
@@ -132,7 +134,8 @@ def _overwrite(path: Path, exported: set[str]) -> None:
     with contextlib.suppress(OSError):  # it is not there, or something else is in it
         (path / "checkpoints").rmdir()
     for entry in path.iterdir():
-        if entry.name in {*RECORDS, "tensorboard"} | exported or re.fullmatch(EXPORTED, entry.name):
+        is_exported = entry.name in exported if exported else re.fullmatch(EXPORTED, entry.name)
+        if is_exported or entry.name in {*RECORDS, "README.md", "tensorboard"}:
             remove(entry)
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in (MARK, lock.NAME)):
         tell(f"what no run made stays in {path}: {', '.join(foreign)}")

@@ -110,7 +110,10 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         elif settings.resume_from_checkpoint and finished_step is not None:
             where = f"output_dir {settings.output_dir}"
             damage = f". Its model is damaged: {damage}" if damage else ""
-            raise UserError(f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}")
+            raise UserError(
+                f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}. "
+                "--overwrite_output_dir starts anew"
+            )
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
             if path:

@@ -58,7 +58,7 @@ class StopSignal:
         if not self.number:
             self.number, self.since = number, time.monotonic()
         if again or not self.deferred:
-            raise Stopped
+            raise Stopped("" if self.deferred else "before there was anything to save")
 
     def defer(self, timeout: float) -> None:
         """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""

@@ -2,6 +2,7 @@
 
 python tests/benchmarks/throughput.py --batch_sizes 8 32 --repetitions 3 --json speed.json --plot speed.png
 python tests/benchmarks/throughput.py --model gpt2-medium --block_size 1024 --precision bf16 --steps 60
+git worktree add ../before HEAD~1; python tests/benchmarks/throughput.py --against ../before   # what a change costs
 
 The model has the shape of a published one (distilgpt2: 82 M parameters) and random weights; dropout is on; the data is
 the same random tokens in blocks, in the same order of batches' size. Each run is a process of its own, ours and
@@ -14,6 +15,7 @@ reaches on the CPU, or what `--peak_tflops` says (989 for an H100 in bf16), whic
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -51,7 +53,7 @@ def prepare(folder, num_blocks, block_size, shape, vocab=VOCAB):
     np.save(folder / "blocks.npy", blocks)
 
 
-def run(command, environment=()):
+def run(command, environment=(), checkout=ROOT):
     """(what the process printed, its peak memory in GiB)."""
     # the interpreter starts the command by itself, so that the peak is of that process alone
     wrapped = (
@@ -60,8 +62,8 @@ def run(command, environment=()):
     )
     done = subprocess.run(
         [sys.executable, "-c", wrapped, *map(str, command)],
-        cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **dict(environment)},
+        cwd=checkout,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(checkout), **dict(environment)},
         capture_output=True,
         text=True,
     )
@@ -71,7 +73,7 @@ def run(command, environment=()):
     return printed, float(peak.split()[1])
 
 
-def ours(folder, batch, num_steps, evaluate, options):
+def ours(folder, batch, num_steps, evaluate, options, checkout=ROOT):
     """{"loss", "seconds": of each step, "peak"} of this loop."""
     output, block_size = folder / "ours", options.block_size
     arguments = [
@@ -91,7 +93,7 @@ def ours(folder, batch, num_steps, evaluate, options):
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
     elif options.precision == "tf32":
         arguments.append("--tf32")
-    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment)
+    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment, checkout)
     results = json.loads((output / "all_results.json").read_text())
     peak = results.get("peak_device_memory_gib", peak)
     if evaluate:
@@ -147,7 +149,9 @@ def plot(results, path, block_size):
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     rows = [row for row in results if not row["evaluation"]]
-    for name, color in (("train_loop", "tab:blue"), ("Trainer", "tab:orange")):
+    for name, color in zip(
+        [n for n in rows[0] if isinstance(rows[0][n], dict)][:2], ("tab:blue", "tab:orange"), strict=True
+    ):
         x = [row["batch"] for row in rows]
         for axis, key in zip(axes, ("tokens_per_second", "peak_gib"), strict=True):
             values = [row[name][key] for row in rows]
@@ -175,10 +179,14 @@ def main():
     parser.add_argument("--precision", choices=["float32", "tf32", "bf16"], default="float32", help="of both")
     parser.add_argument("--peak_tflops", type=float, help="of the device at this precision, for its utilisation")
     parser.add_argument("--compiled", action="store_true", help="this loop with torch.compile (inductor)")
+    parser.add_argument("--against", type=Path, help="a different checkout of this repository in Trainer's place")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--plot", type=Path, help="file for a picture (PNG)")
     arguments = parser.parse_args()
     shape, block_size = SHAPES[arguments.model], arguments.block_size
+    other, others = "Trainer", trainers
+    if arguments.against:
+        other, others = "other", functools.partial(ours, checkout=arguments.against.resolve())
     results = []
     print(f"{'batch':>6} {'what':>10} {'':>10} {'tokens/s':>23} {'GiB':>17} {'loss':>8}   min / median / max")
     with tempfile.TemporaryDirectory() as folder:
@@ -187,9 +195,9 @@ def main():
         for evaluate in [arguments.evaluation]:
             for batch in arguments.batch_sizes:
                 row = {"batch": batch, "evaluation": evaluate}
-                runs = {"train_loop": [], "Trainer": []}
+                runs = {"train_loop": [], other: []}
                 for _ in range(arguments.repetitions):
-                    for name, function in (("train_loop", ours), ("Trainer", trainers)):
+                    for name, function in (("train_loop", ours), (other, others)):
                         runs[name].append(function(folder, batch, arguments.steps, evaluate, arguments))
                 for name, done in runs.items():
                     num_blocks = max(arguments.batch_sizes) * arguments.steps if evaluate else batch

@@ -267,7 +267,7 @@ class Checkpoints:
                 warn(f"older checkpoints cannot be removed: {one_line(error)}")
 
     def _compare(self, state: dict[str, Any], position: Position) -> None:
-        fixed, changed, bits, others = differences(state, self.identity, self.settings)
+        fixed, changed, code, bits, others = differences(state, self.identity, self.settings)
         if fixed:
             raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
         if changed and not self.settings.resume_with_changes:
@@ -280,6 +280,8 @@ class Checkpoints:
             raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
         if self.accelerator.is_main_process and changed + others:
             tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
+        if self.accelerator.is_main_process and code:
+            tell(f"the code changed since the checkpoint, the new code is run from here on: {', '.join(code)}")
         if self.accelerator.is_main_process and bits:
             tell(
                 f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"

@@ -91,6 +91,10 @@ def _verified_manifest(path: Path) -> dict:
     manifest = read_object(path / "manifest.json")
     if manifest.get("blake2b") != digest_of_manifest(manifest):
         raise UserError("manifest.json is not as it was written")
+    optional = [manifest.get(name) for name in ("eval_loss", "best_step")]
+    numbers = all(value is None or type(value) in (int, float) for value in optional)
+    if type(manifest.get("step")) is not int or not isinstance(manifest.get("files"), dict) or not numbers:
+        raise UserError("manifest.json is not one of this version")
     return manifest
 
 

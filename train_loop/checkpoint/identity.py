@@ -39,18 +39,19 @@ SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stoppin
 CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
 # what a resumed run is bit for bit equal under: told where it differs, never refused
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-CODE = ("loss.py", "head.py", "optim.py", "loop.py")  # in the package's folder, where they exist
+CODE = ("loss.py", "cross_entropy.py", "head.py", "model.py", "optim.py", "loop.py", "data/blocks.py")  # of the package
+CODE_OF = "code of "
 
 
 def same_bits(settings: Settings) -> dict:
     """By name, what decides about the last bits of a result: threads, tuning, versions, and the code of the step."""
     folder = Path(__file__).parent.parent
-    code = {name: folder / name for name in CODE if (folder / name).is_file()}
+    code = {name: folder / name for name in CODE}
     return {
         "CPU threads of a process": torch.get_num_threads(),
         "tuning": settings.tuning,
         **{f"version of {package}": version(package) for package in PACKAGES},
-        **{f"code of {name}": hashlib.blake2b(path.read_bytes()).hexdigest()[:12] for name, path in code.items()},
+        **{f"{CODE_OF}{name}": hashlib.blake2b(path.read_bytes()).hexdigest()[:12] for name, path in code.items()},
     }
 
 
@@ -94,17 +95,15 @@ def run_identity(
 
 def differences(
     state: dict[str, Any], new: dict[str, Any], settings: Settings
-) -> tuple[list[str], list[str], list[str], list[str]]:
-    """(fixed, changed, bits, others) between a checkpoint's `state` and a run that would resume from it, a clause each:
-    what makes it a different run, what changes its result and may be wanted, what may change the last bits of its
-    result, and settings that have no effect on it."""
+) -> tuple[list[str], list[str], list[str], list[str], list[str]]:
+    """(fixed, changed, code, bits, others) between a checkpoint's `state` and a run that would resume from it, a clause
+    each: what makes it a different run, what changes its result and may be wanted, the code of the step, what may
+    change the last bits of its result, and settings that have no effect on it."""
     old = state["identity"]
     old_bits, new_bits = old.get("same bits", {}), new.get("same bits", {})
-    bits = [
-        f"{name}: {old_bits.get(name)} -> {new_bits.get(name)}"
-        for name in {**old_bits, **new_bits}
-        if old_bits.get(name) != new_bits.get(name)
-    ]
+    other_bits = [name for name in {**old_bits, **new_bits} if old_bits.get(name) != new_bits.get(name)]
+    code = [name.removeprefix(CODE_OF) for name in other_bits if name.startswith(CODE_OF)]
+    bits = [f"{n}: {old_bits.get(n)} -> {new_bits.get(n)}" for n in other_bits if not n.startswith(CODE_OF)]
     # a setting that is newer than the checkpoint had its default
     old = {name: old.get(name, getattr(type(settings), name, None)) for name in new if name != "same bits"}
     clauses = {name: f"{name}: {old[name]} -> {new[name]}" for name in old if old[name] != new[name]}
@@ -115,4 +114,4 @@ def differences(
         if values.get(name) != value and name not in clauses | new_bits and not name.startswith("resume_")
     ]
     fixed = [clause for name, clause in clauses.items() if name not in CHANGEABLE]
-    return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], bits, others
+    return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], code, bits, others

@@ -68,12 +68,9 @@ def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
         )
 
     def source_of(split: str) -> Source:
-        if files is None:
-            paths = builder.config.data_files[split]
-        elif all(map(os.path.isfile, files[split])):
+        if files is not None and all(map(os.path.isfile, files[split])):
             return FileSource(Files(files[split]), settings)
-        else:
-            paths = builder.config.data_files[split]
+        paths = builder.config.data_files[split]
         remote = RemoteFiles(paths, [list(metadata) for metadata in paths.origin_metadata])
         if files is None:
             return Table(lambda: builder.as_streaming_dataset(split), remote, settings)

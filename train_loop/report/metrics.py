@@ -78,6 +78,7 @@ class Metrics:
 
         Tensors stay on their device until a line is written: to read one, the host must wait for the device.
         Raises ValueError for a value that is not one number, or whose name a line has already."""
+        assert step > self.latest["step"], f"step {step} is counted again: is position.step += 1 missing in loop.py?"
         for name, value in values.items():
             if name in (*COUNTED, *sums):
                 raise ValueError(f"a line of metrics has its own {name}: give the value another name")

@@ -100,7 +100,8 @@ def _take(
         except (ValueError, OverflowError, RecursionError):  # the last: JSON that is nested too deep
             wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
             shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
-            problems.append(f"{source}{written.get(name, name)} is {shown}, but must be {wanted}")
+            problem = f"needs a value: {wanted}" if value == "" else f"is {shown}, but must be {wanted}"
+            problems.append(f"{source}{written.get(name, name)} {problem}")
 
 
 def convert(value: Any, kind: Any) -> Any:
