@@ -174,6 +174,7 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         ([*MODEL, *DATA, "--dry_run", "--eval_only"], "give dry_run or eval_only, not both"),
         ([*MODEL, *DATA, "--eval_stride", "65", "--block_size", "64"], "eval_stride is 65, more than block_size 64"),
         ([*MODEL, *DATA, "--dataset_name", "python_docs", "--streaming"], "not with python_docs"),
+        ([*MODEL, "--train_file", __file__, "--streaming", "--eval_only"], "streaming needs validation_file"),
         ([*MODEL, *DATA, "--sample_prompt", "p", "--eval_only"], "sample_prompt goes with training, not with"),
         ([*MODEL, "--dataset_config_name", "c", "--train_file", "x.txt", "--output_dir", "o"], "dataset_config_name"),
     ],

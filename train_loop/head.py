@@ -254,7 +254,7 @@ class _LinearInChunks(torch.autograd.Function):
                 with torch.set_grad_enabled(any(needs)):
                     leaf = chunk[:, :V].detach().requires_grad_(any(needs))
                     logits = rows.head.adapt(leaf)
-                    logits.padded = chunk if logits is leaf else logits.detach()  # type: ignore[attr-defined]  # a note
+                    logits.padded = chunk if logits is leaf else logits.detach()  # type: ignore[attr-defined]  # ours
                     total = rows.add(logits, some)
                 if not any(needs):
                     continue

@@ -22,7 +22,7 @@ from train_loop.errors import UserError, warn
 try:
     import fcntl
 except ImportError:  # Windows has no such lock
-    fcntl = None  # type: ignore[assignment]  # what `held` asks before anything else
+    fcntl = None  # type: ignore[assignment]  # mypy knows Linux, which has it
 
 NAME = ".lock"
 PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is

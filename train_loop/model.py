@@ -59,7 +59,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
             raise UserError(f"model_type {settings.model_type} is not an architecture of transformers") from error
     else:
         name = settings.model_name_or_path or settings.config_name
-        assert name is not None  # (`contradictions`)
+        assert name is not None  # one of them is given (`contradictions`)
         config = _load(AutoConfig, name, settings, "model config", **_origin(settings))
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and "AutoModelForCausalLM" not in (
         getattr(config, "auto_map", None) or {}
@@ -79,10 +79,10 @@ def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | So
     Raises UserError where there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
-        assert isinstance(train_rows, Iterable)  # a stream has none that are all there (`contradictions`)
+        assert isinstance(train_rows, Iterable)  # a stream trains no tokenizer (`contradictions`)
         return _train_tokenizer(train_rows, settings.tokenizer_vocab_size)
     name = settings.tokenizer_name or settings.model_name_or_path or settings.config_name
-    assert name is not None  # (`contradictions`)
+    assert name is not None  # one of them is given (`contradictions`)
     folder = Path(name)
     if (folder / "vocab.json").is_file() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")

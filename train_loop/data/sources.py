@@ -45,11 +45,11 @@ def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
     prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings), ""
-    assert settings.validation_file
+    assert settings.validation_file  # streaming needs one (`contradictions`)
     eval_rows = load_file(settings.validation_file, settings)
     if settings.eval_only:
         return None, eval_rows, ""
-    assert settings.train_file
+    assert settings.train_file  # else there is nothing to train on (`contradictions`)
     files = data_files(settings.train_file)
     warn_of_left_out(settings.train_file, files)
     return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""

@@ -64,7 +64,8 @@ class Trackers:
             "wandb": {"name": run_name},
         }
         for name in wanted_trackers(self.settings):
-            kind, goes_on = LOGGER_TYPE_TO_CLASS[name], name in self.ids
+            kind: Any = LOGGER_TYPE_TO_CLASS[name]  # Accelerate says type
+            goes_on = name in self.ids
             folder = [output_dir] if kind.requires_logging_directory else []
             tracker = kind(projects.get(name, PROJECT), *folder, **self.ids.get(name, new.get(name, {})))
             self.running.append(tracker)

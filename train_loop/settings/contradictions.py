@@ -57,10 +57,10 @@ def contradictions(s: Settings) -> list[str]:
             found.append("streaming needs max_train_steps: how many steps an epoch has is not known before its end")
         if s.tokenizer_vocab_size:
             found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
-        if s.train_file and not s.validation_file:
-            found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
         if s.dataset_name == "python_docs":
             found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
+    if s.streaming and s.train_file and not s.validation_file:
+        found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
     if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
         found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
     found += _schedule_problems(s)
