@@ -5,6 +5,7 @@ import inspect
 import torch
 from accelerate import Accelerator
 from torch import nn
+from transformers.utils import logging
 
 from train_loop.data import Split, Stream
 from train_loop.head import auxiliary_loss, check_result
@@ -74,7 +75,12 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
     none."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
-    output = model(**batch, use_cache=False)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # transformers warns that GPT-2's class names no loss, and takes the plain one
+    try:
+        output = model(**batch, use_cache=False)
+    finally:
+        logging.set_verbosity(verbosity)
     if output.loss is None:
         return None
     auxiliary = auxiliary_loss(model, output)
