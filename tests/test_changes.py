@@ -80,8 +80,8 @@ def resume_from_step_3(main, arguments, output_dir):
 def test_the_focal_loss_is_trained_without_full_logits_and_validation_stays_plain(change, base, text_file, tmp_path):
     """On a trained model, values and gradients against autograd through full logits. Tolerance: float32 rounding."""
     main = change("focal_loss")
-    from train_loop.head import head_of
     from train_loop.loss import next_token_loss
+    from train_loop.probes import head_of
 
     model = AutoModelForCausalLM.from_pretrained(base).eval()
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))

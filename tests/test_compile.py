@@ -4,8 +4,8 @@ import torch
 from conftest import VOCAB, make_model
 from torch._dynamo.testing import CompileCounter
 
-from train_loop.head import head_of
 from train_loop.loss import next_token_loss, plain_next_token_loss
+from train_loop.probes import head_of
 
 
 def some_batch(num_blocks, block_size=16):

@@ -36,15 +36,7 @@ from train_loop.settings import Settings
 
 END_OF_TEXT = "<|endoftext|>"
 # architectures whose positions begin after the padding token's id: a model with 514 of them and padding 1 takes 512
-POSITIONS_AFTER_PADDING = {
-    "camembert",
-    "data2vec-text",
-    "roberta",
-    "roberta-prelayernorm",
-    "xlm-roberta",
-    "xlm-roberta-xl",
-    "xmod",
-}
+AFTER_PADDING = "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
@@ -223,7 +215,7 @@ def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFa
             setattr(config, name, token_id)
         except StrictDataclassError as error:
             problem = error
-        if problem or (token_id is None and name == "pad_token_id" and config.model_type in POSITIONS_AFTER_PADDING):
+        if problem or (token_id is None and name == "pad_token_id" and config.model_type in AFTER_PADDING):
             raise UserError(
                 f"{config.model_type} needs a {name}, and the tokenizer has none. Give a tokenizer that has one, or "
                 f"config_overrides with {name}=ID, the id of a token that your text does not have"
@@ -238,7 +230,7 @@ def _check_positions(config: PreTrainedConfig, settings: Settings) -> None:
         text_config, "max_target_positions", None
     )
     reserved = 0
-    if config.model_type in POSITIONS_AFTER_PADDING and config.pad_token_id is not None:
+    if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
         reserved = config.pad_token_id + 1
     # XLNet says -1: any number
     if positions and positions > 0 and settings.block_size > positions - reserved:

@@ -1,8 +1,12 @@
 """What a model does with a block, tried out on a few tokens before training: a config may say otherwise, or nothing."""
 
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -51,3 +55,89 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 def _num_embeddings(model: PreTrainedModel) -> int:
     table: Any = model.get_input_embeddings()  # transformers says Module
     return table.num_embeddings
+
+
+@dataclass(frozen=True)
+class Head:
+    """What a model does between its last hidden states and its logits, and adds to its own loss."""
+
+    in_chunks: bool  # logits = capped(scale * (hidden @ weight.T + bias)), and nothing else
+    scale: float = 1.0
+    cap: float | None = None  # capped(x) = cap * tanh(x / cap)
+    auxiliary_weight: float | None = None  # of the auxiliary loss that the config asks for
+    remarks: tuple[str, ...] = ()  # sentences for the user
+
+    def adapt(self, logits: Tensor) -> Tensor:
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+
+
+def head_of(model: PreTrainedModel) -> Head:
+    """What `inspect_head` finds of `model`, looked at once. `model` is not wrapped by DDP."""
+    if "inspected_head" not in model.__dict__:
+        model.__dict__["inspected_head"] = inspect_head(model)
+    return model.__dict__["inspected_head"]
+
+
+@torch.no_grad()
+def inspect_head(model: PreTrainedModel) -> Head:
+    """Finds out what `model` does to its logits. Made-up numbers, from tiny to huge, are put in the place of what its
+    last linear layer returns: what the model makes of them is seen exactly, whatever its weights are."""
+    weight, remarks = _auxiliary_weight(model)
+    full = lambda why: Head(False, auxiliary_weight=weight, remarks=(f"from full logits: {why}", *remarks))  # noqa: E731
+    head = model.get_output_embeddings()
+    # a subclass with a forward of its own (an adapter, a quantised layer) is more than weight and bias
+    if not isinstance(head, nn.Linear) or type(head).forward is not nn.Linear.forward or head._forward_hooks:
+        return full(f"the head is a {type(head).__name__}, not a plain linear layer")
+    table: Any = model.get_input_embeddings()  # transformers says Module
+    ids = torch.arange(8, device=model.device)[None] * 7 % table.num_embeddings
+    made_up = torch.linspace(-60, 60, 8 * head.out_features, device=model.device).view(1, 8, -1)
+    tiny, huge, seen = 2.0**-10, 1e6, []
+    made_up[0, 0, 0], made_up[0, 0, 1] = tiny, huge
+
+    def forward(hidden: Tensor) -> Tensor:
+        seen.append(tuple(hidden.shape))
+        return made_up.clone()
+
+    was_training = model.training
+    model.eval()
+    try:
+        with forward_replaced(head, forward), torch.enable_grad():
+            logits = model(input_ids=ids, use_cache=False).logits
+    finally:
+        model.train(was_training)
+    if seen != [(1, 8, head.in_features)] or logits.shape != made_up.shape:
+        return full("the model does not take its logits from one call of its head")
+    if logits.requires_grad:  # the made-up ones had no gradient
+        return full("trained weights stand between the model's head and its logits")
+    scale, cap = logits[0, 0, 0].item() / tiny, logits[0, 0, 1].item()
+    scale = 1.0 if abs(scale - 1) < 1e-6 else scale
+    found = Head(True, scale, cap if cap < scale * huge / 2 else None, weight, remarks)
+    if not torch.allclose(found.adapt(made_up), logits, rtol=1e-5, atol=1e-5):
+        return full("the model changes its logits in a way that is not known here")
+    return found
+
+
+def _auxiliary_weight(model: PreTrainedModel) -> tuple[float | None, tuple[str, ...]]:
+    """(weight, remarks) of the auxiliary loss of a mixture of experts, if `model.config` asks for it."""
+    config = model.config.get_text_config()
+    if not getattr(config, "output_router_logits", False):
+        return None, ()
+    for name in ("router_aux_loss_coef", "aux_loss_coef"):
+        for place in (model, config):
+            if getattr(place, name, None) is not None:
+                return float(getattr(place, name)), ()
+    return None, ("output_router_logits is on, but no weight for the auxiliary loss is known: it is left out",)
+
+
+@contextlib.contextmanager
+def forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    before = module.__dict__.get("forward")  # Accelerate puts its autocast there
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before

@@ -16,7 +16,6 @@ from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Rows, Split, Stream, TrainingData, load_rows, load_source, load_split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
-from train_loop.head import head_of
 from train_loop.machine import (
     after_restart,
     build_accelerator,
@@ -31,6 +30,7 @@ from train_loop.machine import (
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
+from train_loop.probes import head_of
 from train_loop.process import StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table

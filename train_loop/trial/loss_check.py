@@ -81,7 +81,7 @@ def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # of GPT-2 it says that `loss_type=None` "was set in the config": nobody did that
+    logging.set_verbosity_error()  # transformers warns that GPT-2's class names no loss, and takes the plain one
     try:
         output = model(**batch, use_cache=False)
     finally:
