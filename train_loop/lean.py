@@ -75,7 +75,7 @@ class Dropout(torch.nn.Dropout):
         return torch.native_dropout(input, self.p, True)[0] if self.training else input
 
 
-def _forward_of_mlp(mlp: GPT2MLP, hidden: torch.Tensor) -> torch.Tensor:
+def _forward_of_mlp(mlp: "GPT2MLP", hidden: torch.Tensor) -> torch.Tensor:
     """Keeps what goes into the activation only, and works its result out again in the backward pass: a product of
     matrices is not repeated, since the result is all that its gradient needs."""
     hidden = mlp.c_fc(hidden)

@@ -5,10 +5,9 @@ import os
 import time
 from pathlib import Path
 
-from train_loop import main
-from train_loop.machine import launch
+from train_loop import main, run
 
-plain = launch.build_accelerator
+plain = run.build_accelerator
 
 
 def build_accelerator(settings):
@@ -17,5 +16,5 @@ def build_accelerator(settings):
     return plain(settings)
 
 
-launch.build_accelerator = build_accelerator
+run.build_accelerator = build_accelerator
 main.leave(main.main())
