@@ -104,7 +104,7 @@ class Checkpoints:
         self.latest = path = self.folder / name_of(position.step)
         self.clock.restart()
         if self.mirror:
-            self.mirror.begin(path)
+            self.mirror.begin(path, self._kept())
         self.seconds += time.perf_counter() - began
         metrics.leave_out(time.perf_counter() - began)
         return path
@@ -183,11 +183,14 @@ class Checkpoints:
         put_in_place(partial)
         self._rotate()
 
+    def _kept(self) -> set[str]:
+        return {name_of(step) for step in steps_to_keep(self.folder, self.settings.checkpoints_total_limit)}
+
     def _rotate(self) -> None:
         """Removes what need not be kept, but for the one that is being mirrored. Raises OSError."""
-        kept = steps_to_keep(self.folder, self.settings.checkpoints_total_limit)
+        kept = self._kept()
         for step, path in checkpoints_in(self.folder):
-            if step not in kept and not (self.mirror and self.mirror.is_reading(path)):
+            if name_of(step) not in kept and not (self.mirror and self.mirror.is_reading(path)):
                 discard(path)
         for path in self.folder.glob("*.discarded"):
             remove(path)
@@ -273,8 +276,8 @@ class Checkpoints:
 
     def end(self) -> None:
         """Waits for the mirror, and removes what was kept for it alone. Called when the run ends, however it does."""
-        if self.mirror and self.mirror.path is not None:
-            self.mirror.finish(self.latest)
+        if self.mirror and self.mirror.path is not None and self.latest is not None:
+            self.mirror.finish(self.latest, self._kept())
             self._rotate_or_warn()
 
     def _rotate_or_warn(self) -> None:

@@ -81,14 +81,15 @@ def steps_in(folder: Path) -> list[int]:
     return [step for step, _ in checkpoints_in(folder)]
 
 
-def steps_to_keep(folder: Path, limit: int | None) -> set[int | None]:
+def steps_to_keep(folder: Path, limit: int | None) -> set[int]:
     """The steps of the `limit` newest checkpoints in `folder` (None: of all), of the best that each of them goes back
     to, and of the best of all."""
     manifests = {step: manifest_of(path) for step, path in checkpoints_in(folder)}
     losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
     best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
     newest = sorted(manifests)[-limit:] if limit else list(manifests)
-    return {*newest, *(manifests[step].get("best_step") for step in newest), *(step for _, step in sorted(best)[:1])}
+    kept = {*newest, *(manifests[step].get("best_step") for step in newest), *(step for _, step in sorted(best)[:1])}
+    return kept - {None}
 
 
 def manifest_of(path: Path) -> dict:

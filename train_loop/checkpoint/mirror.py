@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.checkpoint.durable import (
-    checkpoints_in,
     damage,
     digest_of,
     manifest_of,
@@ -50,21 +49,22 @@ class Mirror:
     def _is_busy(self) -> bool:
         return self.thread is not None and self.thread.is_alive()
 
-    def begin(self, path: Path) -> None:
-        """Begins to copy the checkpoint `path` in the background. Leaves it out while the copy before it is made."""
+    def begin(self, path: Path, kept: set[str]) -> None:
+        """Begins to copy the checkpoint `path` in the background, and then to remove older copies but for those that
+        are to be `kept`. Leaves it out while the copy before it is made."""
         if self.is_off:
             return
         if self.path is not None and self._is_busy():
             return warn(f"{path.name} is not mirrored: the copy of {self.path.name} is not done yet")
-        self.path, kept = path, {path.name for _, path in checkpoints_in(self.folder)}
+        self.path = path
         self.thread = threading.Thread(target=self._run, args=(path, kept), daemon=True)
         self.thread.start()
 
-    def finish(self, latest: Path | None) -> None:
+    def finish(self, latest: Path, kept: set[str]) -> None:
         """Waits until `latest`, the run's last checkpoint, is copied, for a limited time."""
         self._wait()
-        if latest != self.path and latest is not None and not self._is_busy():  # it was left out
-            self.begin(latest)
+        if latest != self.path and not self._is_busy():  # it was left out
+            self.begin(latest, kept)
             self._wait()
         if self._is_busy() and self.path is not None:
             warn(f"{self.path.name} is not mirrored to {self.shown}: the copy takes too long, and the run ends")
@@ -139,9 +139,8 @@ class Mirror:
             if self._whole().get(path.name) != manifest:
                 raise OSError("manifest.json was not stored as it was written")
         for name in set(self._names()) - kept - {path.name}:
-            other = whole.get(name)
-            is_older = other is not None and other["step"] < manifest["step"]
-            if is_older or (other and self.resumed) or self.store.exists(f"{self.root}/{name}/unfinished"):
+            is_older = name in whole and whole[name]["step"] < manifest["step"]
+            if is_older or (name in whole and self.resumed) or self.store.exists(f"{self.root}/{name}/unfinished"):
                 self._remove(name)
 
     def _is_as_written(self, address: str, entry: dict) -> bool:
