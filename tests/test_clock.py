@@ -4,7 +4,7 @@ import itertools
 import json
 
 import pytest
-from conftest import TINY, TWO, assert_same_run, lines_of, make_model, run, train
+from conftest import TINY, TWO, assert_same_run, lines_of, make_model, run_program, train
 
 from train_loop.checkpoint.durable import steps_in
 from train_loop.main import main
@@ -92,10 +92,11 @@ def test_the_evaluation_at_the_end_of_the_time_does_not_use_up_patience(argument
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["step"] == 4
 
 
-def test_two_processes_save_and_end_at_the_same_step(arguments, tmp_path):
-    done = run("train_loop/main.py", *arguments, NO_TIME, f"--output_dir={tmp_path}/run", launcher=TWO)
+def test_the_main_processs_clock_decides_for_all(arguments, tmp_path):
+    more = [f"--output_dir={tmp_path}/run", "--max_minutes=50"]
+    done = run_program("main_clock_ahead.py", *arguments, *more, launcher=TWO)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("(max_minutes) at step 1 of 4") == 1
+    assert done.stdout.count("stopped after 50 minutes (max_minutes) at step 1 of 4") == 1
     assert steps_in(tmp_path / "run" / "checkpoints") == [1]
 
 

@@ -89,7 +89,7 @@ def steps_to_keep(folder: Path, limit: int | None) -> set[int]:
     best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
     newest = sorted(manifests)[-limit:] if limit else list(manifests)
     kept = {*newest, *(manifests[step].get("best_step") for step in newest), *(step for _, step in sorted(best)[:1])}
-    return kept - {None}
+    return {step for step in kept if step is not None}
 
 
 def manifest_of(path: Path) -> dict:

@@ -37,7 +37,6 @@ class Mirror:
 
     def __init__(self, address: str, folder: Path, refusal: Callable[[dict[str, Any]], str | None]) -> None:
         self.address, self.folder, self.refusal = address, folder, refusal
-        self.shown = re.sub(r"//[^/@]*@", "//", address)  # without a password
         self.path: Path | None = None  # the checkpoint that is copied, or was copied last
         self.thread: threading.Thread | None = None
         self.resumed = False  # then newer copies are of the way that the run took before
@@ -67,7 +66,7 @@ class Mirror:
             self.begin(latest, kept)
             self._wait()
         if self._is_busy() and self.path is not None:
-            warn(f"{self.path.name} is not mirrored to {self.shown}: the copy takes too long, and the run ends")
+            warn(f"{self.path.name} is not mirrored to {self.address}: the copy takes too long, and the run ends")
 
     def _wait(self) -> None:
         if self.thread is not None and self.path is not None:
@@ -78,10 +77,7 @@ class Mirror:
         try:
             self._copy(path, kept)
         except Exception as error:  # each store's library has errors of its own
-            warn(f"{path.name} is not mirrored to {self.shown}: {self._reason(error)}")
-
-    def _reason(self, error: Exception) -> str:
-        return one_line(error).replace(self.address, self.shown)
+            warn(f"{path.name} is not mirrored to {self.address}: {one_line(error)}")
 
     def _open(self) -> None:
         from fsspec.core import url_to_fs  # half a second, for those who ask for it
@@ -125,7 +121,7 @@ class Mirror:
             state = self._state(name, other)
             if state is not None and (reason := self.refusal(state)):
                 self.is_off = True  # it would be overwritten, or removed
-                return warn(f"nothing is mirrored: {self.shown}/{name} {reason}. Choose another address for mirror")
+                return warn(f"nothing is mirrored: {self.address}/{name} {reason}. Choose another address for mirror")
         if whole.get(path.name) != manifest:
             self._remove(path.name)
             self.store.makedirs(target, exist_ok=True)
@@ -162,7 +158,7 @@ class Mirror:
             for name, manifest in reversed(whole.items()):
                 state = self._state(name, manifest)
                 if state is not None and (reason := self.refusal(state)):
-                    raise UserError(f"{self.shown}/{name} {reason}")
+                    raise UserError(f"{self.address}/{name} {reason}")
                 path = self._download(name, manifest)
                 if path is None:
                     continue
@@ -173,7 +169,7 @@ class Mirror:
         except UserError:
             raise
         except Exception as error:  # as above
-            warn(f"the mirror {self.shown} cannot be read, so nothing is resumed from it: {self._reason(error)}")
+            warn(f"the mirror {self.address} cannot be read, so nothing is resumed from it: {one_line(error)}")
         return None
 
     def _download(self, name: str, manifest: dict) -> Path | None:
@@ -191,8 +187,8 @@ class Mirror:
             reason = f"{one_line(error)} is missing"
         if reason:
             remove(partial)
-            tell(f"{self.shown}/{name} is damaged ({reason}): looking for the one before it")
+            tell(f"{self.address}/{name} is damaged ({reason}): looking for the one before it")
             return None
         put_in_place(partial)
-        tell(f"{name} was fetched from the mirror {self.shown}")
+        tell(f"{name} was fetched from the mirror {self.address}")
         return partial.with_suffix("")
