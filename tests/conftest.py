@@ -245,7 +245,7 @@ def make_model(model_type="gpt2", dropout=False):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **values):
+def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, clock=None, **values):
     """Runs the loop. Blocks are an array or a `Split`; those of evaluation may be {name: blocks}. Returns the loop's
     lines of training, its last evaluation, and the final weights."""
     from accelerate import Accelerator
@@ -278,7 +278,7 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, **valu
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     metrics = Metrics(output_dir, num_steps, is_main=True)
     position = Position()
-    checkpoints = Checkpoints(settings, accelerator)
+    checkpoints = Checkpoints(settings, accelerator, clock=clock)
     with StopSignal() as stop:
         loop.train(
             model=prepared,

@@ -329,10 +329,10 @@ def test_an_optimizer_of_another_class_is_refused(arguments, monkeypatch, capsys
 
 
 def test_a_checkpoint_of_another_format_is_refused_with_a_sentence(arguments, tmp_path, monkeypatch, capsys):
-    from train_loop.checkpoint import checkpoint
+    from train_loop.checkpoint import identity
 
     assert killed_by(signal.SIGTERM, 2, arguments, monkeypatch) == 75
-    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    monkeypatch.setattr(identity, "FORMAT", 3)
     assert main([*arguments, "--resume_from_checkpoint=auto"]) == 1
     told = capsys.readouterr().err
     assert "is a checkpoint of format 2, and this version of train_loop reads format 3" in told

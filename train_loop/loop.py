@@ -65,7 +65,7 @@ def train(
                 metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
 
         # save when due, and before the run stops
-        stopping = stop.agreed(accelerator)
+        stopping = stop.agreed(accelerator, checkpoints.clock.look(position.step))
         if position.step > saved_step and (stopping or checkpoints.is_due(position, last_step)):
             finite.look()
             checkpoint, saved_step = checkpoints.save(position, model, optimizer, metrics), position.step
@@ -73,6 +73,9 @@ def train(
                 services.publisher.push_checkpoint(checkpoint, position.step, model, metrics)
         if stopping or position.step == last_step:
             break
+        if checkpoints.clock.is_over:  # once more round: the last evaluation is not in the checkpoint to resume from
+            last_step = position.step
+            continue
 
         # one optimizer step: gradients of the window, divided by its number of targets on all processes
         assert all(p.grad is None for p in model.parameters()), "gradients are left over: zero_grad() is missing"

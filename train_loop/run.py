@@ -31,7 +31,7 @@ from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
 from train_loop.probes import head_of
-from train_loop.process import StopSignal
+from train_loop.process import Clock, StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
 from train_loop.services import Services
@@ -99,7 +99,9 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             return False
 
         # -> where an earlier run was
-        checkpoints, position = Checkpoints(settings, accelerator, decides), Position()
+        clock = Clock(settings.save_minutes, settings.max_minutes, stop.began)
+        checkpoints, position = Checkpoints(settings, accelerator, decides, clock), Position()
+        at_the_end.callback(checkpoints.end)
         mfu = mfu_per_token_rate(whole, settings, accelerator)
         trackers = Trackers(settings)
         metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu)
@@ -152,7 +154,10 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
 
         # -> export
         if position.step < num_steps:
-            accelerator.print(best.say_why_it_ended(position, num_steps), flush=True)
+            how_far = (
+                clock.say(position.step, num_steps) if clock.is_over else best.say_why_it_ended(position, num_steps)
+            )
+            accelerator.print(how_far, flush=True)
         step, evaluation = best.load_best(checkpoints, position, model)
         if settings.load_best_model_at_end and position.evaluation:
             evaluation = {**evaluation, "exported_step": step, "last_eval_loss": position.evaluation["eval_loss"]}

@@ -40,7 +40,7 @@ VOCAB, BLOCK, BATCH = 512, 128, 8
 class NoSignal:
     number = 0
 
-    def agreed(self, accelerator):
+    def agreed(self, accelerator, clock=None):
         return False
 
 

@@ -2,7 +2,7 @@
 
 checkpoint.py   save, find, restore          durable.py       folders that are whole or not there
 identity.py     does it belong to this run   sharded.py       state of which each process holds a part
-random_state.py random states of a process
+random_state.py random states of a process       mirror.py        copies at another place
 """
 
 from train_loop.checkpoint.checkpoint import Checkpoints

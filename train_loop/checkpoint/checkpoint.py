@@ -31,39 +31,50 @@ from train_loop.checkpoint.durable import (
     damage,
     discard,
     flushed,
-    manifest_of,
     name_of,
     put_in_place,
+    steps_to_keep,
     write_manifest,
 )
-from train_loop.checkpoint.identity import differences
+from train_loop.checkpoint.identity import FORMAT, refusal, remarks
+from train_loop.checkpoint.mirror import Mirror
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
-from train_loop.process import code_version
+from train_loop.process import Clock, code_version
 from train_loop.report import Metrics
 from train_loop.settings import Settings
 from train_loop.whole import remove
-
-FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know
 
 
 class Checkpoints:
     """The checkpoints of one run. Every process has one and calls the same methods; the main process writes, and under
     FSDP each process its share of the tensors, to a disk that all must see."""
 
-    def __init__(self, settings: Settings, accelerator: Accelerator, identity: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        accelerator: Accelerator,
+        identity: dict[str, Any] | None = None,
+        clock: Clock | None = None,
+    ) -> None:
         self.settings, self.accelerator, self.identity = settings, accelerator, identity or {}
+        self.clock = clock or Clock(settings.save_minutes, settings.max_minutes)
         self.folder = settings.folder / "checkpoints"
+        self.mirror: Mirror | None = None
+        if settings.mirror and accelerator.is_main_process:
+            self.mirror = Mirror(settings.mirror, self.folder, lambda state: refusal(state, self.identity, settings))
         self.latest: Path | None = None  # the last one that this process saved or resumed from
         self.resumed_step = math.inf  # what is newer than it goes with the first save: the run takes another way
         self.seconds = 0.0  # spent on saving
 
     def is_due(self, position: Position, last_step: int) -> bool:
         every, step = self.settings.checkpointing_steps, position.step
+        if self.clock.save_is_due or self.clock.is_over:
+            return True
         if every == "none":
-            return False
+            return step == last_step and self.clock.save_minutes is not None
         if step == last_step or (self.settings.load_best_model_at_end and step == position.best_step):
             return True
         return position.ends_epoch() if every == "epoch" else step % int(every) == 0
@@ -91,6 +102,9 @@ class Checkpoints:
         }
         self._write(position, tensors, optimizer_tensors, state)
         self.latest = path = self.folder / name_of(position.step)
+        self.clock.restart()
+        if self.mirror:
+            self.mirror.begin(path, self._kept())
         self.seconds += time.perf_counter() - began
         metrics.leave_out(time.perf_counter() - began)
         return path
@@ -169,20 +183,15 @@ class Checkpoints:
         put_in_place(partial)
         self._rotate()
 
+    def _kept(self) -> set[str]:
+        return {name_of(step) for step in steps_to_keep(self.folder, self.settings.checkpoints_total_limit)}
+
     def _rotate(self) -> None:
-        """Keeps the newest, the best that each of them goes back to, and the best of all. Raises OSError."""
-        found, limit = checkpoints_in(self.folder), self.settings.checkpoints_total_limit
-        manifests = {step: manifest_of(path) for step, path in found}
-        losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
-        best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
-        newest = sorted(manifests)[-limit:] if limit else list(manifests)
-        kept = {
-            *newest,
-            *(manifests[step].get("best_step") for step in newest),
-            *(step for _, step in sorted(best)[:1]),
-        }
-        for path in [path for step, path in found if step not in kept]:
-            discard(path)
+        """Removes what need not be kept, but for the one that is being mirrored. Raises OSError."""
+        kept = self._kept()
+        for step, path in checkpoints_in(self.folder):
+            if name_of(step) not in kept and not (self.mirror and self.mirror.is_reading(path)):
+                discard(path)
         for path in self.folder.glob("*.discarded"):
             remove(path)
 
@@ -215,6 +224,8 @@ class Checkpoints:
             if not reason:
                 return str(path)
             tell(f"{path} is damaged ({reason}): looking for the one before it")
+        if self.mirror and (fetched := self.mirror.fetch()):
+            return str(fetched)
         if found:
             raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
         return None
@@ -223,14 +234,12 @@ class Checkpoints:
         """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        if state.get("format") != FORMAT:
-            raise UserError(
-                f"{path} is a checkpoint of format {state.get('format', 1)}, and this version of train_loop reads "
-                f"format {FORMAT}: resume it with the version that wrote it ({state.get('train_loop', 'an older one')})"
-            )
-        position = Position.from_dict(state["position"], self.accelerator.is_main_process)
-        self._compare(state, position)
-        return position
+        if reason := refusal(state, self.identity, self.settings):
+            raise UserError(f"{path} {reason}")
+        if self.accelerator.is_main_process:
+            for remark in remarks(state, self.identity, self.settings):
+                tell(remark)
+        return Position.from_dict(state["position"], self.accelerator.is_main_process)
 
     def restore(
         self, path: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
@@ -260,32 +269,22 @@ class Checkpoints:
             if self.accelerator.is_main_process:
                 tell(f"random states are of {len(state['rng'])} processes: dropout goes on from new ones")
         self.resumed_step = position.step
+        if self.mirror:
+            self.mirror.resumed = True
         if self.accelerator.is_main_process and all(step <= position.step for step, _ in checkpoints_in(self.folder)):
-            try:
-                self._rotate()  # a kill may have come between a save and the removal of older ones
-            except OSError as error:
-                warn(f"older checkpoints cannot be removed: {one_line(error)}")
+            self._rotate_or_warn()  # a kill may have come between a save and the removal of older ones
 
-    def _compare(self, state: dict[str, Any], position: Position) -> None:
-        fixed, changed, code, bits, others = differences(state, self.identity, self.settings)
-        if fixed:
-            raise UserError(f"the checkpoint of step {position.step} belongs to another run: {'; '.join(fixed)}")
-        if changed and not self.settings.resume_with_changes:
-            raise UserError(
-                f"since the checkpoint of step {position.step} settings changed that change the result: "
-                f"{'; '.join(changed)}. --resume_with_changes goes on with the new ones"
-            )
-        num_steps = self.identity["num_steps"]
-        if num_steps < position.step:
-            raise UserError(f"the run is to end at step {num_steps}, but the checkpoint is of {position.step}")
-        if self.accelerator.is_main_process and changed + others:
-            tell(f"settings that differ from the checkpoint's, the new ones hold: {'; '.join(changed + others)}")
-        if self.accelerator.is_main_process and code:
-            tell(f"the code changed since the checkpoint, the new code is run from here on: {', '.join(code)}")
-        if self.accelerator.is_main_process and bits:
-            tell(
-                f"the result may differ in its last bits from that of a run that was not interrupted: {'; '.join(bits)}"
-            )
+    def end(self) -> None:
+        """Waits for the mirror, and removes what was kept for it alone. Called when the run ends, however it does."""
+        if self.mirror and self.mirror.path is not None and self.latest is not None:
+            self.mirror.finish(self.latest, self._kept())
+            self._rotate_or_warn()
+
+    def _rotate_or_warn(self) -> None:
+        try:
+            self._rotate()
+        except OSError as error:
+            warn(f"older checkpoints cannot be removed: {one_line(error)}")
 
     def say_latest(self) -> str:
         """A clause for messages about a run that ends here."""

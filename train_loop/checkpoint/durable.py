@@ -6,10 +6,12 @@ renamed. What is to be removed is renamed first.
 
 import hashlib
 import json
+import math
 import os
 import re
 import sys
 from pathlib import Path
+from typing import IO, Any
 
 from train_loop.errors import UserError
 from train_loop.whole import read_object, remove
@@ -79,6 +81,17 @@ def steps_in(folder: Path) -> list[int]:
     return [step for step, _ in checkpoints_in(folder)]
 
 
+def steps_to_keep(folder: Path, limit: int | None) -> set[int]:
+    """The steps of the `limit` newest checkpoints in `folder` (None: of all), of the best that each of them goes back
+    to, and of the best of all."""
+    manifests = {step: manifest_of(path) for step, path in checkpoints_in(folder)}
+    losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
+    best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+    newest = sorted(manifests)[-limit:] if limit else list(manifests)
+    kept = {*newest, *(manifests[step].get("best_step") for step in newest), *(step for _, step in sorted(best)[:1])}
+    return {step for step in kept if step is not None}
+
+
 def manifest_of(path: Path) -> dict:
     """The manifest of a checkpoint as it was written; {} if it is missing or damaged. The other files are not read."""
     try:
@@ -88,8 +101,12 @@ def manifest_of(path: Path) -> dict:
 
 
 def _verified_manifest(path: Path) -> dict:
-    manifest = read_object(path / "manifest.json")
-    if manifest.get("blake2b") != digest_of_manifest(manifest):
+    return verified(read_object(path / "manifest.json"))
+
+
+def verified(manifest: Any) -> dict:
+    """`manifest` itself. Raises UserError where it is not as `write_manifest` wrote it."""
+    if not isinstance(manifest, dict) or manifest.get("blake2b") != digest_of_manifest(manifest):
         raise UserError("manifest.json is not as it was written")
     optional = [manifest.get(name) for name in ("eval_loss", "best_step")]
     numbers = all(value is None or type(value) in (int, float) for value in optional)
@@ -128,10 +145,14 @@ def damage_of_files(folder: Path, files: dict) -> str | None:
 
 
 def digest_of_file(path: Path) -> str:
-    digest = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
+        return digest_of(file)
+
+
+def digest_of(file: IO[bytes]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    while chunk := file.read(1 << 22):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

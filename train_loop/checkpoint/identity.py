@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 from train_loop.data import Split, TrainingData
 from train_loop.settings import Settings
 
+FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know
+
 # what may differ from a checkpoint when the user asks for it; the rest of an identity may not
 CHANGEABLE = {
     "num_steps",
@@ -115,3 +117,35 @@ def differences(
     ]
     fixed = [clause for name, clause in clauses.items() if name not in CHANGEABLE]
     return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], code, bits, others
+
+
+def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings) -> str | None:
+    """Why a run must not resume from a checkpoint with this `state`, in a clause that begins after the checkpoint's
+    name; None where it may. It would go another way from there than the run that was interrupted."""
+    if state.get("format") != FORMAT:
+        return (
+            f"is a checkpoint of format {state.get('format', 1)}, and this version of train_loop reads format {FORMAT}"
+            f": resume it with the version that wrote it ({state.get('train_loop', 'an older one')})"
+        )
+    step, (fixed, changed, *_) = state["position"]["step"], differences(state, identity, settings)
+    if fixed:
+        return f"belongs to another run: {'; '.join(fixed)}"
+    if changed and not settings.resume_with_changes:
+        return (
+            f"has other settings that change the result: {'; '.join(changed)}. "
+            "--resume_with_changes goes on with the new ones"
+        )
+    if identity["num_steps"] < step:
+        return f"is of step {step}, but the run is to end at step {identity['num_steps']}"
+    return None
+
+
+def remarks(state: dict[str, Any], identity: dict[str, Any], settings: Settings) -> list[str]:
+    """What differs from the run that made a checkpoint and is no reason to refuse it, a sentence each."""
+    _, changed, code, bits, others = differences(state, identity, settings)
+    found = {
+        "settings that differ from the checkpoint's, the new ones hold": "; ".join(changed + others),
+        "the code changed since the checkpoint, the new code is run from here on": ", ".join(code),
+        "the result may differ in its last bits from that of a run that was not interrupted": "; ".join(bits),
+    }
+    return [f"{what}: {names}" for what, names in found.items() if names]

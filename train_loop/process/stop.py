@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
+    from train_loop.process.clock import Clock
+
 
 class Stopped(BaseException):
     """The run ends early because it was asked to. The argument says how far it came. `checkpoint` is the folder to
@@ -42,6 +44,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number, self.since, self.deferred = 0, 0.0, False
+        self.began = time.monotonic()  # nearly when the process did
         self.group: torch.distributed.ProcessGroup | None = None
         self.timeout = 0.0  # seconds that a process waits for its peers
         listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
@@ -67,8 +70,9 @@ class StopSignal:
             signal.signal(number, self._receive)
         end_with_launcher(signal.SIGTERM)  # from now on there is something to save
 
-    def agreed(self, accelerator: Accelerator) -> bool:
-        """Whether any process was asked to stop: the same answer on all of them."""
+    def agreed(self, accelerator: Accelerator, clock: Clock | None = None) -> bool:
+        """Whether any process was asked to stop: the same answer on all of them. What the main process's `clock` says
+        goes to the others with it."""
         if accelerator.num_processes == 1:
             return bool(self.number)
         import torch
@@ -76,8 +80,12 @@ class StopSignal:
         if self.group is None and accelerator.device.type != "cpu":
             # processes agree on the host: on the device, each step would have to wait for it
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
-        asked = torch.tensor(int(bool(self.number)))
-        torch.distributed.all_reduce(asked, group=self.group)  # on a CPU the default group is one of the host
+        by_clock = [clock.save_is_due, clock.is_over] if clock and accelerator.is_main_process else [False, False]
+        says = torch.tensor([bool(self.number), *by_clock], dtype=torch.int64)
+        torch.distributed.all_reduce(says, group=self.group)  # on a CPU the default group is one of the host
+        asked, *by_clock = says.bool().tolist()
+        if clock:
+            clock.save_is_due, clock.is_over = by_clock
         if asked:
             self.number = self.number or signal.SIGTERM
         return bool(self.number)

@@ -1,6 +1,6 @@
 """The settings of a run. Nothing heavy is imported, so that `--help` and a mistyped flag answer at once.
 
-settings.py        every setting: name, type, default, what it means
+settings.py        every setting: name, type, default, what it means; field.py: what one is made of
 command_line.py    defaults, then a recipe (YAML), then the command line
 contradictions.py  settings that do not go together, files that are not usable
 habits.py          what becomes of the arguments of transformers' scripts; README.md lists them

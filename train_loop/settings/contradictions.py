@@ -70,9 +70,14 @@ def contradictions(s: Settings) -> list[str]:
         found.append("early_stopping_threshold goes with early_stopping_patience")
     if s.load_best_model_at_end and s.checkpointing_steps == "none":
         found.append("load_best_model_at_end keeps the best model as a checkpoint, but checkpointing_steps is none")
-    for name in ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to"):
+    of_training = ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to")
+    for name in (*of_training, "save_minutes", "max_minutes", "mirror"):
         if s.eval_only and getattr(s, name) not in (None, False, ["none"]):
             found.append(f"{name} goes with training, not with eval_only")
+    if s.mirror and s.output_dir and ("://" not in s.mirror or s.mirror.startswith("file://")):
+        place = Path(s.mirror.removeprefix("file://")).resolve()
+        if Path(s.output_dir).resolve() in (place, *place.parents):
+            found.append(f"mirror {s.mirror} is in output_dir: a copy belongs to another place")
     for name in ("hub_model_id", "hub_private_repo", "hub_strategy"):
         if getattr(s, name) != getattr(Settings, name) and not s.push_to_hub:
             found.append(f"{name} goes with push_to_hub")

@@ -5,13 +5,13 @@ Names and defaults are those of `transformers.TrainingArguments` and its `run_cl
 
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from train_loop.errors import UserError
+from train_loop.settings.field import FRACTION, above, at_least, one_of, setting
 
 # the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
 SCHEDULES: dict[str, dict[str, float]] = {
@@ -25,28 +25,6 @@ SCHEDULES: dict[str, dict[str, float]] = {
 }
 # Accelerate has a class for each of these, and each is the name of the library to import
 TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
-
-
-def setting(group: str, default: Any, help: str, check: Any = None, wanted: str = "", is_path: bool = False) -> Any:
-    """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the
-    value of one that is a path, or may be one, ~ is the home folder."""
-    metadata = {"group": group, "help": help, "check": check, "wanted": wanted, "is_path": is_path}
-    return field(default=default, metadata=metadata)
-
-
-def at_least(low: float) -> dict[str, Any]:
-    return {"check": lambda value: value >= low, "wanted": f"at least {low}"}
-
-
-def above(low: float) -> dict[str, Any]:
-    return {"check": lambda value: value > low, "wanted": f"above {low}"}
-
-
-def one_of(*names: str) -> dict[str, Any]:
-    return {"check": lambda value: value in names, "wanted": "one of " + ", ".join(names)}
-
-
-FRACTION: dict[str, Any] = {"check": lambda value: 0 <= value < 1, "wanted": "at least 0 and below 1"}
 
 
 @dataclass
@@ -233,6 +211,25 @@ class Settings:
         "optimizer steps between checkpoints",
         check=lambda value: value in ("epoch", "none") or (value.isdecimal() and int(value) > 0),
         wanted="a number, epoch or none",
+    )
+    save_minutes: float | None = setting(
+        "checkpoints",
+        None,
+        "also save when the last checkpoint is so old; alone with checkpointing_steps none",
+        **above(0),
+    )
+    max_minutes: float | None = setting(
+        "checkpoints",
+        None,
+        "from the start of the program: then save, evaluate, export and end; resume goes on",
+        **above(0),
+    )
+    mirror: str | None = setting(
+        "checkpoints",
+        None,
+        "folder or fsspec address (s3://...) for a copy of each checkpoint, made in the background; auto resumes from "
+        "it where output_dir has none",
+        is_path=True,
     )
     checkpoints_total_limit: int | None = setting(
         "checkpoints", 2, "newest checkpoints to keep, beside the one with the best validation loss", **at_least(1)
