@@ -38,7 +38,9 @@ class FiniteGuard:
         if self.waits:
             self.look()
         else:
-            self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()  # it takes no step at 1
+            # the name by which torch's GradScaler tells a fused optimizer to take no step (1); it is not documented. A
+            # torch without it would take the step, but the run stops all the same, before anything is saved
+            self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()
 
     def look(self) -> None:
         """Raises UserError where a step was not finite."""

@@ -92,9 +92,18 @@ def only_text(rows: Any, settings: Settings) -> Rows:
     if not len(rows):
         raise UserError("the data has no rows")
     rows = rows.select_columns([column])
-    return Rows(
-        lambda: chain.from_iterable(batch[column] for batch in rows.iter(100)), rows._fingerprint, range(len(rows))
-    )
+
+    def texts_of_rows() -> Iterator[str]:
+        return chain.from_iterable(batch[column] for batch in rows.iter(100))
+
+    # a private name: `datasets` has no public one for what its rows are. Without it the texts are read once more
+    digest = getattr(rows, "_fingerprint", None)
+    if digest is None:
+        content = hashlib.blake2b(digest_size=16)
+        for text in texts_of_rows():
+            content.update(json.dumps(text).encode())
+        digest = content.hexdigest()
+    return Rows(texts_of_rows, digest, range(len(rows)))
 
 
 def text_column(columns: list[str], texts: list[str], settings: Settings) -> str:

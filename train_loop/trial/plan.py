@@ -90,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *existing: torch.Tensor) -> None:
         super().__init__()
         self.existing = list(existing)  # kept alive, so that no new tensor gets their place
-        self.known = {t.untyped_storage()._cdata for t in existing}
+        self.known = {id(t.untyped_storage()) for t in existing}
         self.live = self.peak = 0
 
     def __torch_dispatch__(
@@ -100,10 +100,10 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
-                if storage._cdata not in self.known:
-                    self.known.add(storage._cdata)
+                if id(storage) not in self.known:  # torch keeps one Python object for a storage as long as it lives
+                    self.known.add(id(storage))
                     self.live += storage.nbytes()
-                    weakref.finalize(storage, self._free, storage._cdata, storage.nbytes())
+                    weakref.finalize(storage, self._free, id(storage), storage.nbytes())
         self.peak = max(self.peak, self.live)
         return result
 
