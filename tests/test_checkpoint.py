@@ -58,7 +58,7 @@ def interrupted(reference, tmp_path):
     return output_dir
 
 
-@pytest.mark.parametrize("processes, number, kills", [(1, "KILL", 8), (2, "KILL", 4), (1, "TERM", 4), (2, "USR1", 3)])
+@pytest.mark.parametrize("processes, number, kills", [(1, "KILL", 6), (2, "KILL", 3), (1, "TERM", 2), (2, "USR1", 2)])
 def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number, kills):
     """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
     harness = "tests/benchmarks/kills.py"

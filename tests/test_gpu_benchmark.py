@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT, run, run_program
 
 PARTS = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
-QUICK = ["golden", "resume", "speed"]
+QUICK = ["golden"]
 
 
 @pytest.mark.parametrize(
