@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from train_loop.main import main
-from train_loop.model import POSITIONS_AFTER_PADDING, load_config, load_model
+from train_loop.model import AFTER_PADDING, load_config, load_model
 from train_loop.probes import is_causal
 from train_loop.settings.settings import Settings
 
@@ -119,7 +119,7 @@ def test_weights_of_a_checkpoint_that_have_no_place_are_named(tmp_path, capsys):
 # positions
 
 
-@pytest.mark.parametrize("model_type", sorted(POSITIONS_AFTER_PADDING))
+@pytest.mark.parametrize("model_type", sorted(AFTER_PADDING))
 def test_positions_that_begin_after_the_padding_are_counted_so(model_type):
     sizes = {**SIZES, "is_decoder": True, "max_position_embeddings": 64}
     if model_type == "xmod":

@@ -42,9 +42,11 @@ def held(settings: Settings, accelerator: Accelerator) -> Iterator[None]:
         problem = None
         if accelerator.is_main_process:
             try:
-                check_output_dir(settings)
-                if settings.output_dir and not settings.dry_run:
-                    at_the_end.enter_context(_locked(Path(settings.output_dir)))
+                path = Path(settings.output_dir) if settings.output_dir and not settings.dry_run else None
+                if path is None or not (path / lock.NAME).exists():  # a living run is told first, whatever is there
+                    check_output_dir(settings)
+                if path is not None:
+                    at_the_end.enter_context(_locked(path))
                     check_output_dir(settings)  # once more: a run may have ended in between
             except UserError as error:
                 problem = str(error)
