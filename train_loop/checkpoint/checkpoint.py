@@ -196,13 +196,13 @@ class Checkpoints:
             remove(path)
 
     def find(self) -> Path | None:
-        """The checkpoint to go on from, or None for a new run; the same on every process. Says on stderr which
+        """The checkpoint to resume from, or None for a new run; the same on every process. Says on stderr which
         damaged ones were skipped. Raises UserError where there are only damaged ones, or the one named is."""
         found, problem = None, None
         if self.accelerator.is_main_process:
             try:
                 found = self._find()
-            except ValueError as error:
+            except UserError as error:
                 problem = str(error)
         found, problem = broadcast_object_list([found, problem])
         if problem:
