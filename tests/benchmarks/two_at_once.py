@@ -37,13 +37,16 @@ def statuses(pids):
 
 def harness(times, folder):
     arguments, place = prepare(folder), folder / "place" / "run"
+    # longer than the second for which a refused run waits: the other one must still be living then
+    arguments += ["--max_train_steps=600", "--eval_steps=100", "--checkpointing_steps=100"]  # the last of a flag wins
     load_libraries(arguments, folder)
     command, interrupted = [*arguments, f"--output_dir={place}"], folder / "interrupted"
     logs = [folder / "0.txt", folder / "1.txt"]
-    assert statuses([start([*command, "--checkpoints_total_limit=9"], logs[0], 0)]) == [0], logs[0].read_text()
-    shutil.copytree(place, interrupted)  # as a kill after step 2 would leave it
-    for name in ("checkpoints/step-000004", "checkpoints/step-000006"):
-        shutil.rmtree(interrupted / name)
+    assert statuses([start([*command, "--checkpoints_total_limit=99"], logs[0], 0)]) == [0], logs[0].read_text()
+    shutil.copytree(place, interrupted)  # as a kill after step 100 would leave it
+    for checkpoint in interrupted.glob("checkpoints/step-*"):
+        if checkpoint.name != "step-000100":
+            shutil.rmtree(checkpoint)
     (interrupted / "all_results.json").unlink()
     shutil.rmtree(place)
     assert statuses([start(command, logs[0], 0)]) == [0], logs[0].read_text()
