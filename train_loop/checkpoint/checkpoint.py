@@ -267,7 +267,7 @@ class Checkpoints:
         else:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
-                tell(f"random states are of {len(state['rng'])} processes: dropout goes on from new ones")
+                tell(f"random states are of {len(state['rng'])} processes: dropout continues with new ones")
         self.resumed_step = position.step
         if self.mirror:
             self.mirror.resumed = True
