@@ -28,6 +28,7 @@ from train_loop.data.blocks import (
     load_windows,
     positions_in_documents,
 )
+from train_loop.data.marks import ROW_BEGINS
 from train_loop.data.row_files import Rows, cache_folder
 from train_loop.data.rows import load_rows
 from train_loop.data.text import covered_text
@@ -235,10 +236,11 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
 
 
 @pytest.mark.quick
-def test_positions_begin_anew_after_each_document():
-    rows = np.array([[9, 9, 0, 9, 0, 0, 9, 9], [0, 9, 9, 9, 9, 9, 9, 0]])
-    assert positions_in_documents(rows, 0).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
-    window = Windows(rows.astype(np.int32), np.arange(2), 2, 1, document_end=0)[0]
+def test_positions_begin_anew_with_each_row():
+    begins = np.array([[1, 0, 0, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]])
+    rows = np.array([[9, 9, 0, 9, 0, 0, 9, 9], [0, 9, 9, 9, 9, 9, 9, 0]], dtype=np.int32) | begins * ROW_BEGINS
+    assert positions_in_documents(rows).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+    window = Windows(rows, np.arange(2), 2, 1, documents_apart=True)[0]
     assert window["labels"][0].tolist() == [[-100, 9, 0, -100, 0, -100, -100, 9], [-100, -100, 9, 9, 9, 9, 9, 0]]
 
 

@@ -31,18 +31,18 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from chat_templates import CHATML, MARKED, TEMPLATES, byte_tokenizer, messages
 
-WORDS = "the value of a name is what it was bound to when this code ran last, as everyone here knows".split()
+WORDS = "the value of a name is what it was bound to when this code ran last"
 
 
 def sentence(generator, num_words):
-    return " ".join(generator.choices(WORDS, k=num_words))
+    return " ".join(generator.choices(WORDS.split(), k=num_words))
 
 
 def chats(num_rows, seed=0, num_words=12):
     """Chats of one to three turns, some with a system message."""
     generator = random.Random(seed)
     for i in range(num_rows):
-        contents = [sentence(generator, generator.randint(2, num_words)) + "?." [i % 2] for _ in range(2 + 2 * (i % 3))]
+        contents = [sentence(generator, generator.randint(2, num_words)) + "?."[i % 2] for _ in range(2 + 2 * (i % 3))]
         yield messages(*contents, system="Answer shortly." if i % 4 == 0 else None)
 
 
@@ -89,7 +89,9 @@ def our_rows(rows, tokenizer, folder, block_size):
     settings = Settings(train_file=str(path), block_size=block_size, packing=False)
     split = load_split(load_file(path, settings), tokenizer, "training", settings)
     inputs = inputs_and_labels(split.blocks)
-    return split, [[*zip(ids.tolist(), labels.tolist())] for ids, labels in zip(*inputs.values(), strict=True)]
+    return split, [
+        [*zip(ids.tolist(), labels.tolist(), strict=True)] for ids, labels in zip(*inputs.values(), strict=True)
+    ]
 
 
 def our_losses(split, tokenizer, folder):
@@ -105,6 +107,7 @@ def our_losses(split, tokenizer, folder):
 
 
 def compare_labels():
+
     pairs = [
         {"prompt": f"{sentence(random.Random(i), 5)}{' ' * (i % 5 == 0)}", "completion": f"{' ' * (i % 3 == 0)}is {i}."}
         for i in range(80)
@@ -115,12 +118,16 @@ def compare_labels():
     cases = {"prompt + completion": (pairs, byte_tokenizer(merges=merges), {})}
     for name, template in TEMPLATES.items():
         cases[f"{name}, as prompt + completion"] = halves, byte_tokenizer(template), {}
-    cases["marked, as messages"] = [{"messages": c} for c in whole], byte_tokenizer(MARKED), {"assistant_only_loss": True}
+    cases["marked, as messages"] = (
+        [{"messages": c} for c in whole],
+        byte_tokenizer(MARKED),
+        {"assistant_only_loss": True},
+    )
     for name, (rows, tokenizer, more) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             trainer = trainer_of(rows, tokenizer, folder / "trl", train_sampling_strategy="sequential", **more)
-            theirs = [[*zip(row["input_ids"], row["labels"])] for row in trainer.train_dataset]
+            theirs = [[*zip(row["input_ids"], row["labels"], strict=True)] for row in trainer.train_dataset]
             longest = max(map(len, theirs))
             split, ours = our_rows(rows, tokenizer, folder, longest)
             filler = (tokenizer.eos_token_id, -100)
@@ -131,8 +138,8 @@ def compare_labels():
             difference = max(abs(one - other) for one, other in pairs_of_losses)
             num_targets = sum(label != -100 for row in theirs for _, label in row)
             print(
-                f"{name:32} {len(rows)} rows, {sum(map(len, theirs)):,} tokens, {num_targets:,} of them targets: labels "
-                f"equal; {split.counts.num_merged} prompts end within a token; losses {losses[0]:.4f} to "
+                f"{name:32} {len(rows)} rows, {sum(map(len, theirs)):,} tokens, {num_targets:,} of them targets: "
+                f"labels equal; {split.counts.num_merged} prompts end within a token; losses {losses[0]:.4f} to "
                 f"{losses[-1]:.4f}, differ by at most {difference:.1e}",
                 flush=True,
             )
