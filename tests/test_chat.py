@@ -153,6 +153,5 @@ def test_a_template_that_writes_the_date_is_not_streamed(tmp_path, capsys):
     byte_tokenizer("{{ strftime_now('%d %b %Y') }}" + CHATML).save_pretrained(tokenizer)
     arguments = ["--model_type=gpt2", NO_DROPOUT, f"--tokenizer_name={tokenizer}", "--block_size=32", "--streaming"]
     arguments += [f"--train_file={path}", f"--validation_file={path}", "--max_train_steps=2"]
-    with pytest.raises(SystemExit):
-        main([*arguments, f"--output_dir={tmp_path / 'run'}"])
+    assert main([*arguments, f"--output_dir={tmp_path / 'run'}"]) == 1
     assert "the chat template writes today's date into each row" in " ".join(capsys.readouterr().err.split())

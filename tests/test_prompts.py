@@ -191,7 +191,7 @@ def test_tokens_of_text_have_no_marks_and_a_written_end_of_text_begins_no_row(tm
     path = write(tmp_path, [{"text": "abc<|endoftext|>def"}] * 9)
     assert (prepared(path).blocks <= ID).all()
     split = prepared(path, add_eos_token=True, document_attention=True)
-    assert shown(split.blocks[0], TOKENIZER) == "¦«abc<|endoftext|>def<|endoftext|>»¦«abc<|endoftext|>de»"
+    assert shown(split.blocks[0], TOKENIZER) == 2 * "¦«abc<|endoftext|>def<|endoftext|>»"
 
 
 def test_what_a_row_begins_with_has_no_influence_on_the_loss_of_the_next_one(tmp_path):
@@ -235,23 +235,10 @@ def test_a_model_that_cannot_keep_rows_apart_trains_on_them_and_says_so(tmp_path
     arguments = [a for a in ARGUMENTS if "gpt2" not in a and not a.startswith("--config_overrides")]
     sizes = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,ffn_dim=64,word_embed_proj_dim=32"
     arguments += ["--model_type=opt", f"--config_overrides={sizes},max_position_embeddings=64", "--dry_run"]
-    main([*arguments, f"--train_file={write(tmp_path, ROWS)}", f"--output_dir={tmp_path / 'run'}"])
+    assert main([*arguments, f"--train_file={write(tmp_path, ROWS * 4)}", f"--output_dir={tmp_path / 'run'}"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "the rows of a block are not kept apart: the attention of opt cannot do that" in said
-    assert "38 rows (prompt + completion) -> 9" in said and "targets" in said
-
-
-@pytest.mark.parametrize("how", ["prepared", "streamed"])
-def test_a_run_on_prompts_that_was_killed_resumes_bit_for_bit(how, tmp_path):
-    path, tokenizer = write(tmp_path, ROWS * 4), tmp_path / "tokenizer"
-    TOKENIZER.save_pretrained(tokenizer)
-    arguments = [a for a in ARGUMENTS if "vocab_size" not in a] + [f"--tokenizer_name={tokenizer}"]
-    arguments += [f"--train_file={path}", f"--validation_file={path}", "--checkpoints_total_limit=9"]
-    arguments += ["--streaming", "--shuffle_buffer_size=8"] if how == "streamed" else []
-    main([*arguments, f"--output_dir={tmp_path / 'whole'}"])
-    copy_until(3, tmp_path / "whole", tmp_path / "resumed")
-    main([*arguments, f"--output_dir={tmp_path / 'resumed'}", "--resume_from_checkpoint=auto"])
-    assert_same_run(tmp_path / "resumed", tmp_path / "whole")
+    assert "152 rows (prompt + completion) -> " in said and " targets; " in said
 
 
 @pytest.mark.slow
@@ -304,7 +291,6 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
     ],
 )
 def test_settings_that_do_not_go_with_such_rows_are_refused(arguments, said, tmp_path, capsys):
-    path = write(tmp_path, ROWS)
-    with pytest.raises(SystemExit):
-        main([*ARGUMENTS, f"--train_file={path}", f"--output_dir={tmp_path / 'run'}", *arguments])
+    path = write(tmp_path, ROWS * 4)
+    assert main([*ARGUMENTS, f"--train_file={path}", f"--output_dir={tmp_path / 'run'}", *arguments]) == 1
     assert said in " ".join(capsys.readouterr().err.split())
