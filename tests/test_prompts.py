@@ -12,8 +12,6 @@ from conftest import (
     NO_DROPOUT,
     TWO,
     assert_lines_agree,
-    assert_same_run,
-    copy_until,
     lines_of,
     make_model,
     parquet,
