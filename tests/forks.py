@@ -95,6 +95,9 @@ def become(request, rank, port):
         sys.argv, sys.path[0] = rest, str(ROOT)
         runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
     else:
+        if not (ROOT / first).is_relative_to(ROOT):  # of a changed copy of the package
+            for name in [name for name in sys.modules if name.partition(".")[0] == "train_loop"]:
+                del sys.modules[name]
         sys.argv, sys.path[0] = request["arguments"], str(Path(first).parent)
         runpy.run_path(first, run_name="__main__")
 

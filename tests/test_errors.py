@@ -141,13 +141,14 @@ def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, cap
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_there):
-    """And with an own empty cache."""
-    environment = {"HF_ENDPOINT": nobody_there, "HF_HOME": str(folder / "cache")}
+    """And with an own empty cache. The password in the hub's address is never printed."""
+    address = nobody_there.replace("http://", "http://me:secret@")
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
     done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
     first, second = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{nobody_there} cannot be reached" in first
+    assert f"{nobody_there} cannot be reached" in first and "secret" not in done.stdout + done.stderr
     assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second
 
 
