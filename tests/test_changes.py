@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, TWO, assert_same_run, copy_until, lines_of, run
+from conftest import ROOT, TINY, assert_same_run, copy_until, lines_of
+from forks import forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -193,9 +194,7 @@ def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file,
     main = change("metric")
     arguments = [f"--model_name_or_path={base}", f"--validation_file={text_file}", "--block_size=32", "--eval_only"]
     arguments += ["--max_eval_samples=30"]
-    launched = run(
-        tmp_path / "train_loop" / "main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=(*TWO, "--quiet")
-    )
+    launched = forked(tmp_path / "train_loop" / "main.py", *arguments, f"--output_dir={tmp_path}/two", processes=2)
     assert launched.returncode == 0 and "world size 2" in launched.stdout, launched.stderr
     found = [json.loads((tmp_path / "two" / "all_results.json").read_text())]
     for size in (1, 7):
