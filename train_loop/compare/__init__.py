@@ -6,5 +6,6 @@ settings_table.py   what the runs did differently       picture.py       compari
 """
 
 from train_loop.compare.command import main
+from train_loop.compare.intervals import Difference, difference
 
-__all__ = ["main"]
+__all__ = ["Difference", "difference", "main"]

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         draw(groups, measured, output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
-    print(settings_table(runs))
+    print(settings_table(groups))
     if measured or problem:
         print(f"\n{said(measured) if measured else wrapped(f'no interval: {problem}')}")
     print(f"\nlosses drawn to {os.path.relpath(output)}")

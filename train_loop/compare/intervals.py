@@ -15,6 +15,7 @@ factors. What a run does in a group beyond both is in either variance, and is co
 two factors; Searle, Casella and McCulloch, Variance Components, 1992, chapter 4).
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -95,6 +96,7 @@ def half_width(parts: list[tuple[float, int]]) -> float:
     return t_quantile(max(1, int(freedom))) * math.sqrt(variance)
 
 
+@functools.cache
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
     """The value below which Student's t with so many degrees of freedom is with this probability, by bisection of its
     distribution function: the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun, Handbook of Mathematical

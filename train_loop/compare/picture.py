@@ -34,7 +34,8 @@ def draw(recipes: dict[str, list[Run]], measured: Measured | None, path: Path | 
                 losses = smooth(losses)
             left.plot(steps, losses, lw=1.6, **style)
         steps, mean, low, high = validation(runs)
-        lowest = f" (lowest: {mean.min():.3f})" if len(mean) else ""
+        several = f"mean of {len(runs)} runs, " if len(runs) > 1 else ""
+        lowest = f" ({several}lowest: {mean.min():.3f})" if len(mean) else ""
         right.plot(steps, mean, lw=1.6, marker="o", ms=4, label=f"{name}{lowest}", **style)
         if len(runs) > 1:
             right.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
@@ -46,12 +47,13 @@ def draw(recipes: dict[str, list[Run]], measured: Measured | None, path: Path | 
         names = sorted(measured.losses, key=measured.loss, reverse=True)  # the lowest loss is on top
         for place, name in enumerate(names):
             found = measured.difference(names[-1], name)
-            below.errorbar(found.value, place, xerr=found.half_width, fmt="o", ms=5, capsize=4, **styles[name])
+            half_width = found.half_width if name != names[-1] else 0
+            below.errorbar(found.value, place, xerr=half_width, fmt="o", ms=5, capsize=4, **styles[name])
         below.axvline(0, color="black", lw=0.8)
         below.set_yticks(range(len(names)), names)
         below.set_ylim(-0.6, len(names) - 0.4)
         below.set_xlabel(f"{measured.unit} above {names[-1]}, with 95 % intervals")
-    save_figure(figure, path)
+    save_figure(figure, path, without_steps=[below] if measured else [])
 
 
 def validation(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

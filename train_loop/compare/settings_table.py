@@ -1,5 +1,7 @@
-"""What the runs did differently: a table of settings, and of the best evaluation of each."""
+"""What the runs did differently: a table of settings, and of the lowest loss of each."""
 
+from collections.abc import Iterable
+from statistics import geometric_mean, mean
 from typing import Any
 
 from train_loop.compare.runs import SAY_NOTHING, Run
@@ -8,34 +10,51 @@ from train_loop.report import points
 COLUMNS = 80  # of the table
 
 
-def settings_table(runs: dict[str, Run]) -> str:
-    """The settings that differ and the best evaluation of each run, by its name, as text that is at most 80 columns
-    wide: as many runs beside each other as fit."""
-    names = dict.fromkeys(name for run in runs.values() for name in run.settings if name not in SAY_NOTHING)
+def settings_table(recipes: dict[str, list[Run]]) -> str:
+    """The settings that differ between the recipes and the lowest loss of each, as text that is at most 80 columns
+    wide: as many recipes beside each other as fit. Of several runs all values stand in a cell, and the mean of their
+    losses."""
+    runs = [run for of_recipe in recipes.values() for run in of_recipe]
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAY_NOTHING)
     # a setting that a run does not know is newer than the run
-    values = {name: [_text(run.settings.get(name)) for run in runs.values()] for name in names}
+    values = {
+        name: [_all(_text(run.settings.get(name)) for run in several) for several in recipes.values()] for name in names
+    }
     rows = {name: cells for name, cells in values.items() if len(set(cells)) > 1}
     rows |= {"steps": [], "lowest validation loss": [], "its perplexity": [], "at step": []}
-    for run in runs.values():
-        lines = run.lines
-        steps, losses = points(lines, "eval_loss")
-        best = losses.argmin() if len(losses) else None
-        perplexities = {line["step"]: line["perplexity"] for line in lines if "perplexity" in line}
-        rows["steps"].append(f"{lines[-1]['step']:,}")
-        rows["lowest validation loss"].append("-" if best is None else f"{losses[best]:.4f}")
-        rows["its perplexity"].append("-" if best is None else f"{perplexities[steps[best]]:,.2f}")
-        rows["at step"].append("-" if best is None else f"{steps[best]:,.0f}")
+    for several in recipes.values():
+        lowest = [found for run in several if (found := _lowest(run))]
+        rows["steps"].append(_all(f"{run.lines[-1]['step']:,}" for run in several))
+        losses, perplexities, steps = zip(*lowest, strict=True) if lowest else ((), (), ())
+        rows["lowest validation loss"].append(f"{mean(losses):.4f}" if losses else "-")
+        rows["its perplexity"].append(f"{geometric_mean(perplexities):,.2f}" if losses else "-")
+        rows["at step"].append(_all(f"{step:,.0f}" for step in steps) or "-")
 
     first = max(map(len, rows))
-    widest = max(len(cell) for cells in [list(runs), *rows.values()] for cell in cells)
-    width = min(widest, max(12, (COLUMNS - first) // min(len(runs), 2) - 2))
+    widest = max(len(cell) for cells in [list(recipes), *rows.values()] for cell in cells)
+    width = min(widest, max(12, (COLUMNS - first) // min(len(recipes), 2) - 2))
     num_beside = max(1, (COLUMNS - first) // (width + 2))
     blocks = []
-    for begin in range(0, len(runs), num_beside):
+    for begin in range(0, len(recipes), num_beside):
         beside = slice(begin, begin + num_beside)
-        cut = [("", list(runs)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
+        cut = [("", list(recipes)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
         blocks.append("\n".join(_row(name, cells, first, width) for name, cells in cut))
     return "\n\n".join(blocks)
+
+
+def _lowest(run: Run) -> tuple[float, float, float] | None:
+    """(loss, perplexity, step) of the run's evaluation with the lowest loss; None where it has none."""
+    steps, losses = points(run.lines, "eval_loss")
+    if not len(losses):
+        return None
+    perplexities = {line["step"]: line["perplexity"] for line in run.lines if "perplexity" in line}
+    step = steps[losses.argmin()]
+    return losses.min(), perplexities[step], step
+
+
+def _all(cells: Iterable[str]) -> str:
+    """Those that differ, in their order."""
+    return ", ".join(dict.fromkeys(cells))
 
 
 def _text(value: Any) -> str:

@@ -6,6 +6,7 @@ good part of a second.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,16 @@ def pyplot() -> Any:
     return pyplot
 
 
-def save_figure(figure: Any, path: Path | str) -> None:
-    """Writes a picture of values against the optimizer step, and forgets it."""
+def save_figure(figure: Any, path: Path | str, without_steps: Sequence[Any] = ()) -> None:
+    """Writes a picture of values against the optimizer step, and forgets it. `without_steps`: axes whose x is another
+    value."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        if axes in without_steps:
+            continue
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
