@@ -84,6 +84,7 @@ EXPORTED = {  # what a finished run leaves in its folder, beside its checkpoints
     "README.md",
     "all_results.json",
     "config.json",
+    "evaluations",
     "generation_config.json",
     "loss_curve.png",
     "metrics.jsonl",
@@ -382,6 +383,8 @@ def assert_same_run(output_dir, reference):
         ]
         assert not said, f"a run is not the one that it must equal: in step {line['step']} {', '.join(said)}"
     assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
+    nats = [(folder / "evaluations" / "block_nats.safetensors").read_bytes() for folder in (output_dir, reference)]
+    assert nats[0] == nats[1], "a run is not the one that it must equal: same metrics, but other nats of blocks"
     first, second = weights_of(output_dir), weights_of(reference)
     different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]
     assert not different, f"a run is not the one that it must equal: same metrics, but other weights in {different}"

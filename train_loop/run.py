@@ -33,7 +33,7 @@ from train_loop.position import Position
 from train_loop.probes import head_of
 from train_loop.process import Clock, StopSignal
 from train_loop.publish import Publisher
-from train_loop.report import Metrics, Samples, Trackers, banner, table
+from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, write_block_nats
 from train_loop.services import Services
 from train_loop.settings import Settings
 from train_loop.trial import check_loss, fit_micro_batch
@@ -188,4 +188,5 @@ def evaluate_only(
     accelerator.print(table(results))
     if accelerator.is_main_process and settings.output_dir:
         output_dir.create_output_dir(settings)
+        write_block_nats(settings.folder, {"last": Kept(None, results.block_nats)})
         output_dir.write_results(settings.folder, results)
