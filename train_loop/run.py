@@ -37,6 +37,7 @@ from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, w
 from train_loop.services import Services
 from train_loop.settings import Settings
 from train_loop.trial import check_loss, fit_micro_batch
+from train_loop.tuning import sharing_cores
 
 
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
@@ -49,6 +50,8 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
     is_main, show_progress = accelerator.is_main_process, quiet_libraries(accelerator)
     with contextlib.ExitStack() as at_the_end:
         at_the_end.push(end_training(accelerator))
+        if settings.tuning:
+            at_the_end.enter_context(sharing_cores())
         settings = after_restart(settings, accelerator)
         at_the_end.enter_context(output_dir.held(settings, accelerator))
 

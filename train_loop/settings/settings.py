@@ -164,7 +164,7 @@ class Settings:
         **above(0),
     )
     tuning: bool = setting(
-        "training", True, "allocator, huge pages and lean modules that make a run faster and change no number"
+        "training", True, "allocator, huge pages, threads and lean modules that make a run faster and change no number"
     )
 
     per_device_eval_batch_size: int = setting(
