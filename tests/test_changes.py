@@ -1,4 +1,4 @@
-"""The changes in `changes/`, to which README leads: each is applied to a copy of the package, and run."""
+"""The changes in `changes/`, which train_loop/README.md lists: each is applied to a copy of the package, and run."""
 
 import importlib
 import json
@@ -27,12 +27,18 @@ def test_each_change_has_at_most_twenty_lines_in_one_or_two_files():
         assert 0 < len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 20
 
 
-def test_readme_leads_to_each_change_and_shows_the_objectives_as_it_is():
+def edited(diff):
+    return [line for line in diff.splitlines() if re.match(r"[+-](?!\+\+ |-- )", line) and "import " not in line]
+
+
+def test_the_pages_lead_to_each_change_and_readme_shows_three_as_they_are():
+    page = (ROOT / "train_loop" / "README.md").read_text(encoding="utf-8")
+    for name, num_lines in re.findall(r"tests/changes/(\w+)\.patch\) \| (\d+) \|", page):
+        assert len(re.findall(r"^[+-](?!\+\+ |-- )", CHANGES[name], re.MULTILINE)) == int(num_lines), name
+    assert set(re.findall(r"tests/changes/(\w+)\.patch", page)) == CHANGES.keys()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"tests/changes/(\w+)\.patch", readme)) == CHANGES.keys()
-    (shown,) = re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    edited = [line for line in CHANGES["focal_loss"].splitlines() if re.match(r"[+-](?!\+\+ |-- )", line)]
-    assert [line for line in edited if "import" not in line] == shown.splitlines()
+    shown = [block.splitlines() for block in re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)]
+    assert shown == [edited(CHANGES[name]) for name in ("focal_loss", "optimizer", "metric")]
 
 
 @pytest.fixture
@@ -174,6 +180,14 @@ def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(
         adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "run" / "adapter").eval()(input_ids=ids).logits
     torch.testing.assert_close(adapted, wanted, rtol=0, atol=1e-4)  # W x + B A x against (W + B A) x, in float32
     assert (adapted - untrained).abs().max() > 0.1 and merged.config.use_cache
+
+
+def test_another_optimizer_trains_and_its_state_is_resumed(change, text_file, tmp_path):
+    main = change("optimizer")
+    arguments = [*TINY, *SHORT, f"--train_file={text_file}"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    assert "- optimizer: RAdam, " in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert_same_run(resume_from_step_3(main, arguments, tmp_path / "run"), tmp_path / "run")
 
 
 def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file, tmp_path):
