@@ -10,9 +10,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from train_loop.main import main
-from train_loop.model import AFTER_PADDING, load_config, load_model
+from train_loop.model import load_config, load_model
 from train_loop.probes import is_causal
 from train_loop.settings.settings import Settings
+from train_loop.vocabulary import AFTER_PADDING
 
 SIZES = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
 # what is_decoder=true makes causal
