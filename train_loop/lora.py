@@ -18,6 +18,7 @@ from train_loop.errors import UserError
 from train_loop.settings import Settings
 
 ADAPTER = "adapter"  # the folder in output_dir that holds the trained matrices alone
+ALL = "all-linear"  # peft's name for all linear layers but the head
 NAME = "default"  # of the adapter in peft's modules; there is one
 
 
@@ -35,7 +36,8 @@ def add_lora(model: PreTrainedModel, settings: Settings, has_new_tokens: bool) -
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
     # a head that is tied to the embedding is left out: merging would change the embedding, too
     known = {name for name, m in layers.items() if m.weight is not table.weight}
-    for target in settings.lora_target_modules or []:
+    targets = settings.lora_target_modules or [ALL]
+    for target in targets if targets != [ALL] else []:
         if not any(f".{name}".endswith(f".{target}") for name in known):
             raise UserError(
                 f"lora_target_modules: {model.config.model_type} has no linear layer {target!r} that LoRA can be put "
@@ -49,7 +51,7 @@ def add_lora(model: PreTrainedModel, settings: Settings, has_new_tokens: bool) -
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules or "all-linear",  # but for the head
+        target_modules=ALL if targets == [ALL] else targets,
         fan_in_fan_out=any(isinstance(m, Conv1D) for m in layers.values()),  # GPT-2 has its weights transposed
     )
     inject_adapter_in_model(lora, model, NAME)
