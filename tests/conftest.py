@@ -132,6 +132,24 @@ def blocks():
     return rows
 
 
+def save_model(folder, text_file, model_type="gpt2", num_tokens=300, **values):
+    """Leaves a tiny model with random weights in `folder`, with a tokenizer of its own. `values` go into its config."""
+    import datasets
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
+
+    rows = datasets.Dataset.from_dict({"text": text_file.read_text(encoding="utf-8").splitlines(keepends=True)})
+    tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=num_tokens), rows)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    values = {"bos_token_id": 0, "eos_token_id": 0, **TINY_CONFIGS[model_type], **values}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **values)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
+
+
 def parquet(rows):
     """The bytes of a file with these rows."""
     import datasets

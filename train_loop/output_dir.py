@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from train_loop import lock
 from train_loop.checkpoint import has_checkpoints
 from train_loop.errors import UserError, tell
+from train_loop.lora import ADAPTER
 from train_loop.process import code_version
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.report import BLOCK_NATS
@@ -29,6 +30,8 @@ EXPORTED = (
     r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
     r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja|spiece\.model"
 )
+EXPORTED = rf"{EXPORTED}|{ADAPTER}/({EXPORTED}|adapter_config\.json|adapter_model\.safetensors)"
+
 CHECKPOINT = r"step-\d{6,}(\.partial|\.discarded)?|pushed"
 
 
@@ -140,10 +143,13 @@ def _overwrite(path: Path, exported: set[str]) -> None:
     for folder in ("checkpoints", BLOCK_NATS.parent.name):
         with contextlib.suppress(OSError):  # it is not there, or something else is in it
             (path / folder).rmdir()
-    for entry in path.iterdir():
-        is_exported = entry.name in exported if exported else re.fullmatch(EXPORTED, entry.name)
-        if is_exported or entry.name in {*RECORDS, "README.md", "tensorboard"}:
+    for entry in [*path.glob(f"{ADAPTER}/*"), *path.iterdir()]:
+        name = entry.relative_to(path).as_posix()
+        is_exported = name in exported if exported else re.fullmatch(EXPORTED, name)
+        if is_exported or name in {*RECORDS, "README.md", "tensorboard"}:
             remove(entry)
+    with contextlib.suppress(OSError):  # likewise
+        (path / ADAPTER).rmdir()
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in (MARK, lock.NAME)):
         tell(f"what no run made stays in {path}: {', '.join(foreign)}")
 

@@ -58,7 +58,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         # settings -> rows -> blocks
         config = load_config(settings)
         train_rows, eval_rows, held_out = (load_source if settings.streaming else load_rows)(settings)
-        tokenizer = load_tokenizer(settings, train_rows)
+        tokenizer = load_tokenizer(settings, train_rows, config)
         eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
         eval_splits = {"validation": eval_split}  # the first decides about the best model; more are evaluated beside it
         train_split: TrainingData

@@ -1,7 +1,8 @@
 """Checkpoints that are whole or not there, and the way back from them.
 
     output_dir/checkpoints/step-000500/
-        model.safetensors       every parameter and buffer by its name; a tied weight once
+        model.safetensors       every trained parameter and buffer by its name; a tied weight once. Frozen weights are
+                                those of the model that the run begins with: identity.py has their digest
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
         block_nats.safetensors  of the last and the best evaluation, as in output_dir/evaluations
@@ -40,7 +41,7 @@ from train_loop.checkpoint.durable import (
 from train_loop.checkpoint.identity import FORMAT, refusal, remarks
 from train_loop.checkpoint.mirror import Mirror
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
-from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
+from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, saved_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.process import Clock, code_version
@@ -146,7 +147,7 @@ class Checkpoints:
     ) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
         model = self.accelerator.unwrap_model(model)
-        tensors, names = named_tensors(model), {id(p): name for name, p in model.named_parameters()}
+        tensors, names = saved_tensors(model), {id(p): name for name, p in model.named_parameters()}
         optimizer_tensors: Tensors = {}
         scalars: dict[str, Any] = {}
         for parameter, values in optimizer.state.items():
