@@ -15,13 +15,17 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` to a temporary file beside `path` and renames it: a reader never finds half a file. A file name in
-    the text that is not UTF-8 is written with its bytes escaped. Raises UserError if the file cannot be written;
-    nothing is left then."""
+def write_whole(path: Path, content: str | bytes, durably: bool = False) -> None:
+    """Writes `content` to a temporary file beside `path` and renames it: a reader never finds half a file. A file name
+    in a text that is not UTF-8 is written with its bytes escaped. `durably`: the content is flushed to the disk before
+    the file gets its name. Raises UserError if the file cannot be written; nothing is left then."""
     partial = partial_of(path)
     try:
-        partial.write_bytes(utf8(text))
+        with open(partial, "wb") as file:
+            file.write(utf8(content) if isinstance(content, str) else content)
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):
