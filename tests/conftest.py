@@ -84,6 +84,7 @@ EXPORTED = {  # what a finished run leaves in its folder, beside its checkpoints
     "README.md",
     "all_results.json",
     "config.json",
+    "evaluations",
     "generation_config.json",
     "loss_curve.png",
     "metrics.jsonl",
@@ -129,6 +130,24 @@ def blocks():
     for t in range(1, BLOCK):
         rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
     return rows
+
+
+def save_model(folder, text_file, model_type="gpt2", num_tokens=300, **values):
+    """Leaves a tiny model with random weights in `folder`, with a tokenizer of its own. `values` go into its config."""
+    import datasets
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
+
+    rows = datasets.Dataset.from_dict({"text": text_file.read_text(encoding="utf-8").splitlines(keepends=True)})
+    tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=num_tokens), rows)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    values = {"bos_token_id": 0, "eos_token_id": 0, **TINY_CONFIGS[model_type], **values}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **values)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def parquet(rows):
@@ -382,6 +401,8 @@ def assert_same_run(output_dir, reference):
         ]
         assert not said, f"a run is not the one that it must equal: in step {line['step']} {', '.join(said)}"
     assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
+    nats = [(folder / "evaluations" / "block_nats.safetensors").read_bytes() for folder in (output_dir, reference)]
+    assert nats[0] == nats[1], "a run is not the one that it must equal: same metrics, but other nats of blocks"
     first, second = weights_of(output_dir), weights_of(reference)
     different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]
     assert not different, f"a run is not the one that it must equal: same metrics, but other weights in {different}"

@@ -38,9 +38,10 @@ def forked(*arguments, processes=1, timeout=300, **environment):
         server = _server()
         server.stdin.write(json.dumps(request) + "\n")
         server.stdin.flush()
-        status = int(server.stdout.readline())
+        answer = server.stdout.readline()
+        assert answer, "the process that forks has ended"
         out, err = (Path(folder, name).read_text(encoding="utf-8", errors="replace") for name in ("out", "err"))
-    return subprocess.CompletedProcess(request["arguments"], status, out, err)
+    return subprocess.CompletedProcess(request["arguments"], int(answer), out, err)
 
 
 @functools.cache

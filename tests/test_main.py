@@ -8,6 +8,7 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import (
     EXPORTED,
@@ -27,6 +28,7 @@ from conftest import (
 )
 from forks import LAUNCHED, forked
 from matplotlib.image import imread
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.main import main
@@ -223,6 +225,8 @@ def test_several_processes_give_the_losses_and_weights_of_one(
     assert lines_of(two)[-1]["step"] == math.ceil(num_blocks / whole)
     assert_lines_agree(without_timings(two), without_timings(one))
     assert largest_difference(weights_of(two), weights_of(one)) < 1e-5
+    nats = [load_file(folder / "evaluations" / "block_nats.safetensors") for folder in (one, two)]
+    torch.testing.assert_close(*nats, rtol=1e-4, atol=0)
 
 
 def test_dropout_differs_from_process_to_process(tmp_path):

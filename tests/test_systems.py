@@ -6,7 +6,8 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import TINY, run_program
+from conftest import PROGRAMS, TINY
+from forks import forked
 
 from train_loop.checkpoint.durable import flush
 from train_loop.data import token_cache
@@ -14,7 +15,7 @@ from train_loop.data import token_cache
 
 def test_a_run_needs_nothing_that_windows_lacks(text_file, tmp_path):
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
-    done = run_program("like_windows.py", *arguments)
+    done = forked(PROGRAMS / "like_windows.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert "has no lock" in done.stderr
 

@@ -1,6 +1,6 @@
 """What a process does about its memory and its threads: memory that stays, huge pages, threads that let others work.
 
-Measured to pay (tests/benchmarks). `--tuning false` leaves memory and threads as the libraries have them.
+Measured to pay (tests/benchmarks/README.md). `--tuning false` leaves memory and threads as the libraries have them.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from train_loop.settings import Settings
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of the GNU C library numbers them
 HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # with one of these the user has decided
 LOOK_SECONDS = 0.25  # between two looks at whether cores are short
-SHORT = 0.1  # cores are short where this process's threads together waited for one for this share of the time
+SHORT = 0.2  # cores are short where this process's threads together waited for one for this share of the time
 STAY_SECONDS = 5.0  # how long they count as short after that
 
 

@@ -22,6 +22,8 @@ for module, names in {
         delattr(module, name)
 psutil.Process.memory_info = lambda self: SimpleNamespace(rss=memory_info(self).rss, peak_wset=memory_info(self).rss)
 sys.platform = "win32"
+for name in [name for name in sys.modules if name.partition(".")[0] == "train_loop"]:
+    del sys.modules[name]  # it looks for them when it is imported
 from train_loop.main import main  # noqa: E402
 
 sys.exit(main(sys.argv[1:]))
