@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
+from train_loop.checkpoint.sharded import digest_of_frozen
 from train_loop.data import Split, TrainingData
 from train_loop.settings import Settings
 
@@ -36,12 +38,22 @@ CHANGEABLE = {
     "optimizer",
     "optimizer's options",
 }
+FIXED = {"seed", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout"}  # settings that may not
 # what decides about the model that is exported, where it need not be the last of all steps
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
 CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
 # what a resumed run is bit for bit equal under: told where it differs, never refused
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-CODE = ("loss.py", "cross_entropy.py", "head.py", "model.py", "optim.py", "loop.py", "data/blocks.py")  # of the package
+CODE = (
+    "loss.py",
+    "cross_entropy.py",
+    "head.py",
+    "model.py",
+    "lora.py",
+    "optim.py",
+    "loop.py",
+    "data/blocks.py",
+)  # of the package
 CODE_OF = "code of "
 
 
@@ -77,7 +89,10 @@ def run_identity(
     names do not: the blocks themselves and the model's config do. `optimizer` is not prepared yet. "same bits" is told
     where it differs, and not refused."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
+    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | FIXED) & set(vars(settings)))}
+    # of the main process: it alone may have read the weights, where FSDP sends the others their shares
+    if frozen := broadcast_object_list([digest_of_frozen(model)])[0]:
+        values["frozen weights"] = frozen
     if settings.load_best_model_at_end or settings.early_stopping_patience:
         values["validation blocks"] = eval_split.digest()
     else:  # evaluations decide about nothing

@@ -29,9 +29,9 @@ PEAK_TFLOPS = {  # bf16 or fp16, TF32
 
 def flops_of_block(model: PreTrainedModel, block_size: int) -> float | None:
     """Floating-point operations of training on one block of T tokens: 6 N for each token (2 in the forward pass, 4 in
-    the backward one), and 12 L D T for attention's two products, as if none of the scores were masked (Chowdhery et al.
-    2022, PaLM, appendix B, arXiv:2204.02311). The head counts for the T - 1 tokens that predict one. What is computed
-    again (gradient_checkpointing) does not count.
+    the backward one; 2 there for a frozen weight, which gets no gradient), and 12 L D T for attention's two products,
+    as if none of the scores were masked (Chowdhery et al. 2022, PaLM, appendix B, arXiv:2204.02311). The head counts
+    for the T - 1 tokens that predict one. What is computed again (gradient_checkpointing) does not count.
 
     None for a mixture of experts: a token meets a part of its weights only.
     """
@@ -40,9 +40,10 @@ def flops_of_block(model: PreTrainedModel, block_size: int) -> float | None:
         return None
     head = model.get_output_embeddings().weight
     tables = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)} | {id(head)}
-    num_weights = sum(p.numel() for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
-    per_token = 6 * num_weights + 12 * config.num_hidden_layers * config.hidden_size * block_size
-    return per_token * block_size + 6 * head.numel() * (block_size - 1)
+    of = lambda weight: (6 if weight.requires_grad else 4) * weight.numel()  # noqa: E731
+    of_weights = sum(of(p) for p in model.parameters() if p.dim() > 1 and id(p) not in tables)
+    per_token = of_weights + 12 * config.num_hidden_layers * config.hidden_size * block_size
+    return per_token * block_size + of(head) * (block_size - 1)
 
 
 def peak_flops(device: torch.device, mixed_precision: str, tf32: bool) -> float | None:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
+from train_loop.lora import ADAPTER, num_parameters
 from train_loop.process import code_version
 from train_loop.report import Line
 from train_loop.settings import Settings
@@ -82,10 +83,18 @@ def model_card(
     place = s.output_dir
     if repository:
         place = repository if "/" in repository else f"OWNER/{repository}"
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_exported = num_parameters(model)
     origin = "trained from random weights"
     if s.model_name_or_path:
         origin = f"fine-tuned from `{s.model_name_or_path}`" + (f" ({s.gguf_file})" if s.gguf_file else "")
+    adapter = ""
+    if s.lora_r:
+        num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        origin += " with LoRA"
+        adapter = f"""
+{num_trained:,} parameters were trained: LoRA matrices of rank {s.lora_r}, which are merged into this model. They stand
+alone in the folder `{ADAPTER}`, for [peft](https://github.com/huggingface/peft).
+"""
     data = s.dataset_name or Path(s.train_file or "").name
     config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
     most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
@@ -112,8 +121,8 @@ Special tokens that stand for no text are not counted in them."""
 
 # {title}
 
-A causal language model ({model.config.model_type}, {num_parameters:,} parameters), {origin} on {data}{config}.
-
+A causal language model ({model.config.model_type}, {num_exported:,} parameters), {origin} on {data}{config}.
+{adapter}
 {validation}
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
 compare them only with numbers that were measured in the same way.{named}{choice}
@@ -188,6 +197,8 @@ def _how_it_was_made(publisher: Published, results: dict[str, Any] | None) -> st
         "validation_split_percentage": not publisher.held_out,
         "early_stopping_threshold": not s.early_stopping_patience,
         "shuffle_buffer_size": not s.streaming,
+        "lora_alpha": not s.lora_r,
+        "lora_dropout": not s.lora_r,
     }
     made = {
         f.name: Path(value).name if f.name.endswith("_file") else value

@@ -85,7 +85,7 @@ def _take(
     problems += [f"{source}{name}: {instead}" for name, instead in refused]
     for name, value in entries.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)  # with less, --lora_r would be --seed
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)  # less takes any flag for a typo
             dashes = "--" * source.endswith("--")
             hint = f"; did you mean {dashes}{close[0]}?" if close else ""
             problems.append(f"{source}{name} is not a setting{hint}")

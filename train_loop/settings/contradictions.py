@@ -29,6 +29,11 @@ def contradictions(s: Settings) -> list[str]:
         found.append("tokenizer_vocab_size goes with config_name or model_type: a pretrained model has its tokenizer")
     if s.model_type and not (s.tokenizer_name or s.tokenizer_vocab_size):
         found.append("model_type needs tokenizer_name or tokenizer_vocab_size")
+    for name in ("lora_alpha", "lora_target_modules", "lora_dropout"):
+        if getattr(s, name) != getattr(Settings, name) and not s.lora_r:
+            found.append(f"{name} goes with lora_r")
+    if s.lora_r and not s.model_name_or_path:
+        found.append("lora_r goes with model_name_or_path: random weights are not worth freezing")
     if s.dataset_name and (s.train_file or s.validation_file):
         found.append("give dataset_name or files, not both")
     if s.dataset_name == "wikitext" and not Path("wikitext").exists():
@@ -70,7 +75,7 @@ def contradictions(s: Settings) -> list[str]:
         found.append("early_stopping_threshold goes with early_stopping_patience")
     if s.load_best_model_at_end and s.checkpointing_steps == "none":
         found.append("load_best_model_at_end keeps the best model as a checkpoint, but checkpointing_steps is none")
-    of_training = ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to")
+    of_training = ("load_best_model_at_end", "early_stopping_patience", "sample_prompt", "report_to", "lora_r")
     for name in (*of_training, "save_minutes", "max_minutes", "mirror"):
         if s.eval_only and getattr(s, name) not in (None, False, ["none"]):
             found.append(f"{name} goes with training, not with eval_only")

@@ -153,6 +153,12 @@ class Settings:
         "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
     )
 
+    lora_r: int | None = setting("training", None, "rank of LoRA's matrices beside the frozen weights", **at_least(1))
+    lora_alpha: int = setting("training", 32, "LoRA's product counts lora_alpha / lora_r times", **at_least(1))
+    lora_dropout: float = setting("training", 0.0, "dropout of what goes into LoRA's matrices", **FRACTION)
+    lora_target_modules: list[str] | None = setting(  # noqa: RUF009
+        "training", None, "names of the linear layers that get LoRA's matrices; else all but the head"
+    )
     tf32: bool = setting("training", False, "float32 products of a GPU in TF32: faster, with 10 bits of mantissa")
     deterministic: bool = setting(
         "training", False, "on a GPU, only kernels that give the same bits each time: slower; on a CPU they all do"
@@ -164,7 +170,7 @@ class Settings:
         **above(0),
     )
     tuning: bool = setting(
-        "training", True, "allocator, huge pages and lean modules that make a run faster and change no number"
+        "training", True, "allocator, huge pages, threads and lean modules that make a run faster and change no number"
     )
 
     per_device_eval_batch_size: int = setting(
