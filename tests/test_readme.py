@@ -12,7 +12,10 @@ from hosts import documented_command
 
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
-PAGES += [f"train_loop/{name}/README.md" for name in ("recipes", "data", "checkpoint", "report", "publish", "settings")]
+PAGES += [
+    f"train_loop/{name}/README.md"
+    for name in ("recipes", "data", "checkpoint", "report", "compare", "publish", "settings")
+]
 PAGES += ["tests/README.md", "tests/benchmarks/README.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values())
