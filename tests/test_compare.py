@@ -9,8 +9,10 @@ import yaml
 from conftest import lines_of, shows
 from matplotlib.image import imread
 
-from train_loop.compare import main, short_names
-from train_loop.report.curve import draw_run, draw_runs, read_lines, smooth
+from train_loop.compare import main
+from train_loop.compare.picture import draw
+from train_loop.compare.runs import Run, short_names
+from train_loop.report.curve import draw_run, read_lines, smooth
 
 
 def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, capsys):
@@ -102,7 +104,7 @@ def test_smoothing_keeps_a_line_straight_where_it_has_neighbours_on_both_sides()
     assert smooth([float(i) for i in range(100)])[20:80] == pytest.approx(range(20, 80))
 
 
-@pytest.mark.parametrize("draw", [draw_run, lambda lines, path: draw_runs({"one": lines}, path)])
+@pytest.mark.parametrize("draw", [draw_run, lambda lines, path: draw({"one": [Run(path, {}, lines, {})]}, None, path)])
 def test_the_thickest_line_of_the_training_losses_is_smooth(draw, tmp_path, monkeypatch):
     from matplotlib import pyplot
 

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from train_loop.errors import UserError, one_line, tell
 from train_loop.process import safe_console
+from train_loop.tuning import sharing_cores
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 1 with a sentence where there is no usable model."""
-    with safe_console():
+    with safe_console(), sharing_cores():
         try:
             generate(argv)
         except UserError as error:

@@ -18,6 +18,7 @@ from train_loop.errors import UserError, tell
 from train_loop.lora import ADAPTER
 from train_loop.process import code_version
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
+from train_loop.report import BLOCK_NATS
 from train_loop.settings import Settings, as_recipe
 from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
 
@@ -126,6 +127,7 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
             _overwrite(path, set(exported) if isinstance(exported, dict) else set())
         elif not resuming:  # what a run left that was killed before its first checkpoint
             (path / "metrics.jsonl").unlink(missing_ok=True)
+            (path / BLOCK_NATS).unlink(missing_ok=True)
     except OSError as error:
         raise cannot_be_written(f"output_dir {path}", error) from error
     write_whole(path / MARK, f"# written by train_loop {code_version()}\n{as_recipe(settings)}")
@@ -136,8 +138,11 @@ def _overwrite(path: Path, exported: set[str]) -> None:
     for checkpoint in path.glob("checkpoints/*"):
         if re.fullmatch(CHECKPOINT, checkpoint.name):
             remove(checkpoint)
-    with contextlib.suppress(OSError):  # it is not there, or something else is in it
-        (path / "checkpoints").rmdir()
+    for file in (BLOCK_NATS, partial_of(BLOCK_NATS)):
+        remove(path / file)
+    for folder in ("checkpoints", BLOCK_NATS.parent.name):
+        with contextlib.suppress(OSError):  # it is not there, or something else is in it
+            (path / folder).rmdir()
     for entry in [*path.glob(f"{ADAPTER}/*"), *path.iterdir()]:
         name = entry.relative_to(path).as_posix()
         is_exported = name in exported if exported else re.fullmatch(EXPORTED, name)

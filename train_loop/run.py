@@ -33,10 +33,11 @@ from train_loop.position import Position
 from train_loop.probes import head_of
 from train_loop.process import Clock, StopSignal
 from train_loop.publish import Publisher
-from train_loop.report import Metrics, Samples, Trackers, banner, table
+from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, write_block_nats
 from train_loop.services import Services
 from train_loop.settings import Settings
 from train_loop.trial import check_loss, fit_micro_batch
+from train_loop.tuning import sharing_cores
 
 
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
@@ -49,6 +50,8 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
     is_main, show_progress = accelerator.is_main_process, quiet_libraries(accelerator)
     with contextlib.ExitStack() as at_the_end:
         at_the_end.push(end_training(accelerator))
+        if settings.tuning:
+            at_the_end.enter_context(sharing_cores())
         settings = after_restart(settings, accelerator)
         at_the_end.enter_context(output_dir.held(settings, accelerator))
 
@@ -188,4 +191,5 @@ def evaluate_only(
     accelerator.print(table(results))
     if accelerator.is_main_process and settings.output_dir:
         output_dir.create_output_dir(settings)
+        write_block_nats(settings.folder, {"last": Kept(None, results.block_nats)})
         output_dir.write_results(settings.folder, results)

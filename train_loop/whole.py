@@ -15,12 +15,17 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` beside `path` and renames it: a reader never finds half a file. A name in it that is not UTF-8 is
-    written with its bytes escaped. Raises UserError, and leaves nothing, where the file cannot be written."""
+def write_whole(path: Path, content: str | bytes, durably: bool = False) -> None:
+    """Writes `content` beside `path` and renames it: a reader never finds half a file. A name in a text that is not
+    UTF-8 is written with its bytes escaped. `durably`: the content is on the disk before it gets its name. Raises
+    UserError, and leaves nothing, where the file cannot be written."""
     partial = partial_of(path)
     try:
-        partial.write_bytes(utf8(text))
+        with open(partial, "wb") as file:
+            file.write(utf8(content) if isinstance(content, str) else content)
+            if durably:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         with contextlib.suppress(OSError):

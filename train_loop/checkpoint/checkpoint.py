@@ -5,6 +5,7 @@
                                 those of the model that the run begins with: identity.py has their digest
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
+        block_nats.safetensors  of the last and the best evaluation, as in output_dir/evaluations
         state.json              format, position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
@@ -44,7 +45,7 @@ from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, l
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.process import Clock, code_version
-from train_loop.report import Metrics
+from train_loop.report import BLOCK_NATS, Metrics, block_nats_as_bytes, read_block_nats
 from train_loop.settings import Settings
 from train_loop.whole import remove
 
@@ -101,7 +102,8 @@ class Checkpoints:
             "settings": dataclasses.asdict(self.settings),
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         }
-        self._write(position, tensors, optimizer_tensors, state)
+        records = {"state.json": json.dumps(state).encode(), BLOCK_NATS.name: block_nats_as_bytes(metrics.block_nats)}
+        self._write(position, tensors, optimizer_tensors, records)
         self.latest = path = self.folder / name_of(position.step)
         self.clock.restart()
         if self.mirror:
@@ -110,14 +112,16 @@ class Checkpoints:
         metrics.leave_out(time.perf_counter() - began)
         return path
 
-    def _write(self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, state: dict[str, Any]) -> None:
+    def _write(
+        self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, records: dict[str, bytes]
+    ) -> None:
         is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
         step, partial = position.step, self.folder / f"{name_of(position.step)}.partial"
         try:
             self._together(step, is_main, lambda: self._begin(partial))
             write = lambda: self._write_tensors(partial, tensors, optimizer_tensors, sharded)  # noqa: E731
             written = self._together(step, is_main or sharded, write)
-            self._together(step, is_main, lambda: self._finish(partial, position, state, written))
+            self._together(step, is_main, lambda: self._finish(partial, position, records, written))
         finally:
             if is_main:
                 with contextlib.suppress(OSError):
@@ -168,9 +172,13 @@ class Checkpoints:
             write_share(content, path, self.accelerator.is_main_process)
         return {path.name: flushed(path) for path in paths}
 
-    def _finish(self, partial: Path, position: Position, state: dict[str, Any], written: list[dict[str, Any]]) -> None:
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {"state.json": flushed(partial / "state.json")}
+    def _finish(
+        self, partial: Path, position: Position, records: dict[str, bytes], written: list[dict[str, Any]]
+    ) -> None:
+        files = {}
+        for name, content in records.items():
+            (partial / name).write_bytes(content)
+            files[name] = flushed(partial / name)
         for entries in written:
             files |= entries
         evaluation = position.evaluation if position.evaluated_step == position.step else None
@@ -263,6 +271,7 @@ class Checkpoints:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         metrics.load_state_dict(state["metrics"])
+        metrics.block_nats = read_block_nats(path / BLOCK_NATS.name)
         if len(state["rng"]) == self.accelerator.num_processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
         else:

@@ -16,7 +16,7 @@ from train_loop.hub import Client
 from train_loop.lora import ADAPTER, has_lora, merged, save_adapter
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
-from train_loop.report import Line, Metrics
+from train_loop.report import BLOCK_NATS, Line, Metrics
 from train_loop.settings import Settings
 from train_loop.whole import utf8
 
@@ -89,7 +89,8 @@ class Publisher:
 
     def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
-        Returns what `export` does, and the same of metrics.jsonl, on the main one; {} on the others."""
+        Returns what `export` does, and the same of the records that can be written again from a checkpoint, on the main
+        one; {} on the others."""
         self.end()
         is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
         state_dict = unsharded_tensors(whole, keep=is_main)
@@ -97,7 +98,7 @@ class Publisher:
             card = model_card(self, whole, lines, results)
             folder = self.settings.folder
             exported = export(folder, whole, state_dict, self.tokenizer, card)
-            return exported | {"metrics.jsonl": flushed(folder / "metrics.jsonl")}
+            return exported | {name: flushed(folder / name) for name in ("metrics.jsonl", BLOCK_NATS.as_posix())}
         return {}
 
     def push_checkpoint(self, checkpoint: Path, step: int, model: torch.nn.Module, metrics: Metrics) -> None:

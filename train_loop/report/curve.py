@@ -1,4 +1,4 @@
-"""Pictures of metrics.jsonl: one run (loss_curve.png), or several side by side.
+"""metrics.jsonl, and a picture of it: loss_curve.png.
 
 Lines are those of metrics.jsonl; losses are nats per token. matplotlib is imported when something is drawn: it takes a
 good part of a second.
@@ -6,6 +6,7 @@ good part of a second.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ def smooth(values: np.ndarray) -> np.ndarray:
 
 def draw_run(lines: list[Line], path: Path | str) -> None:
     """Training loss, its smoothing, validation loss and learning rate against the optimizer step, as a PNG."""
-    plt = _pyplot()
+    plt = pyplot()
     figure, (axes, below) = plt.subplots(
         2, 1, sharex=True, figsize=(7, 4.8), height_ratios=(4, 1), layout="constrained"
     )
@@ -83,37 +84,15 @@ def draw_run(lines: list[Line], path: Path | str) -> None:
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     below.set_ylim(bottom=0)
     below.set_xlabel("optimizer step")
-    _save(figure, path)
-
-
-def draw_runs(runs: dict[str, list[Line]], path: Path | str) -> None:
-    """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right,
-    without the untrained model's, beside which the others would look alike."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(9, 4.2), layout="constrained")
-    for index, (name, lines) in enumerate(runs.items()):
-        style = {"color": plt.get_cmap("tab10")(index % 10), "ls": ("-", "--", ":")[index // 10 % 3]}
-        steps, losses = points(lines, "loss")
-        if len(losses) >= MIN_POINTS_TO_SMOOTH:
-            left.plot(steps, losses, lw=0.8, alpha=0.2, **style)
-            losses = smooth(losses)
-        left.plot(steps, losses, lw=1.6, **style)
-        steps, losses = points([line for line in lines if line["step"]], "eval_loss")
-        best = f" (lowest: {losses.min():.3f})" if len(losses) else ""
-        right.plot(steps, losses, lw=1.6, marker="o", ms=4, label=f"{name}{best}", **style)
-    left.set_ylabel("training loss (nats per token)")
-    right.set_ylabel("validation loss (nats per token)")
-    for axes in (left, right):
-        axes.set_xlabel("optimizer step")
-    right.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _ppl(loss: float) -> str:
     return f"{math.exp(min(loss, 700)):,.1f}" if loss < 14 else f"{math.exp(min(loss, 700)):.1e}"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,14 +101,18 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path | str) -> None:
+def save_figure(figure: Any, path: Path | str, without_steps: Sequence[Any] = ()) -> None:
+    """Writes a picture of values against the optimizer step, and forgets it. `without_steps`: axes whose x is another
+    value."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        if axes in without_steps:
+            continue
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    pyplot().close(figure)

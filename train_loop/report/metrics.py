@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from train_loop.errors import warn
+from train_loop.position import Position
 from train_loop.report.curve import Line, draw_run
+from train_loop.report.evaluations import Evaluation, Kept, write_block_nats
 from train_loop.report.trackers import Trackers
 from train_loop.whole import cannot_be_written, write_whole
 
@@ -51,6 +53,7 @@ class Metrics:
         self.show_progress, self.trackers = show_progress, trackers
         self.mfu_per_token_rate = mfu_per_token_rate  # mfu = this x tokens_per_second
         self.lines: list[Line] = []  # every line of metrics.jsonl
+        self.block_nats: dict[str, Kept] = {}  # of the evaluations "last" and "best"
         self.train_nats, self.train_tokens, self.train_seconds = 0.0, 0, 0.0
         self.num_skipped_steps = 0
         self.bar: tqdm | None = None
@@ -130,8 +133,8 @@ class Metrics:
             self.trackers.ids = state.get("trackers", {})
 
     def write_lines(self) -> None:
-        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. Raises
-        UserError."""
+        """Makes metrics.jsonl what it was at the checkpoint: one step has one line. Says where it was damaged. The same
+        for the nats of blocks. Raises UserError."""
         path, lines = self.output_dir / "metrics.jsonl", [json.dumps(line) + "\n" for line in self.lines]
         if path.is_file():
             found = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)[: len(lines)]
@@ -139,6 +142,7 @@ class Metrics:
             if differ:
                 warn(f"{path} is damaged from line {differ[0]} on: its lines come from the checkpoint")
         write_whole(path, "".join(lines))
+        write_block_nats(self.output_dir, self.block_nats)
 
     def log_training(self) -> None:
         """A line of metrics.jsonl: the token-weighted mean loss since the line before it, if there was a step."""
@@ -167,11 +171,16 @@ class Metrics:
             self._row(line["step"], line["epoch"], f"{self.train_loss:.4f}", speed=line["tokens_per_second"])
         self._restart()
 
-    def log_evaluation(
-        self, step: int, epoch: float, evaluation: dict[str, Any], samples: dict[str, str] | None = None
-    ) -> None:
-        """A line of metrics.jsonl, and a row of the table beside the training loss up to here. `samples`: {prompt: how
-        the model goes on from it}."""
+    def log_evaluation(self, position: Position, evaluation: Evaluation, samples: dict[str, str] | None = None) -> None:
+        """A line of metrics.jsonl, a row of the table beside the training loss up to here, and the nats of each block.
+        `position`: where the evaluation was made, and whether it is the best. `samples`: {prompt: how the model goes on
+        from it}."""
+        step, epoch = position.step, position.in_epochs()
+        self.block_nats["last"] = Kept(step, evaluation.block_nats)
+        if position.best_step == step:
+            self.block_nats["best"] = self.block_nats["last"]
+        if self.is_main:
+            write_block_nats(self.output_dir, self.block_nats)
         self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})
         if self.is_main:
             train_loss = "" if self.train_loss is None or not self.show_progress else f"{self.train_loss:.4f}"
