@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
-from train_loop.data import Rows, Split, Stream, TrainingData, load_rows, load_source, load_split
+from train_loop.data import Split, all_rows, load_sources, load_training, load_validation
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
 from train_loop.machine import (
@@ -54,16 +54,11 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
 
         # settings -> rows -> blocks
         config = load_config(settings)
-        train_rows, eval_rows, held_out = (load_source if settings.streaming else load_rows)(settings)
-        tokenizer = load_tokenizer(settings, train_rows)
-        eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
-        eval_splits = {"validation": eval_split}  # the first decides about the best model; more are evaluated beside it
-        train_split: TrainingData
-        if isinstance(train_rows, Rows):
-            if not settings.eval_only:
-                train_split = load_split(train_rows, tokenizer, "training", settings, show_progress)
-        elif train_rows is not None:  # a source of chunks: there is none where the model is only evaluated
-            train_split = Stream(train_rows, tokenizer, settings)
+        train_rows, eval_rows, held_out = load_sources(settings)  # by name: of each source, of each validation set
+        tokenizer = load_tokenizer(settings, all_rows(train_rows))
+        eval_splits = load_validation(eval_rows, tokenizer, settings, show_progress)
+        if not settings.eval_only:
+            train_split = load_training(train_rows, tokenizer, settings, show_progress)
         samples = Samples(settings, tokenizer) if settings.sample_prompt else None
 
         # -> model
@@ -79,7 +74,9 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
-        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
+        decides = run_identity(
+            settings, model, train_split, next(iter(eval_splits.values())), num_steps, accelerator, optimizer
+        )
         model, optimizer = prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
@@ -87,8 +84,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
         whole = accelerator.unwrap_model(model)
-        splits: list[TrainingData] = [train_split, *eval_splits.values()]
-        arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
+        arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
             from train_loop.trial import print_plan
 
@@ -104,7 +100,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         at_the_end.callback(checkpoints.end)
         mfu = mfu_per_token_rate(whole, settings, accelerator)
         trackers = Trackers(settings)
-        metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu)
+        metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu, list(eval_splits))
         at_the_end.callback(trackers.finish)
         path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:
@@ -137,7 +133,13 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         # -> loop
         scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
         publisher = Publisher(
-            settings, tokenizer, accelerator, repository, held_out, type(optimizer.optimizer).__name__
+            settings,
+            tokenizer,
+            accelerator,
+            repository,
+            held_out,
+            type(optimizer.optimizer).__name__,
+            list(eval_splits),
         )
         at_the_end.callback(publisher.end)
         stop.defer(settings.ddp_timeout)
@@ -179,7 +181,7 @@ def evaluate_only(
     show_progress: bool,
 ) -> None:
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
-    accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
+    accelerator.print(banner(settings, accelerator, model, eval_splits, held_out), flush=True)
     model, began = prepare(accelerator, model), time.perf_counter()
     results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)
     assert results is not None  # nothing can stop it

@@ -5,6 +5,7 @@ tokens.py     rows -> one file of tokens on disk      streaming.py   chunks -> b
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
 text.py       the words and bytes of the text that tokens stand for
 row_files.py  files -> rows, with one of the readers that formats.py chooses: text_files.py, json_files.py, tables.py
+mixture.py    all sources and validation sets, by name
 sets.py       the files of a data set                 token_cache.py  files of tokens: verified, listed, removed
 """
 
@@ -20,6 +21,7 @@ from train_loop.data.blocks import (
     load_windows,
     positions_in_documents,
 )
+from train_loop.data.mixture import all_rows, load_sources, load_training, load_validation
 from train_loop.data.row_files import Rows
 from train_loop.data.rows import load_file, load_rows
 from train_loop.data.sources import Source, load_source
@@ -37,6 +39,7 @@ __all__ = [
     "TrainingData",
     "Window",
     "Windows",
+    "all_rows",
     "block_order",
     "cached_tokens",
     "clear_cached_tokens",
@@ -44,7 +47,10 @@ __all__ = [
     "load_file",
     "load_rows",
     "load_source",
+    "load_sources",
     "load_split",
+    "load_training",
+    "load_validation",
     "load_windows",
     "positions_in_documents",
     "token_folder",

@@ -7,7 +7,7 @@
 Nothing here imports torch, so that `compare` answers at once.
 """
 
-from train_loop.report.curve import Line, draw_runs, points, read_lines
+from train_loop.report.curve import Line, draw_runs, of_each_set, points, read_lines
 from train_loop.report.metrics import Metrics, table
 from train_loop.report.sample import Samples
 from train_loop.report.summary import banner
@@ -20,6 +20,7 @@ __all__ = [
     "Trackers",
     "banner",
     "draw_runs",
+    "of_each_set",
     "points",
     "read_lines",
     "table",

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009
 """The settings of a run: one dataclass, which `command_line.py` fills and `contradictions.py` looks through.
 
 Names and defaults are those of `transformers.TrainingArguments` and its `run_clm` scripts where they have one.
@@ -11,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from train_loop.errors import UserError
-from train_loop.settings.field import FRACTION, above, at_least, one_of, setting
+from train_loop.settings.field import FRACTION, Sources, above, at_least, one_of, setting
 
 # the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
 SCHEDULES: dict[str, dict[str, float]] = {
@@ -56,18 +57,20 @@ class Settings:
     )
     trust_remote_code: bool = setting("model", False, "run Python code that comes with the model: only if you read it")
 
-    dataset_name: str | None = setting(
-        "data", None, "data set: a name on the hub, a folder, or python_docs (comes with Python)", is_path=True
+    dataset_name: Sources = setting(
+        "data", None, "data set: a hub name, a folder, or python_docs (comes with Python); or several", is_path=True
     )
     dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
-    train_file: str | None = setting(
+    train_file: Sources = setting(
         "data",
         None,
         "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
-        "each of which is a row",
+        "each of which is a row; or several, as NAME=FILE, to which a recipe gives weights",
         is_path=True,
     )
-    validation_file: str | None = setting("data", None, "validation rows, likewise", is_path=True)
+    validation_file: Sources = setting(
+        "data", None, "validation rows, likewise; of several sets the first decides about the best model", is_path=True
+    )
     validation_split_percentage: int = setting(
         "data",
         5,
@@ -118,7 +121,7 @@ class Settings:
     )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
-    lr_scheduler_kwargs: dict[str, float] | None = setting(  # noqa: RUF009
+    lr_scheduler_kwargs: dict[str, float] | None = setting(
         "training",
         None,
         "parameters of the schedule, a mapping in a recipe, JSON on the command line, e.g. '{\"min_lr_ratio\": 0.1}'; "
@@ -185,7 +188,7 @@ class Settings:
     named_perplexities: bool = setting(
         "evaluation", False, "also bits_per_byte and perplexities per word, comparable between tokenizers"
     )
-    sample_prompt: list[str] | None = setting(  # noqa: RUF009
+    sample_prompt: list[str] | None = setting(
         "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
     )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
@@ -197,7 +200,7 @@ class Settings:
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
     logging_first_step: bool = setting("output", False, "also log a line of training loss after the first step")
-    report_to: list[str] | None = setting(  # noqa: RUF009
+    report_to: list[str] | None = setting(
         "output",
         None,
         "trackers that get the lines of metrics.jsonl too",
