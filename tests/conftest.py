@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from forks import forked
 from hub_server import HubServer
 from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
@@ -183,14 +185,26 @@ def nobody_there():
 
 @pytest.fixture(scope="session")
 def watched(text_file, tmp_path_factory):
-    """Runs that learn eight blocks by heart, so that the validation loss soon rises: 40 steps with an evaluation every
-    second one, and a checkpoint every fifth. {"folder", "arguments", "outputs": of each attempt in turn}.
+    """Runs that memorise eight blocks, so that the validation loss soon rises: 40 steps with an evaluation every second
+    one, and a checkpoint every fifth. {"folder", "arguments", "outputs": of each attempt in turn, "errors"}. Of several
+    processes that run tests one makes them, and the others wait for it.
 
     folder/alone: everything on, left alone; the best is that of step 12. folder/killed: the same, killed in step 18 and
-    once more in step 17, each time after the checkpoint of step 15. folder/plain: without what must not show, and with
-    a tracker that loses its store.
+    once more in step 17, each time after the checkpoint of step 15. folder/plain: without what must have no effect, and
+    with a tracker that loses its store.
     """
-    folder = tmp_path_factory.mktemp("watched")
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "watched.lock"):
+        record = shared / "watched.json"
+        if not record.exists():
+            (shared / "watched").mkdir()
+            record.write_text(json.dumps(make_watched(shared / "watched", text_file)))
+    found = json.loads(record.read_text())
+    return found | {"folder": Path(found["folder"])}
+
+
+def make_watched(folder, text_file):
     common = [
         "--model_type=gpt2",
         "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
@@ -222,11 +236,11 @@ def watched(text_file, tmp_path_factory):
         },
     ]
     environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = run_program("watched.py", json.dumps(attempts), timeout=600, **environment)
+    done = forked(PROGRAMS / "watched.py", json.dumps(attempts), timeout=600, **environment)
     outputs = done.stdout.split("::\n")[1:]
     statuses = [int(output.split()[-1]) for output in outputs]
     assert statuses == [0, -9, -9, 0, 0], done.stdout + done.stderr
-    return {"folder": folder, "arguments": arguments, "outputs": outputs, "errors": done.stderr}
+    return {"folder": str(folder), "arguments": arguments, "outputs": outputs, "errors": done.stderr}
 
 
 def shows(picture, colour):

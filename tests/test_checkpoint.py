@@ -25,10 +25,10 @@ from conftest import (
     copy_until,
     largest_file,
     lines_of,
-    run,
     run_program,
     without_timings,
 )
+from forks import forked
 
 from train_loop import loop
 from train_loop.checkpoint.durable import damage, name_of, steps_in
@@ -62,7 +62,7 @@ def interrupted(reference, tmp_path):
 def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number, kills):
     """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
     harness = "tests/benchmarks/kills.py"
-    done = run(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
+    done = forked(harness, f"--kills={kills}", f"--processes={processes}", f"--signal={number}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
@@ -252,7 +252,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
     arguments += ["--per_device_train_batch_size=4"]
-    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=TWO)
+    done = forked("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stderr
     copy_until(18, tmp_path / "two", tmp_path / "one")
     more = ["--gradient_accumulation_steps=2", "--resume_from_checkpoint=auto"]
@@ -288,7 +288,7 @@ def test_a_full_disk_ends_with_a_sentence_and_loses_nothing(step, message, argum
 def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments, tmp_path):
     output_dir = tmp_path / "run"
     batch = ["--per_device_train_batch_size=4", "--logging_steps=1"]
-    done = run_program("nan_on_rank_1.py", *arguments, *batch, f"--output_dir={output_dir}", launcher=TWO)
+    done = forked(PROGRAMS / "nan_on_rank_1.py", *arguments, *batch, f"--output_dir={output_dir}", processes=2)
     assert done.returncode == 1
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert (
@@ -306,7 +306,7 @@ def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(argument
     done = run_program("rank_1_dies_once.py", *arguments_of_run, launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr
     assert "checkpoints/step-000005" in done.stdout
-    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/reference", launcher=TWO)
+    done = forked("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/reference", processes=2)
     assert done.returncode == 0, done.stderr
     assert_same_run(tmp_path / "run", tmp_path / "reference")
 

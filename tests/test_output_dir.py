@@ -11,7 +11,8 @@ import time
 
 import pytest
 import yaml
-from conftest import EXPORTED, TINY, largest_file, lines_of, run_program
+from conftest import EXPORTED, PROGRAMS, TINY, largest_file, lines_of
+from forks import forked
 
 from train_loop import lock
 from train_loop.errors import UserError
@@ -58,7 +59,7 @@ def fork(deed):
 
 def test_of_two_runs_that_start_at_the_same_moment_one_trains_and_the_other_refuses(arguments, finished, tmp_path):
     """The short form of tests/benchmarks/two_at_once.py."""
-    done = run_program("at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
+    done = forked(PROGRAMS / "at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
     assert done.stdout == "[0, 1]\n", done.stdout + done.stderr
     (error,) = [line for path in tmp_path.glob("*.err") for line in path.read_text().splitlines() if "error" in line]
     # a refused run waits a second for the lock, in which a run as short as this one may end

@@ -9,7 +9,8 @@ import sys
 import time
 
 import pytest
-from conftest import PROGRAMS, ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, run_program, without_timings
+from conftest import PROGRAMS, ROOT, TINY, TINY_CONFIGS, TWO, lines_of, run, without_timings
+from forks import LAUNCHED, forked
 
 from train_loop.compare import main as compare
 from train_loop.main import main
@@ -92,7 +93,7 @@ def test_traceback_shows_an_error_of_the_settings_too(capsys):
 
 @pytest.mark.parametrize("moment", ["training", "end"])
 def test_the_process_with_the_error_is_heard(moment, arguments, tmp_path):
-    done = run_program("fails_on_rank_1.py", moment, *arguments, launcher=TWO)
+    done = forked(PROGRAMS / "fails_on_rank_1.py", moment, *arguments, processes=2)
     assert done.returncode == 1
     told = done.stderr[done.stderr.index("process 1:\n") :]
     assert told.startswith("process 1:\nTraceback (most recent call last):\n")
@@ -179,10 +180,6 @@ def test_a_run_resumed_from_a_folder_of_another_name_can_be_resumed_again(argume
     assert f"--resume_from_checkpoint '{named}'" in capsys.readouterr().err
 
 
-# how a process knows that a launcher started it
-LAUNCHED = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_DYNAMO_BACKEND": "no", "ACCELERATE_DYNAMO_MODE": "default"}
-
-
 def shell(command, **environment):
     """A finished command of bash, whose status is that of the first one in a pipe."""
     command = f"set -o pipefail; {command}"
@@ -250,18 +247,6 @@ def test_a_progress_bar_keeps_its_line(capsys):
         outer.close()
     out, err = capsys.readouterr()
     assert out == "a row\n" and "\r" in err and "\x1b[A" in err and "\x1b[2J" not in err and "in\\x1b[2Jner" in err
-
-
-def test_a_password_in_the_hubs_address_is_never_printed(nobody_there, tmp_path):
-    address = nobody_there.replace("http://", "http://me:secret@")
-    done = run(
-        *("-m", "train_loop.main", "--config=distilgpt2_wikitext2"),
-        launcher=("env", "-u", "HF_HUB_OFFLINE", sys.executable),
-        HF_ENDPOINT=address,
-        HF_HOME=str(tmp_path),
-    )
-    assert done.returncode == 1 and f"{nobody_there} cannot be reached" in done.stderr
-    assert "secret" not in done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("what", ["code of its own", "pickled weights", "nothing"])

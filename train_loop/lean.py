@@ -1,6 +1,6 @@
 """Modules that give a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
 
-Measured to pay (README, Speed). `--tuning false` leaves the model as transformers made it, and this file is not even
+Measured to pay (tests/benchmarks). `--tuning false` leaves the model as transformers made it, and this file is not even
 imported. What it takes from transformers and torch is partly private. Where a version has moved it, a warning says so
 and the model keeps its own modules.
 

@@ -1,6 +1,6 @@
 """What the machine is asked for before torch is imported: memory that stays, huge pages, threads.
 
-Measured to pay (README, Speed). `--tuning false` leaves memory as the libraries have it.
+Measured to pay (tests/benchmarks). `--tuning false` leaves memory as the libraries have it.
 """
 
 import contextlib

@@ -31,6 +31,11 @@ def build_accelerator(settings: Settings) -> Accelerator:
             "the launch config says fsdp_activation_checkpointing: with it Accelerate computes activations again with "
             "other dropout masks, and gradients are wrong. Remove it there, and give --gradient_checkpointing"
         )
+    if asks_for_fsdp() and settings.optimizer == "muon":
+        raise UserError(
+            "optimizer muon needs whole matrices, and the launch config asks for FSDP, which shards them. Give "
+            "--optimizer adamw, or a launch config without FSDP"
+        )
     _choose_kernels(settings.deterministic)
     has_device = torch.accelerator.is_available()
     group = InitProcessGroupKwargs(timeout=timedelta(seconds=settings.ddp_timeout))

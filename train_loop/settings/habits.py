@@ -151,7 +151,7 @@ REFUSED = {
     "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
     "use_liger_kernel": ("the loss already works without logits", "false"),
     "liger_kernel_config": ("the loss already works without logits", ""),
-    "optim": ("the optimizer is AdamW; the place to change it is train_loop/optim.py", "adamw_torch,adamw_torch_fused"),
+    "optim": ("give --optimizer adamw or muon; any other: train_loop/optim.py", "adamw_torch,adamw_torch_fused"),
     "optim_args": ("the place to change the optimizer is train_loop/optim.py", ""),
     "optim_target_modules": ("the place to change the optimizer is train_loop/optim.py", ""),
     "neftune_noise_alpha": ("the place for noise on embeddings is train_loop/model.py", ""),

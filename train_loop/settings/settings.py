@@ -131,7 +131,10 @@ class Settings:
     warmup_ratio: float = setting(
         "training", 0.0, "linear warm-up as a share of all optimizer steps, in place of num_warmup_steps", **FRACTION
     )
-    weight_decay: float = setting("training", 0.0, "AdamW's decay, on matrices only", **at_least(0))
+    optimizer: str = setting(
+        "training", "adamw", "muon: for hidden matrices, from scratch; AdamW for the rest", **one_of("adamw", "muon")
+    )
+    weight_decay: float = setting("training", 0.0, "decay of the weights, on matrices only", **at_least(0))
     adam_beta1: float = setting("training", 0.9, "AdamW's first beta", **FRACTION)
     adam_beta2: float = setting("training", 0.999, "AdamW's second beta", **FRACTION)
     adam_epsilon: float = setting("training", 1e-8, "AdamW's epsilon", **above(0))
