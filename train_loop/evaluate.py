@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train_loop.data import IGNORED, CoveredText, Split, inputs_and_labels, positions_in_documents
+from train_loop.data import IGNORED, CoveredText, Split, model_inputs
 from train_loop.loss import plain_next_token_loss
 from train_loop.process import StopSignal
 from train_loop.settings import Settings
@@ -80,12 +80,8 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
         is_new[row, num_context : len(ids)] = True
         if split.text:
             is_text[row, : len(ids)] = split.text.is_text[begin : begin + len(ids)]
-    batch = inputs_and_labels(own)
-    labels = batch["labels"]
-    labels[~is_new] = IGNORED
-    if split.document_end is not None:
-        batch["position_ids"] = positions_in_documents(batch["input_ids"], split.document_end)
-        labels[batch["position_ids"] == 0] = IGNORED
+    batch = model_inputs(own, split.documents_apart)
+    batch["labels"][~is_new] = IGNORED
     if split.text and not split.text.is_text.all():
         batch["target_is_text"] = is_text
     return {name: torch.from_numpy(array) for name, array in batch.items()}

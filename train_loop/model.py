@@ -27,7 +27,7 @@ from transformers import (  # type: ignore[attr-defined]  # its automatic classe
     PreTrainedTokenizerFast,
 )
 
-from train_loop.data import Source
+from train_loop.data import Source, texts_of
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.machine import checkpoint_activations
@@ -65,7 +65,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, str]] | Source | None) -> PreTrainedTokenizerFast:
+def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, Any]] | Source | None) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
 
     Raises UserError where there is none, or it is a slow one.
@@ -278,7 +278,7 @@ def _override(config: PreTrainedConfig, overrides: dict[str, str]) -> None:
             ) from error
 
 
-def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -290,5 +290,5 @@ def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrai
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((row["text"] or "" for row in rows), trainer)
+    tokenizer.train_from_iterator((text for row in rows for text in texts_of(row["text"] or "")), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)

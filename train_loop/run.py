@@ -30,7 +30,7 @@ from train_loop.machine import (
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
-from train_loop.probes import head_of
+from train_loop.probes import head_of, keep_apart_where_possible
 from train_loop.process import Clock, StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Metrics, Samples, Trackers, banner, table
@@ -63,7 +63,8 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
 
         # -> model
         model = load_model(settings, config, tokenizer)
-        for remark in head_of(model).remarks:
+        splits: list[TrainingData] = [*([] if settings.eval_only else [train_split]), *eval_splits.values()]
+        for remark in (*head_of(model).remarks, *keep_apart_where_possible(model, splits)):
             accelerator.print(f"loss        {remark}")
         compile_in_place(model, accelerator)
         if settings.eval_only:

@@ -2,6 +2,9 @@
 
 rows.py       rows from files, folders, data sets     sources.py     the same in chunks, from any place on
 tokens.py     rows -> one file of tokens on disk      streaming.py   chunks -> blocks, while training runs
+prompts.py    prompts and chats -> tokens with marks  chats.py       what the assistant wrote in a chat
+marks.py      what is known of a token beside its id  token_ids.py   what the tokenizer makes of texts
+columns.py    which columns hold the rows
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
 text.py       the words and bytes of the text that tokens stand for
 row_files.py  files -> rows, with one of the readers that formats.py chooses: text_files.py, json_files.py, tables.py
@@ -19,8 +22,9 @@ from train_loop.data.blocks import (
     inputs_and_labels,
     load_split,
     load_windows,
-    positions_in_documents,
+    model_inputs,
 )
+from train_loop.data.columns import texts_of
 from train_loop.data.mixture import all_rows, load_sources, load_training, load_validation
 from train_loop.data.row_files import Rows
 from train_loop.data.rows import load_file, load_rows
@@ -52,6 +56,7 @@ __all__ = [
     "load_training",
     "load_validation",
     "load_windows",
-    "positions_in_documents",
+    "model_inputs",
+    "texts_of",
     "token_folder",
 ]

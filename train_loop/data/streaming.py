@@ -27,11 +27,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.data.blocks import Window, Windows, end_of_documents
+from train_loop.data.blocks import Window, Windows, documents_apart, marking_of
+from train_loop.data.chats import RowProblem
+from train_loop.data.columns import TEXT, Row
+from train_loop.data.prompts import PLAIN, encode_marked
 from train_loop.data.row_files import digest_of
 from train_loop.data.sources import Source
-from train_loop.data.tokens import encode, tokenizer_recipe
-from train_loop.errors import UserError
+from train_loop.data.tokens import encode, tokenizer_recipe, without_blank
+from train_loop.errors import UserError, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
@@ -83,11 +86,13 @@ class Stream:
     def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
         """Raises UserError where the data has not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
-        self.end_of_text = end_of_documents(tokenizer, settings)
-        self.document_end = self.end_of_text if settings.document_attention else None
-        recipe = [*tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
+        kind, names = source.columns.kind, source.columns.names
+        self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
+        self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
+        recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
+        recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
         self._identity = {
-            "training blocks": f"streamed, {digest_of([*recipe, source.column])}",
+            "training blocks": f"streamed, {digest_of(recipe)}",
             "shuffle_buffer_size": settings.shuffle_buffer_size,
             **source.files.identity(),
         }
@@ -103,7 +108,8 @@ class Stream:
     def summary(self) -> str:
         size = self.settings.shuffle_buffer_size
         order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
-        return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
+        rows = f" (rows of {self.marking.kind})" if self.marking.kind != TEXT else ""
+        return f"streamed from {self.source.files.summary()}{rows}; blocks of {self.settings.block_size} {order}"
 
     def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
         """Not known before the end of the data."""
@@ -135,13 +141,30 @@ class Stream:
             stream = {"place": place, "token": token, "group": group, "index": index}
             end = Place(start.epoch, number, start.per_epoch if following else number, stream)
             taken = np.stack([block for block, *_ in window])
-            batch = Windows(taken, np.arange(len(taken)), *shape, document_end=self.document_end)[0]
+            batch = Windows(taken, np.arange(len(taken)), *shape, documents_apart=self.documents_apart)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
             yield Window(batch, end)
             if not following:
                 return
             window = following
+
+    def _encode(self, rows: list[Row], place: Any) -> np.ndarray:
+        """The tokens of a chunk's rows, with their marks."""
+        if self.marking == PLAIN:
+            return encode(rows, self.tokenizer, self.end_of_text)
+        try:
+            tokens, counts = encode_marked(rows, self.tokenizer, self.end_of_text, self.marking)
+        except RowProblem as problem:
+            where = f"row {problem.index + 1:,} of the training data after {place or 'its beginning'}"
+            raise UserError(f"{where}: {problem}") from problem
+        if (counts.num_cut or counts.num_left_out) and self.tells_of_cuts:
+            self.tells_of_cuts = False  # once: how many they are is not known before the end of the data
+            tell(
+                f"note: rows of the training data are longer than block_size {self.settings.block_size}: they are cut, "
+                "and left out where no target is left"
+            )
+        return tokens
 
     def _tokens(self, place: Any, W: int = 1, rank: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
         """(place, tokens) of each chunk from a place on, the same on each of W processes."""
@@ -154,9 +177,7 @@ class Stream:
                 for i, (place, chunk) in enumerate(itertools.islice(chunks, W)):
                     places.append(place)
                     if i == rank:
-                        texts = self.source.texts(place, chunk)
-                        texts = ["" if text.isspace() else text for text in texts]
-                        tokens = encode(texts, self.tokenizer, self.end_of_text)
+                        tokens = self._encode([without_blank(row) for row in self.source.texts(place, chunk)], place)
             except Exception as error:  # whatever it is, the others are waiting to hear of it
                 return places, tokens, error
             return places, tokens, None

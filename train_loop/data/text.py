@@ -6,7 +6,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.row_files import Rows
-from train_loop.data.tokens import encode
+from train_loop.data.tokens import encode, without_blank
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def covered_text(
     num_words = num_line_ends = num_bytes = 0
     is_text, num_left = [np.zeros(0, dtype=bool)], num_tokens
     for row in rows:
-        text = "" if row["text"].isspace() else row["text"]
+        text = str(without_blank(row["text"]))  # rows of text alone (`load_split`)
         encoding = tokenizer(text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
         num_own = len(encode([text], tokenizer, end_of_text))  # with an end-of-text token after the row
         of_row = np.zeros(num_own, dtype=bool)

@@ -99,7 +99,7 @@ class Metrics:
             )
             if self.bar.update(1):  # it was drawn
                 self._fetch()
-                loss = self.sums["loss"] / self.tokens
+                loss = self.sums["loss"] / max(1, self.tokens)  # a window may have no target
                 self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.latest['learning_rate']:.2e}", refresh=False)
 
     def _fetch(self) -> None:
@@ -229,7 +229,7 @@ class Metrics:
         return {
             "epoch": round(self.latest["epoch"], 6),
             "step": self.latest["step"],
-            "train_loss": self.train_nats / self.train_tokens,
+            "train_loss": self.train_nats / max(1, self.train_tokens),
             **evaluation,
             "train_tokens": self.train_tokens,
             "train_runtime": self.train_seconds,

@@ -126,8 +126,8 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
             f"--{f.name}",
             nargs="*" if several else "?",
             action="extend" if several else "store",
-            const="true" if f.type is bool else None,
-            metavar="true|false" if f.type is bool else type_name(f.type).split()[-1].upper(),
+            const="true" if kind_of(f.type) is bool else None,
+            metavar="true|false" if kind_of(f.type) is bool else type_name(f.type).split()[-1].upper(),
             help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
         )
     for name in habits.ALIASES:

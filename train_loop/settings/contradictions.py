@@ -66,8 +66,9 @@ def contradictions(s: Settings) -> list[str]:
     if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
         found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
     found += _schedule_problems(s)
-    if s.document_attention and not s.add_eos_token:
-        found.append("document_attention goes with add_eos_token, which marks where documents end")
+    for name in ("document_attention", "eval_stride", "named_perplexities"):
+        if getattr(s, name) and not s.packing:
+            found.append(f"{name} goes with packing: without it each row has a block of its own")
     if s.early_stopping_threshold and not s.early_stopping_patience:
         found.append("early_stopping_threshold goes with early_stopping_patience")
     if s.load_best_model_at_end and s.checkpointing_steps == "none":

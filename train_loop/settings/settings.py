@@ -78,10 +78,26 @@ class Settings:
         check=lambda value: 1 <= value <= 99,
         wanted="from 1 to 99",
     )
-    text_column: str | None = setting("data", None, "column that holds the text; else 'text', or the only one of text")
+    text_column: list[str] | None = setting(  # noqa: RUF009
+        "data",
+        None,
+        "one column: of texts, or of chats (lists of messages); two: of prompts and completions. Else text, prompt and "
+        "completion, messages, or the only column of text",
+        check=lambda names: 1 <= len({*names}) == len(names) <= 2,
+        wanted="one column, or two",
+    )
+    completion_only_loss: bool = setting(
+        "data", True, "of prompts and chats, only completions and the assistant's turns are targets"
+    )
+    packing: bool = setting(
+        "data", True, "false: each row has a block of its own; it is cut at block_size, or filled up without targets"
+    )
     add_eos_token: bool = setting("data", False, "put the end-of-text token after each row: rows are documents")
-    document_attention: bool = setting(
-        "data", False, "with add_eos_token: attention and positions begin anew with each document in a block"
+    document_attention: bool | None = setting(
+        "data",
+        None,
+        "attention and positions begin anew with each row in a block; else so for prompts and chats if the model can, "
+        "and not for text. For text it goes with add_eos_token",
     )
     streaming: bool = setting(
         "data",
