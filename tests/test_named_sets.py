@@ -166,7 +166,7 @@ def test_settings_with_named_sets_are_read_back_the_same(trained):
         read_settings([f"--config={trained}/train_config.yaml", "--output_dir=x"]).validation_file
         == settings.validation_file
     )
-    assert places(settings).keys() == {"wiki", "mine"} and validation_sets_of(settings)["mine"].text_column == "body"
+    assert places(settings).keys() == {"wiki", "mine"} and validation_sets_of(settings)["mine"].text_column == ["body"]
 
 
 def test_a_run_with_named_sets_goes_on_as_if_left_alone(arguments, trained, tmp_path):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
-from train_loop.data import Split, all_rows, load_sources, load_training, load_validation
+from train_loop.data import Split, TrainingData, all_rows, load_sources, load_training, load_validation
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
 from train_loop.machine import (

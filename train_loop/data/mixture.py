@@ -1,6 +1,7 @@
 """The rows of all sources of a run, and of all its validation sets, by name."""
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -39,7 +40,7 @@ def load_sources(settings: Settings) -> tuple[dict[str, Rows | Source], dict[str
     return train_rows, eval_rows, "; ".join(notes.values())
 
 
-def all_rows(train_rows: Mapping[str, Rows | Source]) -> Iterator[dict[str, str]]:
+def all_rows(train_rows: Mapping[str, Rows | Source]) -> Iterator[dict[str, Any]]:
     """The rows of all sources, for a tokenizer to be trained on; no source may be a stream."""
     for rows in train_rows.values():
         assert isinstance(rows, Rows)  # a stream trains no tokenizer (`contradictions`)

@@ -78,7 +78,7 @@ class Settings:
         check=lambda value: 1 <= value <= 99,
         wanted="from 1 to 99",
     )
-    text_column: list[str] | None = setting(  # noqa: RUF009
+    text_column: list[str] | None = setting(
         "data",
         None,
         "one column: of texts, or of chats (lists of messages); two: of prompts and completions. Else text, prompt and "
