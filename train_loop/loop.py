@@ -146,4 +146,4 @@ def windows_from(
             yield window
             is_there = (position.epoch, position.window) == (place.epoch, place.window)
             assert is_there or position.step == step, "position.move_to(window.end) is missing after a step"
-        place = Place(place.epoch + 1, 0, place.per_epoch)
+        place = Place(place.epoch + 1, 0, place.per_epoch, place.stream)

@@ -41,7 +41,16 @@ SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stoppin
 CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
 # what a resumed run is bit for bit equal under: told where it differs, never refused
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-CODE = ("loss.py", "cross_entropy.py", "head.py", "model.py", "optim.py", "loop.py", "data/blocks.py")  # of the package
+CODE = (
+    "loss.py",
+    "cross_entropy.py",
+    "head.py",
+    "model.py",
+    "optim.py",
+    "loop.py",
+    "data/blocks.py",
+    "data/mixture.py",
+)  # of the package
 CODE_OF = "code of "
 
 

@@ -65,7 +65,7 @@ class TrainingData(Protocol):
         """What stands for the training data in a checkpoint's identity."""
 
     def summary(self) -> str:
-        """A line about the data."""
+        """A line about the data; of several sources, a line for each."""
 
 
 @dataclass

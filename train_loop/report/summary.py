@@ -35,7 +35,8 @@ def banner(
     source = s.model_name_or_path or ("from scratch" + (f", shaped as {s.config_name}" if s.config_name else ""))
     lines = [f"model       {source}: {model.config.model_type}, {num_parameters:,} parameters{trained}, float32"]
     if train_split:
-        lines.append(f"training    {train_split.summary()}")
+        for i, line in enumerate(train_split.summary().split("\n")):
+            lines.append(f"{'' if i else 'training':<12}{line}")
     for i, (name, split) in enumerate(eval_splits.items()):
         label = "" if i else "validation"
         lines.append(f"{label:<12}{f'{name}: ' if len(eval_splits) > 1 else ''}{split.summary()}")

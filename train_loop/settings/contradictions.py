@@ -4,7 +4,7 @@ from pathlib import Path
 
 from train_loop.files import FILE_KINDS, data_files, file_kind
 from train_loop.settings.settings import SCHEDULES, Settings
-from train_loop.settings.sources import sources_of, validation_sets_of
+from train_loop.settings.sources import sources_of, validation_sets_of, weights_of
 
 
 def contradictions(s: Settings) -> list[str]:
@@ -61,6 +61,8 @@ def contradictions(s: Settings) -> list[str]:
             found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
         if "python_docs" in data_sets:
             found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
+    if s.streaming and len(sources) > 1 and not weights_of(s):
+        found.append("streaming several sources needs a weight for each, in a recipe: their lengths are not known")
     if s.streaming and not s.validation_file and any(of_one.train_file for of_one in sources.values()):
         found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
     if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
