@@ -125,7 +125,7 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
         groups[group].add_argument(
             f"--{f.name}",
             nargs="*" if several else "?",
-            action="extend" if several else "store",
+            action="extend" if several and f.name not in LISTS else "store",
             const="true" if kind_of(f.type) is bool else None,
             metavar="true|false" if kind_of(f.type) is bool else type_name(f.type).split()[-1].upper(),
             help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
