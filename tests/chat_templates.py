@@ -1,7 +1,11 @@
 """A tokenizer of bytes and three chat templates, for tests and for the comparison with TRL."""
 
+from itertools import pairwise
+
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark, ids_of
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|begin|>", "<|header|>", "<|end_header|>", "<|eot|>"]
 
@@ -39,3 +43,14 @@ def messages(*contents, system=None):
     """A chat in which user and assistant take turns, the user first."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": content} for i, content in enumerate(contents)]
     return [{"role": "system", "content": system}, *turns] if system else turns
+
+
+def shown(tokens, tokenizer):
+    """The text of tokens: a row begins with "¦", and targets stand between "«" and "»"."""
+    is_target, begins = ~has_mark(tokens, NOT_A_TARGET), has_mark(tokens, ROW_BEGINS)
+    edges = [0, *(i for i in range(1, len(tokens)) if begins[i] or is_target[i] != is_target[i - 1]), len(tokens)]
+    parts = []
+    for first, end in pairwise(edges):
+        text = tokenizer.decode(ids_of(tokens[first:end]))
+        parts.append("¦" * bool(begins[first]) + (f"«{text}»" if is_target[first] else text))
+    return "".join(parts)

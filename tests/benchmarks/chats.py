@@ -107,6 +107,7 @@ def our_losses(split, tokenizer, folder):
 
 
 def compare_labels():
+    import trl
 
     pairs = [
         {"prompt": f"{sentence(random.Random(i), 5)}{' ' * (i % 5 == 0)}", "completion": f"{' ' * (i % 3 == 0)}is {i}."}
@@ -118,11 +119,12 @@ def compare_labels():
     cases = {"prompt + completion": (pairs, byte_tokenizer(merges=merges), {})}
     for name, template in TEMPLATES.items():
         cases[f"{name}, as prompt + completion"] = halves, byte_tokenizer(template), {}
-    cases["marked, as messages"] = (
-        [{"messages": c} for c in whole],
-        byte_tokenizer(MARKED),
-        {"assistant_only_loss": True},
-    )
+    # the last is a template without marks that TRL marks by itself; here the turns are found by differences
+    of_trl = (Path(trl.__file__).parent / "chat_templates" / "llama3.jinja").read_text(encoding="utf-8")
+    for name, template in {"marked": MARKED, "TRL's llama3": of_trl}.items():
+        tokenizer = byte_tokenizer(template)
+        tokenizer.bos_token = "<|begin|>"
+        cases[f"{name}, as messages"] = [{"messages": c} for c in whole], tokenizer, {"assistant_only_loss": True}
     for name, (rows, tokenizer, more) in cases.items():
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)

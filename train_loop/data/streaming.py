@@ -90,6 +90,11 @@ class Stream:
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
+        if kind != TEXT and "strftime_now" in str(tokenizer.chat_template or ""):
+            raise UserError(
+                "the chat template writes today's date into each row: a run that is resumed on another day would read "
+                "other tokens. Prepare the data (streaming false), or write a fixed date into the template"
+            )
         self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
