@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
+from forks import forked
 from hub_server import HubServer
 from matplotlib.colors import to_rgb
 from safetensors.torch import load_file
@@ -82,6 +84,7 @@ EXPORTED = {  # what a finished run leaves in its folder, beside its checkpoints
     "README.md",
     "all_results.json",
     "config.json",
+    "evaluations",
     "generation_config.json",
     "loss_curve.png",
     "metrics.jsonl",
@@ -127,6 +130,24 @@ def blocks():
     for t in range(1, BLOCK):
         rows[:, t] = np.where(generator.random(22) < 0.8, successor[rows[:, t - 1]], generator.integers(VOCAB, size=22))
     return rows
+
+
+def save_model(folder, text_file, model_type="gpt2", num_tokens=300, **values):
+    """Leaves a tiny model with random weights in `folder`, with a tokenizer of its own. `values` go into its config."""
+    import datasets
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
+
+    rows = datasets.Dataset.from_dict({"text": text_file.read_text(encoding="utf-8").splitlines(keepends=True)})
+    tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=num_tokens), rows)
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    values = {"bos_token_id": 0, "eos_token_id": 0, **TINY_CONFIGS[model_type], **values}
+    config = AutoConfig.for_model(model_type, vocab_size=len(tokenizer), **values)
+    AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
+    return folder
 
 
 def parquet(rows):
@@ -183,14 +204,26 @@ def nobody_there():
 
 @pytest.fixture(scope="session")
 def watched(text_file, tmp_path_factory):
-    """Runs that learn eight blocks by heart, so that the validation loss soon rises: 40 steps with an evaluation every
-    second one, and a checkpoint every fifth. {"folder", "arguments", "outputs": of each attempt in turn}.
+    """Runs that memorise eight blocks, so that the validation loss soon rises: 40 steps with an evaluation every second
+    one, and a checkpoint every fifth. {"folder", "arguments", "outputs": of each attempt in turn, "errors"}. Of several
+    processes that run tests one makes them, and the others wait for it.
 
     folder/alone: everything on, left alone; the best is that of step 12. folder/killed: the same, killed in step 18 and
-    once more in step 17, each time after the checkpoint of step 15. folder/plain: without what must not show, and with
-    a tracker that loses its store.
+    once more in step 17, each time after the checkpoint of step 15. folder/plain: without what must have no effect, and
+    with a tracker that loses its store.
     """
-    folder = tmp_path_factory.mktemp("watched")
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    with FileLock(shared / "watched.lock"):
+        record = shared / "watched.json"
+        if not record.exists():
+            (shared / "watched").mkdir()
+            record.write_text(json.dumps(make_watched(shared / "watched", text_file)))
+    found = json.loads(record.read_text())
+    return found | {"folder": Path(found["folder"])}
+
+
+def make_watched(folder, text_file):
     common = [
         "--model_type=gpt2",
         "--config_overrides=n_layer=1,n_head=2,n_embd=32,n_positions=64",
@@ -222,11 +255,11 @@ def watched(text_file, tmp_path_factory):
         },
     ]
     environment = {"MLFLOW_ALLOW_FILE_STORE": "true", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    done = run_program("watched.py", json.dumps(attempts), timeout=600, **environment)
+    done = forked(PROGRAMS / "watched.py", json.dumps(attempts), timeout=600, **environment)
     outputs = done.stdout.split("::\n")[1:]
     statuses = [int(output.split()[-1]) for output in outputs]
     assert statuses == [0, -9, -9, 0, 0], done.stdout + done.stderr
-    return {"folder": folder, "arguments": arguments, "outputs": outputs, "errors": done.stderr}
+    return {"folder": str(folder), "arguments": arguments, "outputs": outputs, "errors": done.stderr}
 
 
 def shows(picture, colour):
@@ -368,6 +401,8 @@ def assert_same_run(output_dir, reference):
         ]
         assert not said, f"a run is not the one that it must equal: in step {line['step']} {', '.join(said)}"
     assert len(lines) == len(wanted), f"a run has {len(lines)} lines of metrics.jsonl, and the same run {len(wanted)}"
+    nats = [(folder / "evaluations" / "block_nats.safetensors").read_bytes() for folder in (output_dir, reference)]
+    assert nats[0] == nats[1], "a run is not the one that it must equal: same metrics, but other nats of blocks"
     first, second = weights_of(output_dir), weights_of(reference)
     different = [name for name in first.keys() | second.keys() if not torch.equal(first.get(name), second.get(name))]
     assert not different, f"a run is not the one that it must equal: same metrics, but other weights in {different}"

@@ -6,7 +6,8 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT, TWO, assert_same_run, lines_of, run, weights_of, without_timings
+from conftest import assert_same_run, lines_of, weights_of, without_timings
+from forks import forked
 from safetensors.torch import load_file
 
 from train_loop import best
@@ -133,7 +134,7 @@ def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_e
 def test_two_processes_decide_alike_and_write_one_sample_each_time(watched, tmp_path):
     arguments = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
     arguments += ["--per_device_train_batch_size=4", "--early_stopping_patience=3"]
-    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/run", launcher=TWO, PYTHONPATH=str(ROOT))
+    done = forked("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/run", processes=2)
     assert done.returncode == 0, done.stderr
     assert "world size 2" in done.stdout and done.stdout.count("stopped early after step") == 1
     step = assert_exports_its_best(tmp_path / "run")

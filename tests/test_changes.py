@@ -1,4 +1,4 @@
-"""The changes in `changes/`, to which README leads: each is applied to a copy of the package, and run."""
+"""The changes in `changes/`, which train_loop/README.md lists: each is applied to a copy of the package, and run."""
 
 import importlib
 import json
@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, TWO, assert_same_run, copy_until, lines_of, run
+from conftest import ROOT, TINY, assert_same_run, copy_until, lines_of
+from forks import forked
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -26,12 +27,18 @@ def test_each_change_has_at_most_twenty_lines_in_one_or_two_files():
         assert 0 < len(re.findall(r"^[+-](?!\+\+ |-- )", diff, re.MULTILINE)) <= 20
 
 
-def test_readme_leads_to_each_change_and_shows_the_objectives_as_it_is():
+def edited(diff):
+    return [line for line in diff.splitlines() if re.match(r"[+-](?!\+\+ |-- )", line) and "import " not in line]
+
+
+def test_the_pages_lead_to_each_change_and_readme_shows_three_as_they_are():
+    page = (ROOT / "train_loop" / "README.md").read_text(encoding="utf-8")
+    for name, num_lines in re.findall(r"tests/changes/(\w+)\.patch\) \| (\d+) \|", page):
+        assert len(re.findall(r"^[+-](?!\+\+ |-- )", CHANGES[name], re.MULTILINE)) == int(num_lines), name
+    assert set(re.findall(r"tests/changes/(\w+)\.patch", page)) == CHANGES.keys()
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"tests/changes/(\w+)\.patch", readme)) == CHANGES.keys()
-    (shown,) = re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)
-    edited = [line for line in CHANGES["focal_loss"].splitlines() if re.match(r"[+-](?!\+\+ |-- )", line)]
-    assert [line for line in edited if "import" not in line] == shown.splitlines()
+    shown = [block.splitlines() for block in re.findall(r"^```diff\n(.*?)^```$", readme, re.MULTILINE | re.DOTALL)]
+    assert shown == [edited(CHANGES[name]) for name in ("focal_loss", "optimizer", "metric")]
 
 
 @pytest.fixture
@@ -175,13 +182,19 @@ def test_lora_trains_adapters_alone_resumes_and_leaves_adapter_and_merged_model(
     assert (adapted - untrained).abs().max() > 0.1 and merged.config.use_cache
 
 
+def test_another_optimizer_trains_and_its_state_is_resumed(change, text_file, tmp_path):
+    main = change("optimizer")
+    arguments = [*TINY, *SHORT, f"--train_file={text_file}"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    assert "- optimizer: RAdam, " in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert_same_run(resume_from_step_3(main, arguments, tmp_path / "run"), tmp_path / "run")
+
+
 def test_the_metric_is_exact_over_batches_and_processes(change, base, text_file, tmp_path):
     main = change("metric")
     arguments = [f"--model_name_or_path={base}", f"--validation_file={text_file}", "--block_size=32", "--eval_only"]
     arguments += ["--max_eval_samples=30"]
-    launched = run(
-        tmp_path / "train_loop" / "main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=(*TWO, "--quiet")
-    )
+    launched = forked(tmp_path / "train_loop" / "main.py", *arguments, f"--output_dir={tmp_path}/two", processes=2)
     assert launched.returncode == 0 and "world size 2" in launched.stdout, launched.stderr
     found = [json.loads((tmp_path / "two" / "all_results.json").read_text())]
     for size in (1, 7):

@@ -4,7 +4,8 @@ import itertools
 import json
 
 import pytest
-from conftest import TINY, TWO, assert_same_run, lines_of, make_model, run_program, train
+from conftest import PROGRAMS, TINY, assert_same_run, lines_of, make_model, train
+from forks import forked
 
 from train_loop.checkpoint.durable import steps_in
 from train_loop.main import main
@@ -94,7 +95,7 @@ def test_the_evaluation_at_the_end_of_the_time_does_not_use_up_patience(argument
 
 def test_the_main_processs_clock_decides_for_all(arguments, tmp_path):
     more = [f"--output_dir={tmp_path}/run", "--max_minutes=50"]
-    done = run_program("main_clock_ahead.py", *arguments, *more, launcher=TWO)
+    done = forked(PROGRAMS / "main_clock_ahead.py", *arguments, *more, processes=2)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("stopped after 50 minutes (max_minutes) at step 1 of 4") == 1
     assert steps_in(tmp_path / "run" / "checkpoints") == [1]

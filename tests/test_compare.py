@@ -9,8 +9,10 @@ import yaml
 from conftest import lines_of, shows
 from matplotlib.image import imread
 
-from train_loop.compare import main, short_names
-from train_loop.report.curve import draw_run, draw_runs, read_lines, smooth
+from train_loop.compare import main
+from train_loop.compare.picture import draw
+from train_loop.compare.runs import Run, short_names
+from train_loop.report.curve import draw_run, read_lines, smooth
 
 
 def test_the_table_has_what_differs_and_the_best_of_each_run(watched, tmp_path, capsys):
@@ -67,8 +69,8 @@ def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_
     "deed, message",
     [
         (lambda path: path.unlink(), "metrics.jsonl cannot be read: No such file"),
-        (lambda path: path.write_text(""), "metrics.jsonl holds no line of metrics"),
-        (lambda path: path.write_text("17\n"), "metrics.jsonl holds no line of metrics"),
+        (lambda path: path.write_text(""), "metrics.jsonl has no line of metrics"),
+        (lambda path: path.write_text("17\n"), "metrics.jsonl has no line of metrics"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be read: it is no text"),
         (lambda path: (path.parent / "train_config.yaml").unlink(), "train_config.yaml cannot be read"),
     ],
@@ -85,7 +87,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(runs, capsys):
     whole, text = read_lines(path), path.read_text()
     path.write_text(text.replace("\n", "\n[1\n", 1))
     assert read_lines(path) == whole
-    warning = f"warning: {path} is damaged: line 2 is no line of metrics, and is left out\n"
+    warning = f"warning: {path} is damaged: line 2 is not a line of metrics and is left out\n"
     assert capsys.readouterr().err == warning
 
 
@@ -102,7 +104,7 @@ def test_smoothing_keeps_a_line_straight_where_it_has_neighbours_on_both_sides()
     assert smooth([float(i) for i in range(100)])[20:80] == pytest.approx(range(20, 80))
 
 
-@pytest.mark.parametrize("draw", [draw_run, lambda lines, path: draw_runs({"one": lines}, path)])
+@pytest.mark.parametrize("draw", [draw_run, lambda lines, path: draw({"one": [Run(path, {}, lines, {})]}, None, path)])
 def test_the_thickest_line_of_the_training_losses_is_smooth(draw, tmp_path, monkeypatch):
     from matplotlib import pyplot
 

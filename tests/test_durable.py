@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 from accelerate import Accelerator
-from conftest import EXPORTED, TINY, assert_same_run, copy_until, run
+from conftest import EXPORTED, TINY, assert_same_run, copy_until
+from forks import forked
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -86,7 +87,7 @@ def test_a_damaged_model_without_checkpoints_is_a_sentence(finished, resume, cap
     assert resume(finished) == 1
     said = capsys.readouterr().err
     assert "holds a finished run without checkpoints" in said
-    assert "model.safetensors is missing. --overwrite_output_dir starts anew" in said
+    assert "model.safetensors is missing. --overwrite_output_dir starts again from the beginning" in said
 
 
 def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_again(
@@ -110,7 +111,7 @@ def test_what_is_not_as_the_run_left_it_is_not_pushed(finished, capsys):
     (finished / "config.json").write_text("{}")
     push(Settings(output_dir=str(finished)), "me/mine", None)
     said = capsys.readouterr().err
-    assert said.startswith(f"warning: not pushed: {finished} is not as the run left it: config.json has 2 bytes")
+    assert said.startswith(f"warning: not pushed: {finished} changed since the run ended: config.json has 2 bytes")
 
 
 DAMAGED_RECORDS = {
@@ -223,7 +224,7 @@ def test_a_checkpoints_files_have_the_mode_of_any_new_file(reference, tmp_path):
 @pytest.mark.parametrize("more", [["--every=60"], ["--every=30", "--full_disk"]])
 def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(more):
     """The short form of tests/benchmarks/events.py, which strikes at each of them."""
-    done = run("tests/benchmarks/events.py", "--seconds=60", *more)
+    done = forked("tests/benchmarks/events.py", "--seconds=60", *more)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout)
     assert counts["equal"] == counts["runs"] > 0 and counts["struck"] > 0
@@ -231,6 +232,6 @@ def test_a_run_that_is_struck_at_an_event_in_its_folder_ends_as_if_left_alone(mo
 
 def test_a_run_whose_files_are_damaged_ends_in_a_sentence_or_right():
     """The short form of tests/benchmarks/damages.py, which tries each file and each damage."""
-    done = run("tests/benchmarks/damages.py", "--states=6", "--seconds=60")
+    done = forked("tests/benchmarks/damages.py", "--states=6", "--seconds=60")
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["states"] > 0

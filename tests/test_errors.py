@@ -7,7 +7,8 @@ import sys
 import datasets
 import pytest
 import torch
-from conftest import ONLINE, TINY, TINY_CONFIGS, TWO, parquet, run, run_program
+from conftest import ONLINE, PROGRAMS, TINY, TINY_CONFIGS, parquet, run
+from forks import forked
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import generate
@@ -140,20 +141,21 @@ def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, cap
 
 
 def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_there):
-    """And with an own empty cache."""
-    environment = {"HF_ENDPOINT": nobody_there, "HF_HOME": str(folder / "cache")}
+    """And with an own empty cache. The password in the hub's address is never printed."""
+    address = nobody_there.replace("http://", "http://me:secret@")
+    environment = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
     done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
     first, second = done.stderr.strip().splitlines()
     assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert f"{nobody_there} cannot be reached" in first
+    assert f"{nobody_there} cannot be reached" in first and "secret" not in done.stdout + done.stderr
     assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second
 
 
 def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
     (folder / "few.txt").write_text("few words")
     files = [f"--train_file={folder}/few.txt", f"--validation_file={folder}/few.txt"]
-    done = run("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", launcher=TWO)
+    done = forked("train_loop/main.py", *TINY, *files, f"--output_dir={folder}/out", processes=2)
     assert done.returncode == 1 and not (folder / "out").exists()
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: the validation data has 1 row of 2 tokens together, less than one block of 32: give a block_size of at "
@@ -164,7 +166,7 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
 def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file):
     """The other one waits for it to join: no longer than ddp_timeout, else until the launcher kills it."""
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={folder}/out", "--ddp_timeout=5"]
-    done = run_program("own_error_of_rank_1.py", *arguments, launcher=TWO)
+    done = forked(PROGRAMS / "own_error_of_rank_1.py", *arguments, processes=2)
     assert done.returncode == 1
     assert [line for line in done.stderr.splitlines() if line.startswith("error: ")] == [
         "error: process 1: train_file none.txt: no such file"

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from conftest import ROOT, run, run_program
+from conftest import PROGRAMS, ROOT, run
+from forks import forked
 
 PARTS = re.findall(r'^    "(\w+)": \d+,$', (ROOT / "tests/benchmarks/gpu_parts.py").read_text(), re.MULTILINE)
 QUICK = ["golden"]
@@ -26,5 +27,5 @@ def test_a_part_runs_at_toy_size_and_comes_into_the_table(parts, tmp_path):
 
 
 def test_a_part_that_takes_too_long_is_ended_and_said(tmp_path):
-    done = run_program("slow_part.py", tmp_path)
+    done = forked(PROGRAMS / "slow_part.py", tmp_path)
     assert "| slow | NO | 0.2 | error | not done after 0 s |" in done.stdout, done.stderr

@@ -3,6 +3,7 @@
 import re
 
 from conftest import TINY, TWO, run
+from forks import forked
 
 SHORT = ["--max_train_steps=4", "--logging_steps=2", "--checkpointing_steps=2"]
 TABLE_HEAD = r"step +epoch train loss +eval loss perplexity +tokens/s"
@@ -26,6 +27,6 @@ def test_two_processes_and_an_evaluation_print_plain_lines_of_80_columns_and_no_
     assert len(re.findall(TABLE_HEAD, trained.stdout)) == 1 and "world size 2" in trained.stdout
 
     files = [f"--model_name_or_path={out}", f"--validation_file={text_file}", "--block_size=32"]
-    evaluated = run("-m", "train_loop.main", *files, "--eval_only", "--named_perplexities", NO_COLOR="1")
+    evaluated = forked("-m", "train_loop.main", *files, "--eval_only", "--named_perplexities", NO_COLOR="1")
     assert_plain(evaluated, *paths)
     assert re.search(r"^perplexity +[\d.]+$", evaluated.stdout, re.MULTILINE)

@@ -1,8 +1,10 @@
 """The hub, over HTTP: a real client against a server on loopback (hub_server.py)."""
 
+import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -10,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -63,8 +66,9 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
     assert_token_is_nowhere(output_dir, done.stdout, done.stderr)
 
     pushed = healthy.files("models", "me/distilgpt2-finetuned-wikitext2")
-    assert pushed.keys() == EXPORTED | {".gitattributes"}
-    assert all(pushed[name] == (output_dir / name).read_bytes() for name in EXPORTED)
+    names = EXPORTED - {"evaluations"} | {"evaluations/block_nats.safetensors"}
+    assert pushed.keys() == names | {".gitattributes"}
+    assert all(pushed[name] == (output_dir / name).read_bytes() for name in names)
     assert (output_dir / "checkpoints").is_dir()
     assert healthy.visibility["models", "me/distilgpt2-finetuned-wikitext2"] == "public"
 
@@ -84,16 +88,16 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
     reason="transformers asks for some of the tokenizer's files on the main branch",
 )
 def test_the_revision_of_a_model_is_the_one_that_is_asked_for(healthy, text_file, tmp_path):
-    launcher = (*ONLINE, sys.executable, "train_loop/main.py")
-    arguments = ["--model_name_or_path=distilgpt2", f"--validation_file={text_file}", "--eval_only"]
-    environment = healthy.environment(tmp_path / "cache")
     sha = healthy.sha("models", "distilbert/distilgpt2")
-    done = run(*arguments, "--block_size=64", f"--model_revision={sha}", launcher=launcher, **environment)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--model_name_or_path=distilgpt2", f"--validation_file={text_file}", "--eval_only", "--block_size=64"]
+    runs = [("train_loop.main", [*arguments, f"--model_revision={revision}"]) for revision in (sha, "nowhere")]
+    launcher, environment = (*ONLINE, sys.executable), healthy.environment(tmp_path / "cache")
+    done = run_program("one_after_the_other.py", json.dumps(runs), launcher=launcher, **environment)
+    assert re.findall(r"^exit status (\d)", done.stdout, re.MULTILINE) == ["0", "1"], done.stdout + done.stderr
     asked = [path for _, path, *_ in healthy.requests if path.startswith("/distilbert/distilgpt2/resolve/")]
-    assert asked and all(path.split("/")[4] == sha for path in asked)
-    done = run(*arguments, "--model_revision=nowhere", launcher=launcher, **environment)
-    assert done.returncode == 1 and "nowhere" in done.stderr
+    assert {path.split("/")[4] for path in asked} == {sha, "nowhere"}
+    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "nowhere" in error
 
 
 TROUBLE = {
@@ -158,7 +162,7 @@ def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, te
     assert main(short(text_file, tmp_path / "run")) == 0
     out, err = capsys.readouterr()
     first, last = [line for line in err.splitlines() if line.startswith("warning")]
-    assert "the token may only read" in first
+    assert "this token can only read" in first
     assert "not pushed: 403 Forbidden" in last and repeat_command(last)[2] == "me/run"
     assert_token_is_nowhere(tmp_path / "run", out, err)
 
@@ -189,7 +193,7 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
     assert main(short(text_file, tmp_path / "run")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "error: push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
+        "error: push_to_hub needs a token that can write: set HF_TOKEN, or log in with `hf auth login`"
     ]
     assert out == "" and not (tmp_path / "run").exists()
 
@@ -197,8 +201,8 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
 @pytest.mark.parametrize(
     "arguments, environment, said",
     [
-        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is no name for a repository"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "give push_to_hub or set HF_HUB_OFFLINE, not both"),
+        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is not a valid repository name"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so push_to_hub cannot work: give one of the two"),
     ],
 )
 def test_a_push_that_cannot_succeed_is_refused(
@@ -286,6 +290,37 @@ def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_p
     assert all(model.get_parameter(name).equal(tensor) for name, tensor in saved.items())
 
 
+def test_with_lora_a_checkpoint_is_pushed_as_the_merged_model_and_the_adapter(
+    logged_in, text_file, tmp_path, monkeypatch
+):
+    """A checkpoint holds what is trained alone; the frozen weights come from the model in memory."""
+    peft = pytest.importorskip("peft")
+    base = save_model(tmp_path / "base", text_file)
+    begin = Publisher.push_checkpoint
+
+    def push_wait_and_fetch(self, *arguments):
+        begin(self, *arguments)
+        self.client.wait()
+        shutil.copytree(logged_in.path("models", "me/run"), tmp_path / "pushed")
+
+    monkeypatch.setattr(Publisher, "push_checkpoint", push_wait_and_fetch)
+    arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--lora_r=2", "--learning_rate=0.1"]
+    arguments += ["--block_size=32", "--max_eval_samples=8", "--max_train_steps=3", "--checkpointing_steps=2"]
+    arguments += ["--num_threads=1", "--push_to_hub", "--hub_strategy=every_save"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pushed", output_loading_info=True)
+    assert not any(info.values()), info
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "pushed" / "adapter"
+    )
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
+    adapter = load_file(tmp_path / "pushed" / "adapter" / "adapter_model.safetensors")
+    assert all(adapter[f"base_model.model.{n.replace('.default', '')}"].equal(tensor) for n, tensor in saved.items())
+
+
 def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tmp_path, capsys):
     """The first push hangs: those of later steps are left out, training goes on, and at the end nothing waits."""
     logged_in.fail("repos/create", "hang")
@@ -302,7 +337,7 @@ def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tm
     assert main([*arguments, "--max_train_steps=6"]) == 0
     thread.join()
     out, err = capsys.readouterr()
-    assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
+    assert "warning: step 4 is not pushed: the push of step 2 is still running" in err.splitlines()
     assert "pushed: " in out and time.perf_counter() - began < 200, "seconds; a push that hangs lasts for 300"
     assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
 

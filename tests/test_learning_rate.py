@@ -112,8 +112,8 @@ def test_parameters_come_from_a_recipe_or_as_json_and_are_written_back(tmp_path,
     assert read_settings(["--config", str(recipe)]) == settings
 
 
-def test_readme_lists_the_schedules_with_their_parameters():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8").replace("`", "")
+def test_the_recipes_page_lists_the_schedules_with_their_parameters():
+    readme = (ROOT / "train_loop" / "recipes" / "README.md").read_text(encoding="utf-8").replace("`", "")
     for schedule, parameters in SCHEDULES.items():
         row = next(line for line in readme.splitlines() if re.match(rf"\| .*\b{schedule}\b.* \|", line))
         listed = re.findall(r"(\w+) ([\d.e-]+)", row.split("|")[2])

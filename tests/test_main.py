@@ -8,25 +8,27 @@ import shutil
 import sys
 
 import pytest
+import torch
 import yaml
 from conftest import (
     EXPORTED,
     LAUNCH,
+    PROGRAMS,
     ROOT,
     TINY,
     TINY_CONFIGS,
-    TWO,
     assert_lines_agree,
     assert_same_run,
     largest_difference,
     lines_of,
     run,
-    run_program,
     shows,
     weights_of,
     without_timings,
 )
+from forks import LAUNCHED, forked
 from matplotlib.image import imread
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from train_loop.main import main
@@ -149,7 +151,7 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
     assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert (tmp_path / "precious.txt").read_text() == "kept"
-    assert f"what no run made stays in {tmp_path}: precious.txt\n" in capsys.readouterr().err
+    assert f"files in {tmp_path} that no run made are kept: precious.txt\n" in capsys.readouterr().err
     assert lines_of(tmp_path)[-1]["step"] == 1
 
 
@@ -162,8 +164,8 @@ def test_a_compiled_run_exports_plain_names_and_tied_weights(text_file, tmp_path
         shape = [f"--model_type={model_type}", f"--config_overrides={overrides},tie_word_embeddings=true"]
         commands[model_type] = [*TINY, *shape, f"--train_file={text_file}", "--max_train_steps=3"]
     compiled = [["train_loop.main", [*words, f"--output_dir={tmp_path}/{name}"]] for name, words in commands.items()]
-    launcher = (*LAUNCH, "--dynamo_backend=eager")
-    done = run_program("one_after_the_other.py", json.dumps(compiled), launcher=launcher)
+    environment = {**LAUNCHED, "ACCELERATE_DYNAMO_BACKEND": "EAGER"}
+    done = forked(PROGRAMS / "one_after_the_other.py", json.dumps(compiled), **environment)
     assert done.stdout.count("exit status 0") == 2, done.stderr
     for name, words in commands.items():
         assert main([*words, f"--output_dir={tmp_path}/plain {name}"]) == 0
@@ -178,7 +180,7 @@ def test_tokens_per_second_and_peak_memory_are_those_of_the_process(text_file, t
     Tokens per second must see the first sleep and not the second, peak memory the moment."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--eval_steps=4", "--max_eval_samples=8"]
     arguments += [f"--output_dir={tmp_path}/run"]
-    done = run_program("slow_and_hungry.py", *arguments)
+    done = forked(PROGRAMS / "slow_and_hungry.py", *arguments)
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "run" / "all_results.json").read_text())
     measured = {name: float(value) for name, value in re.findall(r"^(loop|peak) (\S+)$", done.stdout, re.MULTILINE)}
@@ -206,16 +208,15 @@ def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
 def test_several_processes_give_the_losses_and_weights_of_one(
     processes, num_blocks, micro_batch, accumulation, text_file, tmp_path
 ):
-    """launch_configs/multi_cpu.yaml, as README has it; at last with fewer blocks than processes, in training and in
+    """At last with fewer blocks than processes, in training and in
     evaluation. Tolerance: sums in another order, in float32; for the weights a hundredth of the learning rate: AdamW
     makes such steps out of the rounding of a gradient that is zero."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--logging_steps=1", "--eval_steps=4"]
     arguments += ["--learning_rate=1e-3", f"--max_train_samples={num_blocks}"]
     arguments += [f"--max_eval_samples={min(num_blocks, 30)}"]
     arguments += ["--config_overrides=n_layer=1,n_head=2,n_embd=32,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"]
-    launcher = (*TWO, f"--num_processes={processes}", "train_loop/main.py")
     batch = [f"--per_device_train_batch_size={micro_batch}", f"--gradient_accumulation_steps={accumulation}"]
-    done = run(*arguments, *batch, f"--output_dir={tmp_path}/two", launcher=launcher)
+    done = forked("train_loop/main.py", *arguments, *batch, f"--output_dir={tmp_path}/two", processes=processes)
     assert done.returncode == 0, done.stderr
     assert f"world size {processes}" in done.stdout and "abort" not in done.stderr.lower()
     whole = processes * micro_batch * accumulation
@@ -224,6 +225,8 @@ def test_several_processes_give_the_losses_and_weights_of_one(
     assert lines_of(two)[-1]["step"] == math.ceil(num_blocks / whole)
     assert_lines_agree(without_timings(two), without_timings(one))
     assert largest_difference(weights_of(two), weights_of(one)) < 1e-5
+    nats = [load_file(folder / "evaluations" / "block_nats.safetensors") for folder in (one, two)]
+    torch.testing.assert_close(*nats, rtol=1e-4, atol=0)
 
 
 def test_dropout_differs_from_process_to_process(tmp_path):
@@ -233,7 +236,7 @@ def test_dropout_differs_from_process_to_process(tmp_path):
     arguments += ["--tokenizer_vocab_size=257", "--block_size=32", "--max_train_steps=1", "--logging_steps=1"]
     arguments += ["--per_device_train_batch_size=1", "--num_threads=1"]
     arguments += [f"--{name}_file={tmp_path}/same.txt" for name in ("train", "validation")]
-    done = run("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", launcher=TWO)
+    done = forked("train_loop/main.py", *arguments, f"--output_dir={tmp_path}/two", processes=2)
     assert done.returncode == 0, done.stderr
     assert main([*arguments, f"--output_dir={tmp_path}/one"]) == 0
     two, one = (lines_of(tmp_path / name) for name in ("two", "one"))
@@ -244,18 +247,18 @@ def test_dropout_differs_from_process_to_process(tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
 def test_as_many_threads_tokenise_as_were_asked_for(trained, text_file, tmp_path):
     arguments = [f"--model_name_or_path={trained}", f"--validation_file={text_file}", "--eval_only", "--block_size=32"]
-    done = run_program("num_threads.py", *arguments, HF_HOME=str(tmp_path))
+    done = forked(PROGRAMS / "num_threads.py", *arguments, HF_DATASETS_CACHE=tmp_path)
     one, six = map(int, re.findall(r"^threads (\d+)$", done.stdout, re.MULTILINE))
     assert six - one == 5, done.stdout + done.stderr
 
 
 def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
-    """README's first command, but for the installation and the length: 40 steps of its 354."""
+    """README's first command, but for the installation and the length: 40 steps of its 118."""
     command = re.search(r"^python -m pip install -e \. && (.*)$", (ROOT / "README.md").read_text(), re.M).group(1)
     train, generate = (shlex.split(part) for part in command.split(" && "))
     assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]
     assert main([*train[3:], "--max_train_steps=40", f"--output_dir={tmp_path}/quickstart"]) == 0
     evaluation = [line for line in lines_of(tmp_path / "quickstart") if "eval_loss" in line]
     assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 3
-    done = run(*generate[1:3], tmp_path / "quickstart", *generate[4:])
+    done = forked(*generate[1:3], tmp_path / "quickstart", *generate[4:])
     assert done.returncode == 0 and done.stdout.startswith(generate[4])

@@ -6,7 +6,8 @@ import sys
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, TWO, assert_same_run, run_program, train
+from conftest import PROGRAMS, TINY, assert_same_run, train
+from forks import forked
 from programs.limited_memory import make, settings_for
 
 from train_loop.data.blocks import Split
@@ -44,24 +45,24 @@ def test_the_losses_are_the_same_with_the_micro_batch_that_fits(tmp_path):
     assert [a["loss"] for a in lines[0]] == pytest.approx([b["loss"] for b in lines[1]], rel=1e-5)
 
 
-def limited(mebibytes, launcher=(sys.executable,)):
+def limited(*mebibytes):
     """What each process found, in new processes: one that ran before holds memory that it could use again."""
-    done = run_program("limited_memory.py", json.dumps(mebibytes), launcher=launcher)
+    done = forked(PROGRAMS / "limited_memory.py", json.dumps(mebibytes), processes=len(mebibytes))
     found = sorted(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))
     assert len(found) == len(mebibytes), done.stderr
     return found
 
 
 def test_a_smaller_one_is_found_with_the_same_blocks_in_a_step():
-    ((_, micro_batch, accumulation),) = limited([450])
+    ((_, micro_batch, accumulation),) = limited(450)
     assert micro_batch in (12, 6, 3) and micro_batch * accumulation == 48
 
 
 def test_where_not_even_one_block_fits_it_is_said():
-    ((message,),) = limited([40])
+    ((message,),) = limited(40)
     assert message.startswith("not even one block of 128 tokens fits into memory")
 
 
 def test_processes_divide_together_where_memory_runs_out_on_one_of_them_alone():
-    (_, *first), (_, *second) = limited([8000, 450], TWO)
+    (_, *first), (_, *second) = limited(8000, 450)
     assert first == second and first[0] < 24 and first[0] * first[1] == 48

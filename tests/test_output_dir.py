@@ -11,7 +11,8 @@ import time
 
 import pytest
 import yaml
-from conftest import EXPORTED, TINY, largest_file, lines_of, run_program
+from conftest import EXPORTED, PROGRAMS, TINY, largest_file, lines_of
+from forks import forked
 
 from train_loop import lock
 from train_loop.errors import UserError
@@ -58,7 +59,7 @@ def fork(deed):
 
 def test_of_two_runs_that_start_at_the_same_moment_one_trains_and_the_other_refuses(arguments, finished, tmp_path):
     """The short form of tests/benchmarks/two_at_once.py."""
-    done = run_program("at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
+    done = forked(PROGRAMS / "at_once.py", tmp_path, *arguments, f"--output_dir={tmp_path}/run")
     assert done.stdout == "[0, 1]\n", done.stdout + done.stderr
     (error,) = [line for path in tmp_path.glob("*.err") for line in path.read_text().splitlines() if "error" in line]
     # a refused run waits a second for the lock, in which a run as short as this one may end
@@ -170,7 +171,9 @@ def test_overwriting_removes_all_that_a_run_made_and_nothing_else(arguments, cop
     (copied / "checkpoints" / "step-000002.copy").mkdir()
     (copied / "tensorboard").mkdir()
     assert main([*arguments, "--max_train_steps=1", "--overwrite_output_dir", f"--output_dir={copied}"]) == 0
-    assert f"what no run made stays in {copied}: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    assert (
+        f"files in {copied} that no run made are kept: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    )
     assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt", "vocab.json"}
     assert {path.name for path in (copied / "checkpoints").iterdir()} == {"step-000001", "step-000002.copy"}
 

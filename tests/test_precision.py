@@ -3,14 +3,15 @@
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import BLOCK, LAUNCH, TINY, largest_difference, lines_of, make_model, run, train, weights_of
+from conftest import BLOCK, TINY, largest_difference, lines_of, make_model, train, weights_of
+from forks import LAUNCHED, forked
 
 from train_loop.checkpoint import Checkpoints
 from train_loop.main import main
 
 
 def launch(precision, *arguments):
-    return run("train_loop/main.py", *TINY, *arguments, launcher=(*LAUNCH, "--mixed_precision", precision))
+    return forked("train_loop/main.py", *TINY, *arguments, **{**LAUNCHED, "ACCELERATE_MIXED_PRECISION": precision})
 
 
 def test_bf16_keeps_weights_in_float32_and_stays_near_the_float32_run(text_file, tmp_path, capsys):

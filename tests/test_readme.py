@@ -1,4 +1,5 @@
-"""README's commands, run as they stand there, and what it says about the figures' commands."""
+"""The pages: their commands are run as they stand there; their links lead somewhere; the tests, the benchmarks and the
+files that they name are there."""
 
 import json
 import re
@@ -6,23 +7,33 @@ import shlex
 import sys
 
 import pytest
+import yaml
 from conftest import ONLINE, PROGRAMS, ROOT, TOKEN, run
 from hosts import documented_command
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL) if not kind]
+from train_loop import __version__
+
+# in the order in which their commands are run: a page may use what an earlier one has trained
+PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
+PAGES += [
+    f"train_loop/{name}/README.md"
+    for name in ("recipes", "data", "checkpoint", "report", "compare", "publish", "settings")
+]
+PAGES += ["tests/README.md", "tests/benchmarks/README.md", "CONTRIBUTING.md"]
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+ALL = "\n".join(TEXTS.values())
+BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.MULTILINE | re.DOTALL) if not kind]
+LINES = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+# a command that stands on two pages is run once
 COMMANDS = [
-    shlex.split(line)
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    if re.match(r"accelerate|python|tensorboard|sbatch", line)
+    shlex.split(line) for line in dict.fromkeys(LINES) if re.match(r"accelerate|python|tensorboard|sbatch", line)
 ]
 TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
 
 
 def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
-    """In README's order, in one folder, with the files that it speaks of; two steps of each run."""
+    """In one folder, with the files that the pages speak of; two steps of each run."""
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
         (tmp_path / name).write_text("".join(lines[:200]), encoding="utf-8")
@@ -45,7 +56,8 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
         elif words[0] == "tensorboard":
             launched.append(["tensorboard.main", *words[1:], "--inspect"])  # without it, it would stay
         else:
-            assert words[:3] == ["python", "-m", "pip"] or words[0] == "sbatch" or "ADDRESS" in words, words
+            is_for_tests = words[:3] in (["python", "-m", "pip"], ["python", "-m", "pytest"])
+            assert is_for_tests or words[0] == "sbatch" or "ADDRESS" in words, words
     assert len(here) >= 8 and len(launched) == 2
 
     environment = healthy.environment(tmp_path / "cache", TOKEN) | {"PYTHONPATH": str(ROOT)}
@@ -60,7 +72,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
         done = run("-m", module, *words[1:], launcher=in_folder, **environment)
         assert done.returncode == 0, done.stdout + done.stderr
         outputs.append(done.stdout)
-    assert "eval/loss" in outputs[0] and "processes 2" in outputs[1]
+    assert "processes 2" in outputs[0] and "eval/loss" in outputs[1]
 
 
 @pytest.mark.quick
@@ -68,7 +80,7 @@ def test_the_picture_of_the_house_names_every_file():
     house = next(block for block in BLOCKS if block.startswith("train_loop/\n"))
     files = sorted((ROOT / "train_loop").rglob("*.py"))
     missing = [path.name for path in files if path.stem != "__init__" and not re.search(rf"\b{path.stem}\b", house)]
-    assert not missing, f"README's picture of the house (Change the loop) does not name {', '.join(missing)}"
+    assert not missing, f"the picture of the files in train_loop/README.md does not name {', '.join(missing)}"
 
 
 def test_the_commands_for_several_machines_are_those_of_their_configs():
@@ -79,9 +91,56 @@ def test_the_commands_for_several_machines_are_those_of_their_configs():
     assert f"#   {shlex.join(slurm)}\n" in (ROOT / "launch_configs" / "slurm.sbatch").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("command", sorted(set(re.findall(r"python\s(tests/benchmarks/[^`]*)`", README))))
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"python\s(tests/benchmarks/[^`]*)`", ALL))))
 def test_a_figures_command_is_there_and_takes_its_flags(command):
     path, *words = command.split()
     text = (ROOT / path).read_text(encoding="utf-8")
     flags = [word for word in words if word.startswith("--")]
     assert all(f'add_argument("{flag}"' in text for flag in flags), flags
+
+
+def test_readme_is_short():
+    assert len(TEXTS["README.md"].splitlines()) <= 200 and (ROOT / "README.md").stat().st_size <= 12_000
+
+
+def test_every_page_is_among_these_and_readme_leads_to_it():
+    folders = [ROOT / name for name in ("train_loop", "launch_configs", "tests")]
+    found = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("README.md")}
+    assert found == {*PAGES} - {"README.md", "CONTRIBUTING.md"}
+    assert all(f"]({page})" in TEXTS["README.md"] for page in PAGES[1:])
+
+
+def anchors(page):
+    """The anchors that a page's headings have on GitHub."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", TEXTS[page], flags=re.M | re.S), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_a_file_and_to_a_heading_in_it(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", TEXTS[page]):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(str(target.relative_to(ROOT))), link
+
+
+def test_tests_that_a_page_names_are_there():
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py"))
+    for name in set(re.findall(r"`(test_\w+)`", ALL)):
+        assert f"def {name}(" in code, name
+    for name in set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", ALL)):
+        assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_each_benchmark_is_in_the_list_with_its_last_figure():
+    listed = TEXTS["tests/benchmarks/README.md"].partition("## All benchmarks")[2]
+    for path in (ROOT / "tests" / "benchmarks").glob("*.py"):
+        assert f"`{path.name}`" in listed, path.name
+
+
+def test_changelog_and_citation_are_of_this_version():
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__

@@ -14,11 +14,12 @@ from conftest import (
     largest_difference,
     lines_of,
     run_program,
+    save_model,
     weights_of,
     without_timings,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_loop.checkpoint.durable import damage, name_of, steps_in
 from train_loop.checkpoint.sharded import Shares
@@ -27,6 +28,7 @@ from train_loop.trial.plan import state_bytes
 
 # rows that no number of processes divides
 SHAPE = "n_layer=2,n_head=1,n_embd=31,n_positions=64,resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
+FROM_SCRATCH = ("--model_type", "--config_overrides", "--tokenizer_vocab_size")
 # torch 2.11 on a CPU has no layer norm of float32 with weights in bfloat16 ("mixed dtype"); on a GPU it has
 HAS_BF16 = not torch.__version__.startswith(("2.11.", "2.12."))
 
@@ -63,14 +65,28 @@ def arguments_for(output_dir, micro_batch, text_file, resume=None):
 def runs(text_file, tmp_path_factory):
     """`plain`: one process. `sharded`: two processes. `resumed`: two, from sharded's step 4. `from_plain`: two, from
     plain's step 4. `from_sharded`: one, from sharded's. `bf16`: two. `planned`: a --dry_run of two. `full`: two, the
-    disk of the second is full. `dropping`, `recomputed`: two with dropout, without and with gradient_checkpointing."""
+    disk of the second is full. `dropping`, `recomputed`: two with dropout, without and with gradient_checkpointing.
+    `plain_lora`: one process, LoRA on a model whose tokenizer has new tokens. `lora`: two. `resumed_lora`: two, from
+    lora's step 4."""
     folder = tmp_path_factory.mktemp("runs")
     sharded, dropout = folder / "sharded", "--config_overrides=n_layer=2,n_head=1,n_embd=31,n_positions=64"
 
     def two(name, *more, precision="no", full_disk_of=None, resume=None):
         return precision, full_disk_of, [*arguments_for(folder / name, 3, text_file, resume), *more]
 
+    model = save_model(folder / "model", text_file, "llama")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.add_tokens(["<|new|>"])
+    tokenizer.save_pretrained(folder / "more")
+
+    def with_lora(name, micro_batch, resume=None):
+        kept = [
+            a for a in arguments_for(folder / name, micro_batch, text_file, resume) if not a.startswith(FROM_SCRATCH)
+        ]
+        return [*kept, f"--model_name_or_path={model}", f"--tokenizer_name={folder}/more", "--lora_r=3"]
+
     assert main(arguments_for(folder / "plain", 6, text_file)) == 0
+    assert main(with_lora("plain_lora", 6)) == 0
     done = fsdp(
         2,
         two("sharded"),
@@ -80,11 +96,13 @@ def runs(text_file, tmp_path_factory):
         two("planned", "--dry_run"),
         two("dropping", dropout),
         two("recomputed", dropout, "--gradient_checkpointing"),
+        ("no", None, with_lora("lora", 3)),
+        ("no", None, with_lora("resumed_lora", 3, folder / "lora")),
         two("full", full_disk_of=1),  # last: these processes keep the limit
     )
     (folder / "output").write_text(done.stdout + done.stderr)
     assert [line for line in done.stdout.splitlines() if line.startswith("exit")] == [
-        f"exit status {status}" for status in (0, 0, 0, 0, 0, 0, 0, 1)
+        f"exit status {status}" for status in (0, 0, 0, 0, 0, 0, 0, 0, 0, 1)
     ], done.stderr
     assert main(arguments_for(folder / "from_sharded", 6, text_file, sharded)) == 0
     return folder
@@ -171,6 +189,19 @@ def test_sharded_layers_that_are_computed_again_drop_the_same_numbers(runs):
     assert without_timings(runs / "recomputed") == without_timings(runs / "dropping")
     assert largest_difference(weights_of(runs / "recomputed"), weights_of(runs / "dropping")) == 0
     assert lines_of(runs / "dropping")[1]["loss"] != lines_of(runs / "sharded")[1]["loss"]
+
+
+def test_sharded_lora_equals_that_of_one_process_resumes_bit_for_bit_and_is_exported_merged(runs):
+    """With an embedding that grew: its new rows are the same on all processes. Tolerance: sums in another order."""
+    assert_goes_on_as(runs / "lora", runs / "plain_lora")
+    assert without_timings(runs / "resumed_lora") == without_timings(runs / "lora")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert largest_difference(*(load_file(runs / run / name) for run in ("resumed_lora", "lora"))) == 0
+    saved = Shares(runs / "lora" / "checkpoints" / name_of(8), "model")
+    adapter = load_file(runs / "lora" / "adapter" / "adapter_model.safetensors")
+    assert {f"base_model.model.{name.replace('.default', '')}" for name in saved.pieces} == adapter.keys()
+    model, info = AutoModelForCausalLM.from_pretrained(runs / "lora", output_loading_info=True)
+    assert not any(info.values()) and model.config.vocab_size == 301
 
 
 def test_one_process_that_cannot_write_stops_all_with_a_sentence(runs):

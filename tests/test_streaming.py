@@ -16,15 +16,15 @@ import torch
 from conftest import (
     NO_DROPOUT,
     ONLINE,
-    TWO,
+    PROGRAMS,
     assert_lines_agree,
     assert_same_run,
     copy_until,
     lines_of,
-    run,
     run_program,
     without_timings,
 )
+from forks import forked
 from hub_server import HubServer
 
 from train_loop.checkpoint.durable import steps_in
@@ -302,7 +302,7 @@ def test_the_checkpoint_of_every_step_of_a_stream_leads_to_the_same_end(argument
 def test_a_streamed_run_killed_at_random_instants_ends_as_if_left_alone(processes, kills):
     """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
     harness = "tests/benchmarks/kills.py"
-    done = run(harness, "--streaming", f"--kills={kills}", f"--processes={processes}", timeout=500)
+    done = forked(harness, "--streaming", f"--kills={kills}", f"--processes={processes}", timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     counts = json.loads(done.stdout.splitlines()[-1])
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
@@ -314,9 +314,9 @@ def test_two_processes_go_on_with_the_stream_of_one(arguments, tmp_path):
     assert main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}/one"]) == 0
     copy_until(20, tmp_path / "one", tmp_path / "two")
     more = [f"--output_dir={tmp_path}/two", "--resume_from_checkpoint=auto"]
-    done = run_program("small_chunks.py", *arguments, *more, launcher=TWO)
+    done = forked(PROGRAMS / "small_chunks.py", *arguments, *more, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "random states are of 1 processes" in done.stderr
+    assert "the checkpoint is of 1 processes" in done.stderr
     assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"), rel=1e-4)
 
 
@@ -327,7 +327,7 @@ def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(argum
     content[700] = 0xFF
     path.write_bytes(content)
     more = [f"--train_file={path}", f"--output_dir={tmp_path}/run", "--ddp_timeout=60"]
-    done = run_program("small_chunks.py", *arguments, *more, launcher=TWO)
+    done = forked(PROGRAMS / "small_chunks.py", *arguments, *more, processes=2)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "it is not UTF-8 text" in errors[0], done.stderr
 
@@ -335,11 +335,11 @@ def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(argum
 @pytest.mark.parametrize(
     "change, said",
     [
-        ("--shuffle_buffer_size=51", "belongs to another run: shuffle_buffer_size: 50 -> 51"),
-        ("--block_size=16", "belongs to another run: training blocks: streamed"),
-        ("--train_file={other}", "belongs to another run: training data"),
+        ("--shuffle_buffer_size=51", "belongs to a different run (checkpoint -> now): shuffle_buffer_size: 50 -> 51"),
+        ("--block_size=16", "belongs to a different run (checkpoint -> now): training blocks: streamed"),
+        ("--train_file={other}", "belongs to a different run (checkpoint -> now): training data"),
         ("--train_file={copy}", "training files' times of change: "),
-        ("--streaming=false", "belongs to another run: training blocks"),
+        ("--streaming=false", "belongs to a different run (checkpoint -> now): training blocks"),
     ],
 )
 def test_another_stream_is_refused(change, said, arguments, reference, texts, tmp_path, capsys):

@@ -4,14 +4,13 @@ they are old."""
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import PROGRAMS, ROOT
+from conftest import PROGRAMS
+from forks import forked
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -170,16 +169,11 @@ def test_the_command_lists_and_clears(tokenizer, folder, capsys):
 
 
 def test_of_several_processes_one_makes_the_tokens_and_one_that_is_killed_leaves_none(folder):
-    def start(how):
-        command = [sys.executable, PROGRAMS / "makes_tokens.py", how]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-    killed = start("die")
-    assert killed.communicate()[0] == "made\n" and killed.returncode == -9
+    killed = forked(PROGRAMS / "makes_tokens.py", "die")
+    assert killed.stdout == "made\n" and killed.returncode == -9
     assert list(folder.glob("*.partial")) and not list(folder.glob("*.int32"))
-    outputs = [process.communicate()[0].split() for process in [start("live") for _ in range(2)]]
-    assert sorted(map(tuple, outputs)) == [("100000",), ("made", "100000")]
+    lived = forked(PROGRAMS / "makes_tokens.py", "live", processes=2)
+    assert sorted(lived.stdout.split()) == ["100000", "100000", "made"], lived.stderr
     assert not list(folder.glob("*.partial"))
 
 

@@ -1,4 +1,4 @@
-"""What is said to whoever runs this, on stderr, and the one class of errors that is said in a sentence."""
+"""Messages on stderr, and the class of errors that the user can mend."""
 
 import sys
 
@@ -26,3 +26,8 @@ def one_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (" ".join(printable(str(error)).split()) or type(error).__name__)[:300].rstrip(".")
+
+
+def num_of(number: int, noun: str) -> str:
+    """`1 block`, `2,000 blocks`."""
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"

@@ -3,6 +3,7 @@
 T: tokens in a block, B: windows in a batch, n: tokens that are evaluated, those of all blocks one after the other.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -14,6 +15,7 @@ from tqdm import tqdm
 from train_loop.data import IGNORED, CoveredText, Split, model_inputs
 from train_loop.loss import plain_next_token_loss
 from train_loop.process import StopSignal
+from train_loop.report import BlockNats, Evaluation
 from train_loop.settings import Settings
 
 
@@ -87,6 +89,33 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
     return {name: torch.from_numpy(array) for name, array in batch.items()}
 
 
+def add_windows(of_windows: torch.Tensor, windows: range, token_nats: torch.Tensor, batch: dict) -> None:
+    """Writes the sums over each of a batch's windows into its column of `of_windows`, [4, all windows]: nats, targets,
+    and the same of the targets that stand for text. `token_nats` [B, T - 1]."""
+    some = slice(windows.start, windows.start + len(windows))  # a process without windows has a batch all the same
+    is_target = batch["labels"][:, 1:] != IGNORED
+    is_text = is_target & batch["target_is_text"][:, 1:] if "target_is_text" in batch else is_target
+    rows = token_nats, is_target, token_nats * is_text, is_text
+    of_windows[:, some] = torch.stack([row.float().sum(1) for row in rows])[:, : len(windows)]
+
+
+def block_nats(of_windows: np.ndarray, split: Split, stride: int) -> BlockNats:
+    """The nats of each window of a split, for `compare`; `of_windows` as `add_windows` left it."""
+    nats, targets = of_windows[0], of_windows[1].astype(np.int32)
+    digest = hashlib.blake2b(split.tail.tobytes(), digest_size=16)
+    digest.update(f"{split.digest()} {split.blocks.shape[1]} {stride} {split.documents_apart}".encode())
+    if split.text is None:
+        return BlockNats(nats, targets, digest.hexdigest())
+    # of each window the tokens that are new in it, without those that no window holds
+    ends = np.minimum(split.blocks.shape[1] + stride * np.arange(len(nats)), len(split.text.is_text))
+    num_text_tokens = np.diff(split.text.is_text.cumsum()[ends - 1], prepend=0)
+    # a token of text that is no target has the mean of all targets, as in `named_perplexities`
+    _, _, text_nats, text_targets = of_windows
+    text_nats = text_nats + (num_text_tokens - text_targets) * (text_nats.sum() / text_targets.sum())
+    num_bytes = np.diff(split.text.byte_ends[ends - 1], prepend=0).astype(np.int32)
+    return BlockNats(nats, targets, digest.hexdigest(), split.text.digest, text_nats.astype(np.float32), num_bytes)
+
+
 @torch.no_grad()
 def evaluate(
     model: torch.nn.Module,
@@ -95,7 +124,7 @@ def evaluate(
     accelerator: Accelerator,
     show_progress: bool = False,
     stop: StopSignal | None = None,
-) -> dict[str, Any] | None:
+) -> Evaluation | None:
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
     request the `named_perplexities`. "eval_objective", what training minimises per target, stands beside the loss where
@@ -106,8 +135,9 @@ def evaluate(
     T - stride tokens of context, except in the first window. This is the sliding window of transformers' guide
     "Perplexity of fixed-length models", with each target counted once.
     Returns None where `stop`, a `StopSignal`, comes in between.
-    The nats and the targets of every process are summed once, at the end, in float64. Training is left as it was:
-    the model's mode is put back, and no random number is drawn.
+    The nats and the targets of every process are summed once, at the end, in float64. Those of each window come with
+    the numbers, as `block_nats` under the split's name. Training is left as it was: the model's mode is put back, and
+    no random number is drawn.
     """
     block_size = split.blocks.shape[1]
     stride = settings.eval_stride or block_size
@@ -115,6 +145,7 @@ def evaluate(
     processes = accelerator.num_processes, accelerator.process_index
     own = shares(num_windows, settings.per_device_eval_batch_size, *processes)
     sums: dict[str, Any] = {}  # over the split's targets: nats, targets, and whatever else the loss wants logged
+    of_windows = torch.zeros(4, num_windows, device=accelerator.device)  # nats and targets; the same of text alone
     was_training = model.training
     model.eval()
     for windows in tqdm(own, desc="evaluating", unit=" batches", disable=not show_progress, leave=False):
@@ -123,16 +154,19 @@ def evaluate(
             return None
         batch = {name: value.to(accelerator.device) for name, value in batch_of(split, windows, stride).items()}
         nll, num_targets, extras = plain_next_token_loss(model, batch)
+        add_windows(of_windows, windows, extras.pop("token_nats"), batch)
         for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
             sums[name] = sums.get(name, 0) + value.double()
     model.train(was_training)
+    of_windows = accelerator.reduce(of_windows, "sum")  # each window has its numbers from one process, and else zeros
     sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
     num_targets = sums.pop("tokens")
     of_text = sums.pop("text_nats", sums["loss"]), sums.pop("text_targets", num_targets)
     if sums["objective"] == sums["loss"]:  # plain cross entropy is what is trained
         del sums["objective"]
     means = {f"eval_{name}": value / num_targets for name, value in sums.items()}
-    result = {**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)}
+    result = Evaluation({**means, "perplexity": perplexity(means["eval_loss"]), "eval_tokens": int(num_targets)})
+    result.block_nats[split.name] = block_nats(of_windows.cpu().numpy(), split, stride)
     if settings.named_perplexities:
         assert split.text is not None
         result |= named_perplexities(*of_text, split.text)
@@ -148,13 +182,14 @@ def evaluate_splits(
     accelerator: Accelerator,
     show_progress: bool = False,
     stop: StopSignal | None = None,
-) -> dict[str, Any] | None:
+) -> Evaluation | None:
     """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
     None where a stop came in between."""
-    result: dict[str, Any] = {}
+    result = Evaluation()
     for name, split in splits.items():
         found = evaluate(model, split, settings, accelerator, show_progress, stop)
         if found is None:
             return None
+        (result.block_nats[name],) = found.block_nats.values()
         result |= {f"eval_{name}_{key.removeprefix('eval_')}": found[key] for key in found} if result else found
     return result

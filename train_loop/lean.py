@@ -1,6 +1,6 @@
 """Modules that give a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
 
-Measured to pay (README, Speed). `--tuning false` leaves the model as transformers made it, and this file is not even
+Measured to pay (tests/benchmarks). `--tuning false` leaves the model as transformers made it, and this file is not even
 imported. What it takes from transformers and torch is partly private. Where a version has moved it, a warning says so
 and the model keeps its own modules.
 
@@ -24,6 +24,7 @@ try:  # no public name leads to what a model calls for its attention and its act
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
     from transformers.masking_utils import sdpa_mask
     from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+    from transformers.pytorch_utils import Conv1D
 
     MOVED = None
 except ImportError as error:
@@ -83,7 +84,8 @@ def _forward_of_mlp(mlp: "GPT2MLP", hidden: torch.Tensor) -> torch.Tensor:
         # in place: no public function is
         return mlp.dropout(mlp.c_proj(torch.ops.aten.gelu_(hidden, approximate=mlp.act.approximate)))
     project = lambda hidden: mlp.c_proj(mlp.act(hidden))  # noqa: E731
-    return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=False))
+    draws = not isinstance(mlp.c_proj, Conv1D)  # LoRA's layer may drop: the same numbers must be dropped again
+    return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=draws))
 
 
 def _attention(

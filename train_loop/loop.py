@@ -62,7 +62,7 @@ def train(
                 best.take_evaluation(position, evaluation, settings)
                 last_step = best.last_step(position, num_steps, settings)
                 written = services.samples.write(model, device) if services.samples else None
-                metrics.log_evaluation(position.step, position.in_epochs(), evaluation, written)
+                metrics.log_evaluation(position, evaluation, written)
 
         # save when due, and before the run stops
         stopping = stop.agreed(accelerator, checkpoints.clock.look(position.step))
@@ -146,4 +146,4 @@ def windows_from(
             yield window
             is_there = (position.epoch, position.window) == (place.epoch, place.window)
             assert is_there or position.step == step, "position.move_to(window.end) is missing after a step"
-        place = Place(place.epoch + 1, 0, place.per_epoch)
+        place = Place(place.epoch + 1, 0, place.per_epoch, place.stream)

@@ -3,8 +3,10 @@
 B: blocks in a micro-batch, T: tokens of a block, N: rows, the positions that predict a token, V: vocabulary.
 """
 
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from train_loop.cross_entropy import cross_entropy
@@ -47,17 +49,27 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dic
 def plain_next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """(sum of nats, number of targets, extras) of a micro-batch, for evaluation: -log p(token | tokens before it in its
     block), whatever is trained, so that its exponential is a perplexity. Extras: the objective's sum as "objective",
-    its own extras, and those of `plain`."""
-    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, plain, objective)
-    return nll_sum, count_targets(batch["labels"]), {"objective": total, **extras, **of_text}
+    its own extras, those of `plain`, and "token_nats" [B, T - 1], the nats of each target, 0 where there is none."""
+    rows: list[Tensor] = []
+    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, partial(plain, nats_of_rows=rows), objective)
+    labels = batch["labels"]
+    token_nats = torch.cat(rows).view(len(labels), -1)
+    return nll_sum, count_targets(labels), {"objective": total, **extras, **of_text, "token_nats": token_nats}
 
 
 def plain(
-    logits: Tensor, targets: Tensor, target_is_text: Tensor | None = None, **of_rows: Any
+    logits: Tensor,
+    targets: Tensor,
+    target_is_text: Tensor | None = None,
+    *,
+    nats_of_rows: list[Tensor],
+    **of_rows: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy. Not in place: the objective comes after it. Where `target_is_text` [N] tells text from special
-    tokens that stand for none, the nats and the number of the targets that are text come with it."""
+    """Cross entropy, which is appended to `nats_of_rows` row by row. Not in place: the objective comes after it. Where
+    `target_is_text` [N] tells text from special tokens that stand for none, the nats and the number of the targets
+    that are text come with it."""
     nats = cross_entropy(logits, targets)
+    nats_of_rows.append(nats.detach())
     if target_is_text is None:
         return nats.sum(), {}
     is_text = target_is_text & (targets != IGNORED)

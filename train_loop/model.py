@@ -1,5 +1,5 @@
-"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for LoRA, a teacher or
-frozen weights.
+"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for a teacher or frozen
+weights.
 
 Weights are float32 whatever a checkpoint holds: half-precision weights would round most of an update away. Lower
 precision in the forward and backward passes is the launch config's affair (autocast).
@@ -28,22 +28,22 @@ from transformers import (  # type: ignore[attr-defined]  # its automatic classe
 )
 
 from train_loop.data import Source, texts_of
-from train_loop.errors import UserError, one_line, warn
+from train_loop.errors import UserError, num_of, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.machine import checkpoint_activations
 from train_loop.probes import is_causal, keeps_documents_apart
 from train_loop.settings import Settings
+from train_loop.vocabulary import AFTER_PADDING, add_new_tokens, fit_config, give_end_of_text
 
 END_OF_TEXT = "<|endoftext|>"
-# architectures whose positions begin after the padding token's id: a model with 514 of them and padding 1 takes 512
-AFTER_PADDING = "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
     """The model's config, with `config_overrides` in it. Raises UserError where there is none, where it is not that of
     a causal language model, and where a block is longer than the positions that the model has."""
-    if settings.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise UserError('gguf_file needs the package gguf: python -m pip install "gguf>=0.19"')
+    for setting, package, oldest in (("gguf_file", "gguf", "0.19"), ("lora_r", "peft", "0.21")):
+        if getattr(settings, setting) and importlib.util.find_spec(package) is None:
+            raise UserError(f'{setting} needs the package {package}: python -m pip install "{package}>={oldest}"')
     if settings.model_type:
         try:
             config = AutoConfig.for_model(settings.model_type)
@@ -61,12 +61,17 @@ def load_config(settings: Settings) -> PreTrainedConfig:
             f"{config.model_type}. Give a model that predicts the next token, such as gpt2 or llama"
         )
     _override(config, _overrides(settings))
-    _check_positions(config, settings)
+    _check_sizes(config, settings)
     return config
 
 
-def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, Any]] | Source | None) -> PreTrainedTokenizerFast:
-    """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`.
+def load_tokenizer(
+    settings: Settings,
+    train_rows: Iterable[dict[str, Any]] | Source | None,
+    config: PreTrainedConfig | None = None,
+) -> PreTrainedTokenizerFast:
+    """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`. The model's own
+    gets the end-of-text token of the model's `config` where it has none.
 
     Raises UserError where there is none, or it is a slow one.
     """
@@ -87,6 +92,8 @@ def load_tokenizer(settings: Settings, train_rows: Iterable[dict[str, Any]] | So
         raise UserError(f"tokenizer {name} is a slow one (no tokenizer.json): only fast tokenizers are supported")
     if not tokenizer("text")["input_ids"]:  # transformers makes an empty one out of a config without its files
         raise UserError(f"{name} holds no usable tokenizer: it has no vocabulary")
+    if config is not None and settings.model_name_or_path and not settings.tokenizer_name:
+        give_end_of_text(tokenizer, config)
     return tokenizer
 
 
@@ -94,28 +101,34 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
     """The causal language model in float32, with a place in its vocabulary for every token.
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
-    `config_overrides` says so. Raises UserError where weights are missing or do not fit, where the tokenizer has tokens
-    that the model lacks, and where the model sees the tokens that it is to predict.
+    `config_overrides` says so. A pretrained model's vocabulary grows where the tokenizer has new tokens. Raises
+    UserError where weights are missing or do not fit, where the tokenizer is another model's, and where the model sees
+    the tokens that it is to predict.
     """
     torch.manual_seed(settings.seed)
+    has_new_tokens = False
     if settings.model_name_or_path:
-        model = _pretrained_model(settings, config, tokenizer)
-        causal = is_causal(model)
+        model = _pretrained_model(settings, config)
+        has_new_tokens = add_new_tokens(model, tokenizer, settings, lambda: _own_vocabulary(settings))
     else:
-        _fit_to_tokenizer(config, tokenizer, settings)
+        fit_config(config, tokenizer, _overrides(settings))
+        _check_sizes(config, settings)
         try:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
             )
-            causal = is_causal(model)  # the first pass: sizes that do not go together show here
         except Exception as error:  # whatever an architecture does with sizes that it cannot have
             raise UserError(
                 f"no {config.model_type} can be made "
                 + (f"with config_overrides {settings.config_overrides}" if settings.config_overrides else "so")
                 + f": {type(error).__name__}: {one_line(error)}"
             ) from error
-    if not causal:
+    if not is_causal(model):
         raise UserError(_say_not_causal(config, settings))
+    if settings.lora_r:
+        from train_loop.lora import add_lora  # only here: peft need not be installed
+
+        add_lora(model, settings, has_new_tokens)
     if settings.tuning:
         from train_loop.lean import use_lean_modules  # only here: without tuning no internals of transformers are used
 
@@ -155,9 +168,16 @@ def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any)
         ) from error
 
 
-def _pretrained_model(
-    settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast
-) -> PreTrainedModel:
+def _own_vocabulary(settings: Settings) -> dict[str, int]:
+    """{token: id} of the tokenizer that comes with the model, {} where none does."""
+    name = str(settings.model_name_or_path)
+    try:
+        return _load(AutoTokenizer, name, settings, "tokenizer", **_origin(settings)).get_vocab()
+    except UserError:
+        return {}
+
+
+def _pretrained_model(settings: Settings, config: PreTrainedConfig) -> PreTrainedModel:
     name = str(settings.model_name_or_path)
     model, info = _load(
         AutoModelForCausalLM,
@@ -172,60 +192,25 @@ def _pretrained_model(
         **_origin(settings),
     )
     if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
-        raise UserError(f"model {name} lacks {len(missing)} of its weights, e.g. {missing[0]}")
+        raise UserError(f"model {name} lacks {num_of(len(missing), 'weight')}, e.g. {missing[0]}")
     if (unused := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:  # e.g. an encoder's
         warn(
-            f"model {name}: {type(model).__name__} has no place for {len(unused)} weights of the checkpoint, e.g. "
-            f"{unused[0]}. They are neither trained nor exported"
+            f"model {name}: {type(model).__name__} has no place for {num_of(len(unused), 'weight')} of the "
+            f"checkpoint, e.g. {unused[0]}. What has no place is neither trained nor exported"
         )
-    vocab_size = model.get_input_embeddings().num_embeddings
-    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= vocab_size)
-    if beyond:
-        some = ", ".join(f"{token!r} ({i})" for i, token in beyond[:5]) + (", ..." if len(beyond) > 5 else "")
-        problem = (
-            f"the tokenizer has tokens beyond the model's vocabulary of {vocab_size:,}: {some}. Give the model's own "
-            "tokenizer as tokenizer_name"
-        )
-        if {token for _, token in beyond} <= tokenizer.get_added_vocab().keys():  # they may be taken out again
-            problem += (
-                "; or, where your text does not need these tokens, save the tokenizer in a folder, delete them from "
-                "added_tokens in its tokenizer.json and from its tokenizer_config.json, and give that folder"
-            )
-        raise UserError(problem)
     return model
 
 
-def _fit_to_tokenizer(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
-    """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `config_overrides`
-    does not name them."""
-    overrides, text_config = _overrides(settings), config.get_text_config(decoder=True)
-    needed = max(tokenizer.get_vocab().values(), default=-1) + 1  # ids may have gaps: more than len(tokenizer)
-    if "vocab_size" not in overrides:
-        text_config.vocab_size = needed
-    elif text_config.vocab_size < needed:
-        raise UserError(
-            f"config_overrides: vocab_size is {text_config.vocab_size:,}, but the tokenizer's ids go up to "
-            f"{needed - 1:,}. Give at least {needed:,}"
-        )
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if name in overrides:
-            continue
-        token_id, problem = getattr(tokenizer, name), None
-        try:  # None too: the config's own default is a token of another vocabulary
-            setattr(config, name, token_id)
-        except StrictDataclassError as error:
-            problem = error
-        if problem or (token_id is None and name == "pad_token_id" and config.model_type in AFTER_PADDING):
-            raise UserError(
-                f"{config.model_type} needs a {name}, and the tokenizer has none. Give a tokenizer that has one, or "
-                f"config_overrides with {name}=ID, the id of a token that your text does not have"
-            ) from problem
-    _check_positions(config, settings)
-
-
-def _check_positions(config: PreTrainedConfig, settings: Settings) -> None:
-    """Raises UserError where a block is longer than the positions that the model has."""
+def _check_sizes(config: PreTrainedConfig, settings: Settings) -> None:
+    """Raises UserError where a block is longer than the positions that the model has, and where heads of attention
+    cannot share keys and values: transformers would make such a model, and fail in its first pass."""
     text_config = config.get_text_config(decoder=True)
+    num_heads, num_shared = (getattr(text_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
+    if num_heads and num_shared and num_heads % num_shared:
+        raise UserError(
+            f"{config.model_type} cannot have {num_of(num_heads, 'attention head')} with num_key_value_heads "
+            f"{num_shared}: give num_key_value_heads that divides {num_heads}"
+        )
     positions = getattr(text_config, "max_position_embeddings", None) or getattr(
         text_config, "max_target_positions", None
     )

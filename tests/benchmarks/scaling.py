@@ -1,6 +1,6 @@
-"""What more processes bring: the model of README, Scaling, beside what was measured, and what it predicts for GPUs.
+"""What more processes bring: the model (README.md, Scaling), the measured values, and what it predicts for GPUs.
 
-    python tests/benchmarks/scaling.py            # prints README's tables; computes, measures nothing
+    python tests/benchmarks/scaling.py            # prints the tables of README.md; computes, measures nothing
 
 P parameters, n processes, A micro-batches in a step, each t tokens; seconds of a step
 

@@ -1,9 +1,11 @@
 """Checkpoints that are whole or not there, and the way back from them.
 
     output_dir/checkpoints/step-000500/
-        model.safetensors       every parameter and buffer by its name; a tied weight once
+        model.safetensors       every trained parameter and buffer by its name; a tied weight once. Frozen weights are
+                                those of the model that the run begins with: identity.py has their digest
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
+        block_nats.safetensors  of the last and the best evaluation, as in output_dir/evaluations
         state.json              format, position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
@@ -39,11 +41,11 @@ from train_loop.checkpoint.durable import (
 from train_loop.checkpoint.identity import FORMAT, refusal, remarks
 from train_loop.checkpoint.mirror import Mirror
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
-from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, named_tensors, write_share
+from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, saved_tensors, write_share
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.process import Clock, code_version
-from train_loop.report import Metrics
+from train_loop.report import BLOCK_NATS, Metrics, block_nats_as_bytes, read_block_nats
 from train_loop.settings import Settings
 from train_loop.whole import remove
 
@@ -100,7 +102,8 @@ class Checkpoints:
             "settings": dataclasses.asdict(self.settings),
             "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")},
         }
-        self._write(position, tensors, optimizer_tensors, state)
+        records = {"state.json": json.dumps(state).encode(), BLOCK_NATS.name: block_nats_as_bytes(metrics.block_nats)}
+        self._write(position, tensors, optimizer_tensors, records)
         self.latest = path = self.folder / name_of(position.step)
         self.clock.restart()
         if self.mirror:
@@ -109,26 +112,28 @@ class Checkpoints:
         metrics.leave_out(time.perf_counter() - began)
         return path
 
-    def _write(self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, state: dict[str, Any]) -> None:
+    def _write(
+        self, position: Position, tensors: Tensors, optimizer_tensors: Tensors, records: dict[str, bytes]
+    ) -> None:
         is_main, sharded = self.accelerator.is_main_process, any(map(is_sharded, tensors.values()))
         step, partial = position.step, self.folder / f"{name_of(position.step)}.partial"
         try:
             self._together(step, is_main, lambda: self._begin(partial))
             write = lambda: self._write_tensors(partial, tensors, optimizer_tensors, sharded)  # noqa: E731
             written = self._together(step, is_main or sharded, write)
-            self._together(step, is_main, lambda: self._finish(partial, position, state, written))
+            self._together(step, is_main, lambda: self._finish(partial, position, records, written))
         finally:
             if is_main:
                 with contextlib.suppress(OSError):
                     remove(partial)
 
-    def _together(self, step: int, does_it: bool, deed: Callable[[], Any]) -> list[Any]:
-        """Runs `deed` where `does_it`, and returns what it returned there. Raises UserError on all processes where it
-        did on one."""
+    def _together(self, step: int, is_active: bool, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on the processes that are active. Returns the results of all of them. Raises UserError on all
+        processes if `action` failed on one."""
         result = problem = None
-        if does_it:
+        if is_active:
             try:
-                result = deed()
+                result = action()
             except OSError as error:
                 problem = f"the checkpoint of step {step} cannot be written ({error}); {self.say_latest()}"
         outcomes = gather_object([(result, problem)])
@@ -142,7 +147,7 @@ class Checkpoints:
     ) -> tuple[Tensors, Tensors, dict[str, Any]]:
         """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
         model = self.accelerator.unwrap_model(model)
-        tensors, names = named_tensors(model), {id(p): name for name, p in model.named_parameters()}
+        tensors, names = saved_tensors(model), {id(p): name for name, p in model.named_parameters()}
         optimizer_tensors: Tensors = {}
         scalars: dict[str, Any] = {}
         for parameter, values in optimizer.state.items():
@@ -167,9 +172,13 @@ class Checkpoints:
             write_share(content, path, self.accelerator.is_main_process)
         return {path.name: flushed(path) for path in paths}
 
-    def _finish(self, partial: Path, position: Position, state: dict[str, Any], written: list[dict[str, Any]]) -> None:
-        (partial / "state.json").write_text(json.dumps(state), encoding="utf-8")
-        files = {"state.json": flushed(partial / "state.json")}
+    def _finish(
+        self, partial: Path, position: Position, records: dict[str, bytes], written: list[dict[str, Any]]
+    ) -> None:
+        files = {}
+        for name, content in records.items():
+            (partial / name).write_bytes(content)
+            files[name] = flushed(partial / name)
         for entries in written:
             files |= entries
         evaluation = position.evaluation if position.evaluated_step == position.step else None
@@ -216,18 +225,20 @@ class Checkpoints:
             return None
         if wanted != "auto":
             if reason := damage(Path(wanted)):
-                raise UserError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
+                raise UserError(f"resume_from_checkpoint {wanted} is not a complete checkpoint: {reason}")
             return wanted
         found = checkpoints_in(self.folder)
         for _, path in reversed(found):
             reason = damage(path)
             if not reason:
                 return str(path)
-            tell(f"{path} is damaged ({reason}): looking for the one before it")
+            tell(f"checkpoint {path} is damaged ({reason}): trying the one before it")
         if self.mirror and (fetched := self.mirror.fetch()):
             return str(fetched)
         if found:
-            raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
+            raise UserError(
+                f"no checkpoint in {self.folder} is complete. --overwrite_output_dir starts again from the beginning"
+            )
         return None
 
     def position_of(self, path: Path) -> Position:
@@ -252,7 +263,7 @@ class Checkpoints:
             if reason:
                 position.best_step = position.best = None
                 if self.accelerator.is_main_process:
-                    tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
+                    tell(f"the best model so far, {best}, is lost ({reason}): only evaluations from here on count")
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
         if state["identity"]["optimizer"] == self.identity["optimizer"]:
@@ -262,12 +273,14 @@ class Checkpoints:
         if self.accelerator.scaler is not None and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         metrics.load_state_dict(state["metrics"])
+        metrics.block_nats = read_block_nats(path / BLOCK_NATS.name)
         if len(state["rng"]) == self.accelerator.num_processes:
             set_rng_state(state["rng"][self.accelerator.process_index])
         else:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
-                tell(f"random states are of {len(state['rng'])} processes: dropout continues with new ones")
+                old, new = len(state["rng"]), self.accelerator.num_processes
+                tell(f"the checkpoint is of {old} processes, this run has {new}: dropout draws new random numbers")
         self.resumed_step = position.step
         if self.mirror:
             self.mirror.resumed = True

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from transformers import PreTrainedModel
 
+from train_loop.checkpoint.sharded import digest_of_frozen
 from train_loop.data import Split, TrainingData
 from train_loop.settings import Settings
 
@@ -36,12 +38,23 @@ CHANGEABLE = {
     "optimizer",
     "optimizer's options",
 }
+FIXED = {"seed", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout"}  # settings that may not
 # what decides about the model that is exported, where it need not be the last of all steps
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
 CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
 # what a resumed run is bit for bit equal under: told where it differs, never refused
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
-CODE = ("loss.py", "cross_entropy.py", "head.py", "model.py", "optim.py", "loop.py", "data/blocks.py")  # of the package
+CODE = (
+    "loss.py",
+    "cross_entropy.py",
+    "head.py",
+    "model.py",
+    "lora.py",
+    "optim.py",
+    "loop.py",
+    "data/blocks.py",
+    "data/mixture.py",
+)  # of the package
 CODE_OF = "code of "
 
 
@@ -77,7 +90,10 @@ def run_identity(
     names do not: the blocks themselves and the model's config do. `optimizer` is not prepared yet. "same bits" is told
     where it differs, and not refused."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | {"seed"}) & set(vars(settings)))}
+    values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | FIXED) & set(vars(settings)))}
+    # of the main process: it alone may have read the weights, where FSDP sends the others their shares
+    if frozen := broadcast_object_list([digest_of_frozen(model)])[0]:
+        values["frozen weights"] = frozen
     if settings.load_best_model_at_end or settings.early_stopping_patience:
         values["validation blocks"] = eval_split.digest()
     else:  # evaluations decide about nothing
@@ -129,14 +145,14 @@ def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings)
         )
     step, (fixed, changed, *_) = state["position"]["step"], differences(state, identity, settings)
     if fixed:
-        return f"belongs to another run: {'; '.join(fixed)}"
+        return f"belongs to a different run (checkpoint -> now): {'; '.join(fixed)}"
     if changed and not settings.resume_with_changes:
         return (
-            f"has other settings that change the result: {'; '.join(changed)}. "
-            "--resume_with_changes goes on with the new ones"
+            f"has different settings that change the result (checkpoint -> now): {'; '.join(changed)}. To resume with "
+            "the new ones, give --resume_with_changes"
         )
     if identity["num_steps"] < step:
-        return f"is of step {step}, but the run is to end at step {identity['num_steps']}"
+        return f"is of step {step}, but this run ends at step {identity['num_steps']}"
     return None
 
 
@@ -144,8 +160,8 @@ def remarks(state: dict[str, Any], identity: dict[str, Any], settings: Settings)
     """What differs from the run that made a checkpoint and is no reason to refuse it, a sentence each."""
     _, changed, code, bits, others = differences(state, identity, settings)
     found = {
-        "settings that differ from the checkpoint's, the new ones hold": "; ".join(changed + others),
-        "the code changed since the checkpoint, the new code is run from here on": ", ".join(code),
+        "settings differ from the checkpoint's, and the new ones are used": "; ".join(changed + others),
+        "the code changed since the checkpoint, and the new code runs from here on": ", ".join(code),
         "the result may differ in its last bits from that of a run that was not interrupted": "; ".join(bits),
     }
     return [f"{what}: {names}" for what, names in found.items() if names]

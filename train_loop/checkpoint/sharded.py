@@ -8,6 +8,7 @@ a tied weight twice; here one file is as safe to read as another.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
@@ -44,10 +45,28 @@ def named_tensors(model: torch.nn.Module) -> Tensors:
     return dict(model.named_parameters()) | buffers
 
 
-def unsharded_tensors(model: torch.nn.Module, keep: bool) -> Tensors:
-    """`named_tensors`, whole and on the CPU; {} where `keep` is false. To be called on every process."""
+def saved_tensors(model: torch.nn.Module) -> Tensors:
+    """`named_tensors` without frozen weights, which come from the model that a run begins with."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in named_tensors(model).items() if name not in frozen}
+
+
+def digest_of_frozen(model: torch.nn.Module) -> str | None:
+    """A digest of the frozen weights of `model`, unsharded; None where all are trained. It is made of the sums of their
+    bits as whole numbers: enough to tell one model from another, and as fast as memory is read."""
+    frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
+    sums = {name: p.flatten().view(torch.int16).sum().item() for name, p in frozen.items()}
+    return hashlib.blake2b(json.dumps(sums, sort_keys=True).encode()).hexdigest()[:32] if sums else None
+
+
+def unsharded_tensors(model: torch.nn.Module, keep: bool, frozen_alone: bool = False) -> Tensors:
+    """`named_tensors`, unsharded and on the CPU; with `frozen_alone` those that `saved_tensors` leaves out. {} where
+    `keep` is false. To be called on every process."""
     gathered = {}
+    left_out = saved_tensors(model).keys() if frozen_alone else ()
     for name, tensor in named_tensors(model).items():
+        if name in left_out:
+            continue
         tensor = unsharded(tensor.detach())
         if keep:
             gathered[name] = tensor.cpu().contiguous()
@@ -121,9 +140,9 @@ class Shares:
 def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Puts the weights of the checkpoint `path` into `model`, which is unwrapped. Raises UserError where they do not
     fit."""
-    tensors, saved = named_tensors(model), Shares(path, "model")
+    tensors, saved = saved_tensors(model), Shares(path, "model")
     if saved.pieces.keys() != tensors.keys():
-        raise UserError(f"{path} holds other weights than this model has")
+        raise UserError(f"the weights in {path} are not those of this model: their names differ")
     for name, tensor in tensors.items():
         saved.read_into(tensor, name)
 

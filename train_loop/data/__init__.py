@@ -8,6 +8,7 @@ columns.py    which columns hold the rows
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
 text.py       the words and bytes of the text that tokens stand for
 row_files.py  files -> rows, with one of the readers that formats.py chooses: text_files.py, json_files.py, tables.py
+inputs.py     all sources and validation sets, by name        mixture.py     blocks of several sources, by weight
 sets.py       the files of a data set                 token_cache.py  files of tokens: verified, listed, removed
 """
 
@@ -24,6 +25,7 @@ from train_loop.data.blocks import (
     model_inputs,
 )
 from train_loop.data.columns import texts_of
+from train_loop.data.inputs import all_rows, load_sources, load_training, load_validation
 from train_loop.data.row_files import Rows
 from train_loop.data.rows import load_file, load_rows
 from train_loop.data.sources import Source, load_source
@@ -41,6 +43,7 @@ __all__ = [
     "TrainingData",
     "Window",
     "Windows",
+    "all_rows",
     "block_order",
     "cached_tokens",
     "clear_cached_tokens",
@@ -48,7 +51,10 @@ __all__ = [
     "load_file",
     "load_rows",
     "load_source",
+    "load_sources",
     "load_split",
+    "load_training",
+    "load_validation",
     "load_windows",
     "model_inputs",
     "texts_of",

@@ -65,7 +65,7 @@ class TrainingData(Protocol):
         """What stands for the training data in a checkpoint's identity."""
 
     def summary(self) -> str:
-        """A line about the data."""
+        """A line about the data; of several sources, a line for each."""
 
 
 @dataclass
@@ -184,23 +184,25 @@ class Split:
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
-    """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
+    """`rows` as a `Split`; `name` is "training" or "validation", with a source's or a set's own name before it where
+    there are several. Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
     end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
     tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
         raise UserError(too_few(name, rows, len(tokens), settings))
-    max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
+    is_training = name.endswith("training")
+    max_blocks = settings.max_train_samples if is_training else settings.max_eval_samples
     split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, marking=marking, counts=counts)
     split.documents_apart = documents_apart(rows.kind, settings)
     if marking != PLAIN and not split.num_targets:
         raise UserError(f"the blocks of the {name} data have no target: give a larger block_size")
     if split.num_blocks < len(blocks):
         split.num_dropped = 0
-    elif name != "training" and settings.eval_stride:
+    elif not is_training and settings.eval_stride:
         split.tail, split.num_dropped = tokens[blocks.size :], 0
-    if name != "training" and settings.named_perplexities:
+    if not is_training and settings.named_perplexities:
         if rows.kind != TEXT:
             raise UserError(f"named_perplexities are of rows of text, and the {name} data has rows of {rows.kind}")
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))

@@ -42,32 +42,31 @@ class Source(Protocol):
         """The rows of a chunk. Raises UserError."""
 
 
-def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
+def load_source(settings: Settings, validation: Rows | None = None) -> tuple[Source | None, Rows, str]:
     """(training rows, validation rows, ""): a source of chunks, `FileSource` or `Table`, None when only evaluating; and
-    prepared `Rows`. Raises UserError as `rows.load_rows` does."""
+    prepared `Rows`, those that are given, if any. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
-        return *_load_dataset(settings), ""
-    assert settings.validation_file  # streaming needs one (`contradictions`)
-    eval_rows = load_file(settings.validation_file, settings)
+        return *_load_dataset(settings, validation), ""
+    if validation is None:
+        assert settings.validation_file  # streaming needs one (`contradictions`)
+        validation = load_file(str(settings.validation_file), settings)
     if settings.eval_only:
-        return None, eval_rows, ""
+        return None, validation, ""
     assert settings.train_file  # else there is nothing to train on (`contradictions`)
-    files = data_files(settings.train_file)
-    warn_of_left_out(settings.train_file, files)
-    return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""
+    files = data_files(str(settings.train_file))
+    warn_of_left_out(str(settings.train_file), files)
+    return FileSource(Files(files.paths), settings, files.each_is_a_row), validation, ""
 
 
-def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
+def _load_dataset(settings: Settings, validation: Rows | None) -> tuple[Source | None, Rows]:
     from train_loop.data.sets import find_data_set  # imported where it is needed alone: `datasets` takes a second
 
     builder, files = find_data_set(settings)
     splits = builder.as_streaming_dataset() if files is None else files
     name = next((name for name in ("validation", "test") if name in splits), None)
-    if name is None or ("train" not in splits and not settings.eval_only):
-        raise UserError(
-            f"streaming needs splits 'train' and 'validation' or 'test'; {settings.dataset_name} has "
-            f"{', '.join(splits)}"
-        )
+    needed = "'train'" if validation else "'train' and 'validation' or 'test'"
+    if (name is None and not validation) or ("train" not in splits and not settings.eval_only):
+        raise UserError(f"streaming needs splits {needed}; {settings.dataset_name} has {', '.join(splits)}")
 
     def source_of(split: str) -> Source:
         if files is not None and all(map(os.path.isfile, files[split])):
@@ -78,14 +77,15 @@ def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
             return Table(lambda: builder.as_streaming_dataset(split), remote, settings)
         return FileSource(remote, settings)
 
-    validation = source_of(name)
+    if validation is None:
+        held_out = source_of(str(name))
 
-    def read() -> Iterator[Row]:
-        return itertools.chain.from_iterable(validation.texts(*chunk) for chunk in validation.chunks(None))
+        def read() -> Iterator[Row]:
+            return itertools.chain.from_iterable(held_out.texts(*chunk) for chunk in held_out.chunks(None))
 
-    digest = digest_of([name, validation.columns.names, *validation.files.identity().values()])
-    eval_rows = Rows(read, digest, range(sum(1 for _ in read())), validation.columns.kind)
-    return None if settings.eval_only else source_of("train"), eval_rows
+        digest = digest_of([name, held_out.columns.names, *held_out.files.identity().values()])
+        validation = Rows(read, digest, range(sum(1 for _ in read())), held_out.columns.kind)
+    return None if settings.eval_only else source_of("train"), validation
 
 
 class Files:

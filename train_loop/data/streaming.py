@@ -83,8 +83,10 @@ class Stream:
     name = "training"
     num_blocks: int | None = None
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
-        """Raises UserError where the data has not one block."""
+    def __init__(
+        self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings, name: str = "training"
+    ) -> None:
+        """`name`: of the data, in messages. Raises UserError where they have not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
@@ -105,7 +107,7 @@ class Stream:
             self.blocks = block[None]  # [1, T], for whoever wants to try one
             break
         else:
-            raise UserError(f"the training data has less than one block of {settings.block_size} tokens")
+            raise UserError(f"the {name} data has less than one block of {settings.block_size} tokens")
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -127,25 +129,17 @@ class Stream:
         """
         if start.window and start.window == start.per_epoch:
             return
-        at = start.stream if start.window and start.stream else BEGINNING
-        W, rank, size = accelerator.num_processes, accelerator.process_index, max(1, settings.shuffle_buffer_size)
+        W, rank = accelerator.num_processes, accelerator.process_index
         shape = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, W, rank
         per_window = math.prod(shape[:3])
-
-        blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
-        if settings.max_train_samples:
-            blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
-        shuffled = shuffle_in_groups(blocks, size, settings.seed, start.epoch, at["group"])
-        shuffled = itertools.islice(shuffled, at["index"], None)
-        window = list(itertools.islice(shuffled, per_window))
+        blocks = self.blocks_from(start, settings, W, rank)
+        window = list(itertools.islice(blocks, per_window))
         if not window:
             raise UserError("the training data ends before the place that the run had come to")
         for number in itertools.count(start.window + 1):
-            following = list(itertools.islice(shuffled, per_window))  # read before it is needed, to know the last one
-            _, (place, token), group, index = window[-1]
-            stream = {"place": place, "token": token, "group": group, "index": index}
-            end = Place(start.epoch, number, start.per_epoch if following else number, stream)
-            taken = np.stack([block for block, *_ in window])
+            following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
+            end = Place(start.epoch, number, start.per_epoch if following else number, window[-1][1])
+            taken = np.stack([block for block, _ in window])
             batch = Windows(taken, np.arange(len(taken)), *shape, documents_apart=self.documents_apart)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
@@ -153,6 +147,23 @@ class Stream:
             if not following:
                 return
             window = following
+
+    def blocks_from(self, start: Place, settings: Settings, W: int, rank: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """(block, the value of `Place.stream` after it) of each block from `start` to the end of its epoch."""
+        at = start.stream if start.window and start.stream else BEGINNING
+        return self.blocks_at(at, settings.seed, start.epoch, W, rank)
+
+    def blocks_at(
+        self, at: dict[str, Any], seed: int, epoch: int, W: int, rank: int
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """(block, place after it) of each block from the place `at` to the end of the data; see BEGINNING."""
+        settings, size = self.settings, max(1, self.settings.shuffle_buffer_size)
+        blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
+        if settings.max_train_samples:
+            blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
+        shuffled = shuffle_in_groups(blocks, size, seed, epoch, at["group"])
+        for block, (place, token), group, index in itertools.islice(shuffled, at["index"], None):
+            yield block, {"place": place, "token": token, "group": group, "index": index}
 
     def _encode(self, rows: list[Row], place: Any) -> np.ndarray:
         """The tokens of a chunk's rows, with their marks."""

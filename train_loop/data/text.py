@@ -1,8 +1,10 @@
 """The text that the first tokens of a split stand for: what a perplexity per word and per byte is divided by."""
 
+import hashlib
 from dataclasses import dataclass
 
 import numpy as np
+import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.row_files import Rows
@@ -13,6 +15,9 @@ from train_loop.data.tokens import encode, without_blank
 class CoveredText:
     """The size of the text that n tokens stand for, and which of them do.
 
+    byte_ends [n]: bytes of the text up to the end of each token; the last one is `num_bytes`. A token that ends within
+    a character has all of its bytes, and what no token stands for (white space, in some tokenizers) is the next one's.
+    digest: stands for the text of all rows, also of those behind the n tokens.
     words: what white space separates; line_ends: one for the end of each line, as WikiText counts them, so that a row
     without a newline has one too; bytes: of the text in UTF-8. `is_text` [n] of bool is False for the special tokens
     that a tokenizer puts around a row, and for the end-of-text token that `add_eos_token` puts after it: they stand for
@@ -23,6 +28,8 @@ class CoveredText:
     num_line_ends: int
     num_bytes: int
     is_text: np.ndarray
+    byte_ends: np.ndarray
+    digest: str
 
 
 def covered_text(
@@ -35,15 +42,20 @@ def covered_text(
     bytes.
     """
     num_words = num_line_ends = num_bytes = 0
-    is_text, num_left = [np.zeros(0, dtype=bool)], num_tokens
+    is_text, byte_ends, num_left = [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int64)], num_tokens
+    digest, is_cut = hashlib.blake2b(digest_size=16), False
     for row in rows:
         text = str(without_blank(row["text"]))  # rows of text alone (`load_split`)
+        digest.update(text.encode() + b"\0")
+        if is_cut:
+            continue
         encoding = tokenizer(text, return_attention_mask=False, return_special_tokens_mask=True, verbose=False)
         num_own = len(encode([text], tokenizer, end_of_text))  # with an end-of-text token after the row
         of_row = np.zeros(num_own, dtype=bool)
         by_tokenizer = np.logical_not(encoding["special_tokens_mask"])[:num_own]
         of_row[: len(by_tokenizer)] = by_tokenizer
         is_text.append(of_row[:num_left])
+        byte_ends.append(num_bytes + _byte_ends(text, encoding.encodings[0], of_row)[:num_left])
         is_cut = num_own > num_left
         if is_cut:
             covered = np.flatnonzero(of_row[:num_left])
@@ -51,7 +63,16 @@ def covered_text(
         num_words += len(text.split())
         num_line_ends += text.count("\n") + (not is_cut and not text.endswith("\n"))
         num_bytes += len(text.encode())
-        if is_cut:
-            break
         num_left -= num_own
-    return CoveredText(num_words, num_line_ends, num_bytes, np.concatenate(is_text))
+    ends = np.concatenate(byte_ends)
+    ends[-1:] = num_bytes  # with what comes behind the last token
+    return CoveredText(num_words, num_line_ends, num_bytes, np.concatenate(is_text), ends, digest.hexdigest())
+
+
+def _byte_ends(text: str, encoding: tokenizers.Encoding, is_text: np.ndarray) -> np.ndarray:
+    """[n] int64: bytes of the row's `text` up to the end of each of its n tokens, of which `is_text` stand for text."""
+    sizes = [0, *(len(character.encode()) for character in text)]
+    characters = np.zeros(len(is_text), dtype=np.int64)
+    ends = np.fromiter((end for _, end in encoding.offsets), np.int64)[: len(is_text)]
+    characters[: len(ends)] = ends
+    return np.cumsum(sizes)[np.maximum.accumulate(characters * is_text)]

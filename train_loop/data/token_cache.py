@@ -118,16 +118,21 @@ def cached_tokens() -> Iterator[tuple[Path, int, float]]:
 
 
 def _remove(days: float) -> list[int]:
-    """Removes the files that were not used for so many days, and what killed processes left; returns their sizes."""
+    """Removes the files that were not used for so many days, and what killed processes left; returns the sizes of the
+    removed files."""
     for partial in token_folder().glob("*.partial"):  # whoever died while writing it no longer holds its lock
         with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
             partial.unlink(missing_ok=True)
-    old = [(path, size) for path, size, used in cached_tokens() if used <= time.time() - days * 86_400]
-    for path, _ in old:
-        path.unlink(missing_ok=True)
-    return [size for _, size in old]
+    sizes = []
+    for path, size, used in list(cached_tokens()):
+        if used <= time.time() - days * 86_400:
+            with contextlib.suppress(PermissionError):  # Windows does not remove a file that a run has open
+                path.unlink(missing_ok=True)
+                sizes.append(size)
+    return sizes
 
 
 def clear_cached_tokens() -> list[int]:
-    """Removes all files of tokens; returns their sizes. A run that has one open keeps it until it ends."""
+    """Removes all files of tokens; returns their sizes. A run that has one open keeps it until it ends: on Windows such
+    a file stays."""
     return _remove(-math.inf)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from train_loop.checkpoint import Shares, flushed, unsharded_tensors
 from train_loop.errors import UserError, one_line, warn
 from train_loop.hub import Client
+from train_loop.lora import ADAPTER, has_lora, merged, save_adapter
 from train_loop.publish.model_card import inherited_metadata, model_card
 from train_loop.publish.upload import upload
-from train_loop.report import Line, Metrics
+from train_loop.report import BLOCK_NATS, Line, Metrics
 from train_loop.settings import Settings
 from train_loop.whole import utf8
 
@@ -40,6 +42,9 @@ def export(
     partial, exported = folder / EXPORT_PARTIAL, {}
     try:
         shutil.rmtree(partial, ignore_errors=True)
+        if has_lora(model):
+            save_adapter(model, state_dict, tokenizer, partial / ADAPTER)
+            state_dict = merged(model, state_dict)
         model.save_pretrained(partial, state_dict=state_dict)
         tokenizer.save_pretrained(partial)
         (partial / CARD).write_bytes(utf8(card))
@@ -64,6 +69,7 @@ class Publisher:
 
     `repository`: the model's name on the hub, None where it is not pushed, and on the other processes.
     `held_out`: which training rows are the validation data, in words, "" if it has its own. `optimizer`: its class.
+    `eval_names`: of the validation sets.
     """
 
     def __init__(
@@ -74,19 +80,21 @@ class Publisher:
         repository: str | None,
         held_out: str,
         optimizer: str,
+        eval_names: Sequence[str] = ("validation",),
     ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
+        self.eval_names = eval_names
         # asked for now, when the hub has just been asked for the model, and not when there is something to lose
         self.inherited = inherited_metadata(settings) if accelerator.is_main_process else {}
-        self.pushes_checkpoints = settings.hub_strategy == "every_save" and repository is not None
         self.pushed_folder = settings.folder / "checkpoints" / "pushed"
         self.client: Client | None = None  # of the checkpoint pushed last
         self.step: int | None = None
 
     def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
         """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
-        Returns what `export` does, and the same of metrics.jsonl, on the main one; {} on the others."""
+        Returns what `export` does, and the same of the records that can be written again from a checkpoint, on the main
+        one; {} on the others."""
         self.end()
         is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
         state_dict = unsharded_tensors(whole, keep=is_main)
@@ -94,24 +102,28 @@ class Publisher:
             card = model_card(self, whole, lines, results)
             folder = self.settings.folder
             exported = export(folder, whole, state_dict, self.tokenizer, card)
-            return exported | {"metrics.jsonl": flushed(folder / "metrics.jsonl")}
+            return exported | {name: flushed(folder / name) for name in ("metrics.jsonl", BLOCK_NATS.as_posix())}
         return {}
 
     def push_checkpoint(self, checkpoint: Path, step: int, model: torch.nn.Module, metrics: Metrics) -> None:
         """Begins to push the model of the folder `checkpoint` in a process of its own, or leaves it out where the push
         before it is not over. Whatever goes wrong is a warning: training goes on."""
-        if not self.pushes_checkpoints or self.repository is None:
+        if self.settings.hub_strategy != "every_save":
+            return
+        is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
+        frozen = unsharded_tensors(whole, keep=is_main, frozen_alone=True)  # of all processes; no checkpoint has them
+        if self.repository is None:
             return
         if self.client is not None and self.client.is_running():
-            return warn(f"step {step} is not pushed: the push of step {self.step} is not over")
+            return warn(f"step {step} is not pushed: the push of step {self.step} is still running")
         if self.client is not None and (problem := self.client.problem()):
             warn(f"step {self.step} was not pushed: {problem}")
         began = time.perf_counter()
         try:
             shutil.rmtree(self.pushed_folder, ignore_errors=True)
             self.pushed_folder.mkdir()
-            whole, saved = self.accelerator.unwrap_model(model), Shares(checkpoint, "model")
-            state_dict = {name: saved.read(name) for name in saved.pieces}
+            saved = Shares(checkpoint, "model")
+            state_dict = frozen | {name: saved.read(name) for name in saved.pieces}
             card = model_card(self, whole, metrics.lines)
             export(self.pushed_folder, whole, state_dict, self.tokenizer, card)
             for name in ("metrics.jsonl", "train_config.yaml"):

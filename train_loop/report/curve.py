@@ -1,4 +1,4 @@
-"""Pictures of metrics.jsonl: one run (loss_curve.png), or several side by side.
+"""metrics.jsonl, and a picture of it: loss_curve.png.
 
 Lines are those of metrics.jsonl; losses are nats per token. matplotlib is imported when something is drawn: it takes a
 good part of a second.
@@ -6,6 +6,7 @@ good part of a second.
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from train_loop.errors import UserError, warn
 Line = dict[str, Any]  # of metrics.jsonl: "step", "epoch", and what was measured there, by name
 
 MIN_POINTS_TO_SMOOTH = 20
+OTHER_COLOURS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 
@@ -25,7 +27,7 @@ def read_lines(path: Path | str) -> list[Line]:
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not text.endswith("\n"):
@@ -34,11 +36,11 @@ def read_lines(path: Path | str) -> list[Line]:
             line = json.loads(text)
             line["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            warn(f"{path} is damaged: line {number} is no line of metrics, and is left out")
+            warn(f"{path} is damaged: line {number} is not a line of metrics and is left out")
             continue
         lines.append(line)
     if not lines:
-        raise UserError(f"{path} holds no line of metrics: nothing was logged yet, or it is damaged")
+        raise UserError(f"{path} has no line of metrics: nothing was logged yet, or the file is damaged")
     return lines
 
 
@@ -56,9 +58,20 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def draw_run(lines: list[Line], path: Path | str) -> None:
-    """Training loss, its smoothing, validation loss and learning rate against the optimizer step, as a PNG."""
-    plt = _pyplot()
+def of_each_set(evaluation: Line, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """{name of a validation set: (loss, perplexity)} of an evaluation, nan where it is not there. The numbers of the
+    first set have no name."""
+    keys = {name: f"eval_{name}_" if i else "" for i, name in enumerate(names)}
+    return {
+        name: (evaluation.get(f"{key or 'eval_'}loss", math.nan), evaluation.get(f"{key}perplexity", math.nan))
+        for name, key in keys.items()
+    }
+
+
+def draw_run(lines: list[Line], path: Path | str, eval_names: Sequence[str] = ("validation",)) -> None:
+    """Training loss, its smoothing, the loss of each validation set and the learning rate against the optimizer step,
+    as a PNG."""
+    plt = pyplot()
     figure, (axes, below) = plt.subplots(
         2, 1, sharex=True, figsize=(7, 4.8), height_ratios=(4, 1), layout="constrained"
     )
@@ -67,13 +80,17 @@ def draw_run(lines: list[Line], path: Path | str) -> None:
     axes.plot(steps, losses, color="tab:blue", lw=1, alpha=0.35 if smoothed else 1, label="training")
     if smoothed:
         axes.plot(steps, smooth(losses), color="tab:blue", lw=1.8, label="training, smoothed")
+    first, *others = eval_names
+    for i, name in enumerate(others):
+        steps, losses = points(lines, f"eval_{name}_loss")
+        colour = OTHER_COLOURS[i % len(OTHER_COLOURS)]
+        axes.plot(steps, losses, color=colour, lw=1.4, marker="o", ms=3, label=f"validation: {name}")
     steps, losses = points(lines, "eval_loss")
-    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label="validation")
+    label = f"validation: {first}" if others else "validation"
+    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label=label)
     if len(losses):
         best = losses.argmin()
-        label = (
-            f"lowest validation loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
-        )
+        label = f"lowest {label} loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
         axes.plot(steps[best], losses[best], "o", ms=9, mfc="none", mec="black", mew=1.2, ls="none", label=label)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)
@@ -83,37 +100,15 @@ def draw_run(lines: list[Line], path: Path | str) -> None:
     below.ticklabel_format(axis="y", style="sci", scilimits=(0, 0), useMathText=True)
     below.set_ylim(bottom=0)
     below.set_xlabel("optimizer step")
-    _save(figure, path)
-
-
-def draw_runs(runs: dict[str, list[Line]], path: Path | str) -> None:
-    """The losses of several runs, {name: lines}: training (smoothed) on the left, validation on the right,
-    without the untrained model's, beside which the others would look alike."""
-    plt = _pyplot()
-    figure, (left, right) = plt.subplots(1, 2, sharex=True, figsize=(9, 4.2), layout="constrained")
-    for index, (name, lines) in enumerate(runs.items()):
-        style = {"color": plt.get_cmap("tab10")(index % 10), "ls": ("-", "--", ":")[index // 10 % 3]}
-        steps, losses = points(lines, "loss")
-        if len(losses) >= MIN_POINTS_TO_SMOOTH:
-            left.plot(steps, losses, lw=0.8, alpha=0.2, **style)
-            losses = smooth(losses)
-        left.plot(steps, losses, lw=1.6, **style)
-        steps, losses = points([line for line in lines if line["step"]], "eval_loss")
-        best = f" (lowest: {losses.min():.3f})" if len(losses) else ""
-        right.plot(steps, losses, lw=1.6, marker="o", ms=4, label=f"{name}{best}", **style)
-    left.set_ylabel("training loss (nats per token)")
-    right.set_ylabel("validation loss (nats per token)")
-    for axes in (left, right):
-        axes.set_xlabel("optimizer step")
-    right.legend(frameon=False, fontsize="small")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _ppl(loss: float) -> str:
     return f"{math.exp(min(loss, 700)):,.1f}" if loss < 14 else f"{math.exp(min(loss, 700)):.1e}"
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's pyplot, drawing to files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -122,14 +117,18 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _save(figure: Any, path: Path | str) -> None:
+def save_figure(figure: Any, path: Path | str, without_steps: Sequence[Any] = ()) -> None:
+    """Writes a picture of values against the optimizer step, and forgets it. `without_steps`: axes whose x is another
+    value."""
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
     for axes in figure.axes:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
+        if axes in without_steps:
+            continue
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
     figure.savefig(path, dpi=150)
-    _pyplot().close(figure)
+    pyplot().close(figure)

@@ -76,11 +76,12 @@ def bytes_exchanged(
     model: torch.nn.Module, num_processes: int, sharded: bool, accumulation: int, half: bool = False
 ) -> float:
     """Bytes that each process sends in an optimizer step: the gradients' sum in a ring, 2 (n - 1) / n times their size;
-    under FSDP each micro-batch gathers the weights, twice and maybe in `half` precision, and the last scatters the
-    gradients' sum: (n - 1) / n times the size each."""
-    size = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    rounds = accumulation * (1 if half else 2) + 1 if sharded else 2
-    return rounds * (num_processes - 1) / num_processes * size
+    under FSDP each micro-batch gathers the weights, frozen ones too, twice and maybe in `half` precision, and the last
+    scatters the gradients' sum: (n - 1) / n times the size each."""
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    size = accumulation * (1 if half else 2) * weights + gradients if sharded else 2 * gradients
+    return (num_processes - 1) / num_processes * size
 
 
 class LiveBytes(TorchDispatchMode):

@@ -1,0 +1,3 @@
+from train_loop.compare.command import main
+
+main()

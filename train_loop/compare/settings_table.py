@@ -1,0 +1,71 @@
+"""What the runs did differently: a table of settings, and of the lowest loss of each."""
+
+from collections.abc import Iterable
+from statistics import geometric_mean, mean
+from typing import Any
+
+from train_loop.compare.runs import SAY_NOTHING, Run
+from train_loop.report import points
+
+COLUMNS = 80  # of the table
+
+
+def settings_table(recipes: dict[str, list[Run]]) -> str:
+    """The settings that differ between the recipes and the lowest loss of each, as text that is at most 80 columns
+    wide: as many recipes beside each other as fit. Of several runs all values stand in a cell, and the mean of their
+    losses."""
+    runs = [run for of_recipe in recipes.values() for run in of_recipe]
+    names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAY_NOTHING)
+    # a setting that a run does not know is newer than the run
+    values = {
+        name: [_all(_text(run.settings.get(name)) for run in several) for several in recipes.values()] for name in names
+    }
+    rows = {name: cells for name, cells in values.items() if len(set(cells)) > 1}
+    rows |= {"steps": [], "lowest validation loss": [], "its perplexity": [], "at step": []}
+    for several in recipes.values():
+        lowest = [found for run in several if (found := _lowest(run))]
+        rows["steps"].append(_all(f"{run.lines[-1]['step']:,}" for run in several))
+        losses, perplexities, steps = zip(*lowest, strict=True) if lowest else ((), (), ())
+        rows["lowest validation loss"].append(f"{mean(losses):.4f}" if losses else "-")
+        rows["its perplexity"].append(f"{geometric_mean(perplexities):,.2f}" if losses else "-")
+        rows["at step"].append(_all(f"{step:,.0f}" for step in steps) or "-")
+
+    first = max(map(len, rows))
+    widest = max(len(cell) for cells in [list(recipes), *rows.values()] for cell in cells)
+    width = min(widest, max(12, (COLUMNS - first) // min(len(recipes), 2) - 2))
+    num_beside = max(1, (COLUMNS - first) // (width + 2))
+    blocks = []
+    for begin in range(0, len(recipes), num_beside):
+        beside = slice(begin, begin + num_beside)
+        cut = [("", list(recipes)[beside]), *((name, cells[beside]) for name, cells in rows.items())]
+        blocks.append("\n".join(_row(name, cells, first, width) for name, cells in cut))
+    return "\n\n".join(blocks)
+
+
+def _lowest(run: Run) -> tuple[float, float, float] | None:
+    """(loss, perplexity, step) of the run's evaluation with the lowest loss; None where it has none."""
+    steps, losses = points(run.lines, "eval_loss")
+    if not len(losses):
+        return None
+    perplexities = {line["step"]: line["perplexity"] for line in run.lines if "perplexity" in line}
+    step = steps[losses.argmin()]
+    return losses.min(), perplexities[step], step
+
+
+def _all(cells: Iterable[str]) -> str:
+    """Those that differ, in their order."""
+    return ", ".join(dict.fromkeys(cells))
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _row(name: str, cells: list[str], first: int, width: int) -> str:
+    # of a long cell the end tells more: a path's name, a run's number
+    cells = [cell if len(cell) <= width else "..." + cell[3 - width :] for cell in cells]
+    return f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells)
