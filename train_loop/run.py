@@ -126,7 +126,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             damage = f". Its model is damaged: {damage}" if damage else ""
             raise UserError(
                 f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}. "
-                "--overwrite_output_dir starts anew"
+                "--overwrite_output_dir starts again from the beginning"
             )
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)

@@ -111,7 +111,7 @@ class Publisher:
         if self.repository is None:
             return
         if self.client is not None and self.client.is_running():
-            return warn(f"step {step} is not pushed: the push of step {self.step} is not over")
+            return warn(f"step {step} is not pushed: the push of step {self.step} is still running")
         if self.client is not None and (problem := self.client.problem()):
             warn(f"step {self.step} was not pushed: {problem}")
         began = time.perf_counter()

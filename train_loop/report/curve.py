@@ -26,7 +26,7 @@ def read_lines(path: Path | str) -> list[Line]:
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not text.endswith("\n"):
@@ -35,11 +35,11 @@ def read_lines(path: Path | str) -> list[Line]:
             line = json.loads(text)
             line["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            warn(f"{path} is damaged: line {number} is no line of metrics, and is left out")
+            warn(f"{path} is damaged: line {number} is not a line of metrics and is left out")
             continue
         lines.append(line)
     if not lines:
-        raise UserError(f"{path} holds no line of metrics: nothing was logged yet, or it is damaged")
+        raise UserError(f"{path} has no line of metrics: nothing was logged yet, or the file is damaged")
     return lines
 
 

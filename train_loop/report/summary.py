@@ -51,7 +51,7 @@ def banner(
             f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
             f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}"
             if steps_per_epoch
-            else f"steps       {num_steps:,} (max_train_steps); how many an epoch has shows at its end",
+            else f"steps       {num_steps:,} (max_train_steps); the length of an epoch is known at its end",
         ]
     lines.append(
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "

@@ -128,9 +128,7 @@ class Settings:
     warmup_ratio: float = setting(
         "training", 0.0, "linear warm-up as a share of all optimizer steps, in place of num_warmup_steps", **FRACTION
     )
-    optimizer: str = setting(
-        "training", "adamw", "muon: for hidden matrices, from scratch; AdamW for the rest", **one_of("adamw", "muon")
-    )
+    optimizer: str = setting("training", "adamw", "muon: faster than adamw from scratch", **one_of("adamw", "muon"))
     weight_decay: float = setting("training", 0.0, "decay of the weights, on matrices only", **at_least(0))
     adam_beta1: float = setting("training", 0.9, "AdamW's first beta", **FRACTION)
     adam_beta2: float = setting("training", 0.999, "AdamW's second beta", **FRACTION)
@@ -222,10 +220,7 @@ class Settings:
         wanted="a number, epoch or none",
     )
     save_minutes: float | None = setting(
-        "checkpoints",
-        None,
-        "also save when the last checkpoint is so old; alone with checkpointing_steps none",
-        **above(0),
+        "checkpoints", None, "also save when the last checkpoint is so old; alone: checkpointing_steps none", **above(0)
     )
     max_minutes: float | None = setting(
         "checkpoints",
