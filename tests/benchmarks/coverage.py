@@ -3,7 +3,7 @@
 python tests/benchmarks/coverage.py                                        # simulated blocks: a minute
 python tests/benchmarks/coverage.py --seeds 20 --output_dir runs/seeds     # and twenty runs
 
-The runs are one recipe with many seeds: 150 steps of a small GPT-2 on the texts that Python carries, about 15 s each on
+The runs are one recipe with many seeds: 200 steps of a small GPT-2 on the texts that Python carries, about 15 s each on
 one core. They are split at random into two "recipes"; the truth is that there is no difference. Runs that are finished
 are used again. Further arguments go to the runs.
 """
@@ -26,9 +26,11 @@ RECIPE = [
     "--per_device_train_batch_size=16",
     "--per_device_eval_batch_size=16",
     "--learning_rate=3e-3",
-    "--max_train_steps=150",
-    "--eval_delay=1",
-    "--eval_steps=150",
+    "--validation_split_percentage=20",
+    "--max_train_steps=200",
+    "--num_warmup_steps=20",
+    "--eval_delay=200",
+    "--eval_steps=200",
     "--checkpointing_steps=none",
     "--num_threads=1",
 ]
