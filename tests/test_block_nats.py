@@ -72,7 +72,7 @@ def test_other_tokens_another_cut_and_other_targets_are_other_blocks():
         digest(BLOCKS.reshape(10, 6)),
         digest(BLOCKS, stride=3),
         digest(BLOCKS, stride=3, tail=TAIL),
-        digest(BLOCKS, document_end=7),
+        digest(BLOCKS, documents_apart=True),
     ]
     assert len(set(digests)) == 7 and digests[0] == digest(BLOCKS.copy())
 
