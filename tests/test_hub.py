@@ -162,7 +162,7 @@ def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, te
     assert main(short(text_file, tmp_path / "run")) == 0
     out, err = capsys.readouterr()
     first, last = [line for line in err.splitlines() if line.startswith("warning")]
-    assert "the token may only read" in first
+    assert "this token can only read" in first
     assert "not pushed: 403 Forbidden" in last and repeat_command(last)[2] == "me/run"
     assert_token_is_nowhere(tmp_path / "run", out, err)
 
@@ -193,7 +193,7 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
     assert main(short(text_file, tmp_path / "run")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "error: push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
+        "error: push_to_hub needs a token that can write: set HF_TOKEN, or log in with `hf auth login`"
     ]
     assert out == "" and not (tmp_path / "run").exists()
 
@@ -201,8 +201,8 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
 @pytest.mark.parametrize(
     "arguments, environment, said",
     [
-        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is no name for a repository"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "give push_to_hub or set HF_HUB_OFFLINE, not both"),
+        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is not a valid repository name"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so push_to_hub cannot work: give one of the two"),
     ],
 )
 def test_a_push_that_cannot_succeed_is_refused(
@@ -337,7 +337,7 @@ def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tm
     assert main([*arguments, "--max_train_steps=6"]) == 0
     thread.join()
     out, err = capsys.readouterr()
-    assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
+    assert "warning: step 4 is not pushed: the push of step 2 is still running" in err.splitlines()
     assert "pushed: " in out and time.perf_counter() - began < 200, "seconds; a push that hangs lasts for 300"
     assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
 

@@ -151,7 +151,7 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
     assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert (tmp_path / "precious.txt").read_text() == "kept"
-    assert f"what no run made stays in {tmp_path}: precious.txt\n" in capsys.readouterr().err
+    assert f"files in {tmp_path} that no run made are kept: precious.txt\n" in capsys.readouterr().err
     assert lines_of(tmp_path)[-1]["step"] == 1
 
 
@@ -253,7 +253,7 @@ def test_as_many_threads_tokenise_as_were_asked_for(trained, text_file, tmp_path
 
 
 def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
-    """README's first command, but for the installation and the length: 40 steps of its 354."""
+    """README's first command, but for the installation and the length: 40 steps of its 118."""
     command = re.search(r"^python -m pip install -e \. && (.*)$", (ROOT / "README.md").read_text(), re.M).group(1)
     train, generate = (shlex.split(part) for part in command.split(" && "))
     assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]

@@ -171,7 +171,9 @@ def test_overwriting_removes_all_that_a_run_made_and_nothing_else(arguments, cop
     (copied / "checkpoints" / "step-000002.copy").mkdir()
     (copied / "tensorboard").mkdir()
     assert main([*arguments, "--max_train_steps=1", "--overwrite_output_dir", f"--output_dir={copied}"]) == 0
-    assert f"what no run made stays in {copied}: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    assert (
+        f"files in {copied} that no run made are kept: checkpoints, notes.txt, vocab.json\n" in capsys.readouterr().err
+    )
     assert {path.name for path in copied.iterdir()} == EXPORTED | {"checkpoints", "notes.txt", "vocab.json"}
     assert {path.name for path in (copied / "checkpoints").iterdir()} == {"step-000001", "step-000002.copy"}
 

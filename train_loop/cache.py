@@ -1,4 +1,4 @@
-"""The cache of tokens, which later runs begin with.
+"""The cache of tokens, so that later runs start at once.
 
 python -m train_loop.cache list       the size of each file, when a run last opened it, and its path
 python -m train_loop.cache clear      removes them all; a run that has one open keeps it until it ends

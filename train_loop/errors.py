@@ -1,4 +1,4 @@
-"""What is said to whoever runs this, on stderr, and the one class of errors that is said in a sentence."""
+"""Messages on stderr, and the class of errors that the user can mend."""
 
 import sys
 

@@ -1,8 +1,7 @@
 """Checkpoints that are whole or not there, and the way back from them.
 
     output_dir/checkpoints/step-000500/
-        model.safetensors       every trained parameter and buffer by its name; a tied weight once. Frozen weights are
-                                those of the model that the run begins with: identity.py has their digest
+        model.safetensors       every trained parameter and buffer by its name; a tied weight once
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
         block_nats.safetensors  of the last and the best evaluation, as in output_dir/evaluations
@@ -127,13 +126,13 @@ class Checkpoints:
                 with contextlib.suppress(OSError):
                     remove(partial)
 
-    def _together(self, step: int, does_it: bool, deed: Callable[[], Any]) -> list[Any]:
-        """Runs `deed` where `does_it`, and returns what it returned there. Raises UserError on all processes where it
-        did on one."""
+    def _together(self, step: int, is_active: bool, action: Callable[[], Any]) -> list[Any]:
+        """Runs `action` on the processes that are active. Returns the results of all of them. Raises UserError on all
+        processes if `action` failed on one."""
         result = problem = None
-        if does_it:
+        if is_active:
             try:
-                result = deed()
+                result = action()
             except OSError as error:
                 problem = f"the checkpoint of step {step} cannot be written ({error}); {self.say_latest()}"
         outcomes = gather_object([(result, problem)])
@@ -225,18 +224,20 @@ class Checkpoints:
             return None
         if wanted != "auto":
             if reason := damage(Path(wanted)):
-                raise UserError(f"resume_from_checkpoint {wanted} is no whole checkpoint: {reason}")
+                raise UserError(f"resume_from_checkpoint {wanted} is not a complete checkpoint: {reason}")
             return wanted
         found = checkpoints_in(self.folder)
         for _, path in reversed(found):
             reason = damage(path)
             if not reason:
                 return str(path)
-            tell(f"{path} is damaged ({reason}): looking for the one before it")
+            tell(f"checkpoint {path} is damaged ({reason}): trying the one before it")
         if self.mirror and (fetched := self.mirror.fetch()):
             return str(fetched)
         if found:
-            raise UserError(f"no checkpoint in {self.folder} is whole; --overwrite_output_dir starts anew")
+            raise UserError(
+                f"no checkpoint in {self.folder} is complete. --overwrite_output_dir starts again from the beginning"
+            )
         return None
 
     def position_of(self, path: Path) -> Position:
@@ -261,7 +262,7 @@ class Checkpoints:
             if reason:
                 position.best_step = position.best = None
                 if self.accelerator.is_main_process:
-                    tell(f"the best model so far, {best}, is gone ({reason}): the best from here on is looked for")
+                    tell(f"the best model so far, {best}, is lost ({reason}): only evaluations from here on count")
         model = self.accelerator.unwrap_model(model)
         load_weights(path, model)
         if state["identity"]["optimizer"] == self.identity["optimizer"]:
@@ -277,7 +278,8 @@ class Checkpoints:
         else:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
-                tell(f"random states are of {len(state['rng'])} processes: dropout continues with new ones")
+                old, new = len(state["rng"]), self.accelerator.num_processes
+                tell(f"the checkpoint is of {old} processes, this run has {new}: dropout draws new random numbers")
         self.resumed_step = position.step
         if self.mirror:
             self.mirror.resumed = True

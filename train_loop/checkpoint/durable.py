@@ -111,7 +111,7 @@ def verified(manifest: Any) -> dict:
     optional = [manifest.get(name) for name in ("eval_loss", "best_step")]
     numbers = all(value is None or type(value) in (int, float) for value in optional)
     if type(manifest.get("step")) is not int or not isinstance(manifest.get("files"), dict) or not numbers:
-        raise UserError("manifest.json is not one of this version")
+        raise UserError("manifest.json is not of this version")
     return manifest
 
 

@@ -53,6 +53,7 @@ CODE = (
     "optim.py",
     "loop.py",
     "data/blocks.py",
+    "data/mixture.py",
 )  # of the package
 CODE_OF = "code of "
 
@@ -100,7 +101,7 @@ def run_identity(
     return {
         **values,
         **split.identity(),
-        "documents end with token": split.document_end,
+        "documents are kept apart": split.documents_apart or None,  # None: as in checkpoints that have no word of it
         "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "blocks in an optimizer step": settings.blocks_per_step(accelerator.num_processes),
         "num_steps": num_steps,
@@ -144,14 +145,14 @@ def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings)
         )
     step, (fixed, changed, *_) = state["position"]["step"], differences(state, identity, settings)
     if fixed:
-        return f"belongs to another run: {'; '.join(fixed)}"
+        return f"belongs to a different run (checkpoint -> now): {'; '.join(fixed)}"
     if changed and not settings.resume_with_changes:
         return (
-            f"has other settings that change the result: {'; '.join(changed)}. "
-            "--resume_with_changes goes on with the new ones"
+            f"has different settings that change the result (checkpoint -> now): {'; '.join(changed)}. To resume with "
+            "the new ones, give --resume_with_changes"
         )
     if identity["num_steps"] < step:
-        return f"is of step {step}, but the run is to end at step {identity['num_steps']}"
+        return f"is of step {step}, but this run ends at step {identity['num_steps']}"
     return None
 
 
@@ -159,8 +160,8 @@ def remarks(state: dict[str, Any], identity: dict[str, Any], settings: Settings)
     """What differs from the run that made a checkpoint and is no reason to refuse it, a sentence each."""
     _, changed, code, bits, others = differences(state, identity, settings)
     found = {
-        "settings that differ from the checkpoint's, the new ones hold": "; ".join(changed + others),
-        "the code changed since the checkpoint, the new code is run from here on": ", ".join(code),
+        "settings differ from the checkpoint's, and the new ones are used": "; ".join(changed + others),
+        "the code changed since the checkpoint, and the new code runs from here on": ", ".join(code),
         "the result may differ in its last bits from that of a run that was not interrupted": "; ".join(bits),
     }
     return [f"{what}: {names}" for what, names in found.items() if names]

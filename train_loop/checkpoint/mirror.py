@@ -54,7 +54,7 @@ class Mirror:
         if self.is_off:
             return
         if self.path is not None and self._is_busy():
-            return warn(f"{path.name} is not mirrored: the copy of {self.path.name} is not done yet")
+            return warn(f"{path.name} is not mirrored: the copy of {self.path.name} is still being made")
         self.path = path
         self.thread = threading.Thread(target=self._run, args=(path, kept), daemon=True)
         self.thread.start()
@@ -66,7 +66,7 @@ class Mirror:
             self.begin(latest, kept)
             self._wait()
         if self._is_busy() and self.path is not None:
-            warn(f"{self.path.name} is not mirrored to {self.address}: the copy takes too long, and the run ends")
+            warn(f"{self.path.name} is not mirrored to {self.address}: the copy was not done when the run ended")
 
     def _wait(self) -> None:
         if self.thread is not None and self.path is not None:
@@ -121,7 +121,7 @@ class Mirror:
             state = self._state(name, other)
             if state is not None and (reason := self.refusal(state)):
                 self.is_off = True  # it would be overwritten, or removed
-                return warn(f"nothing is mirrored: {self.address}/{name} {reason}. Choose another address for mirror")
+                return warn(f"nothing is mirrored: {self.address}/{name} {reason}. Give --mirror a different address")
         if whole.get(path.name) != manifest:
             self._remove(path.name)
             self.store.makedirs(target, exist_ok=True)
@@ -187,7 +187,7 @@ class Mirror:
             reason = f"{one_line(error)} is missing"
         if reason:
             remove(partial)
-            tell(f"{self.address}/{name} is damaged ({reason}): looking for the one before it")
+            tell(f"{self.address}/{name} is damaged ({reason}): trying the one before it")
             return None
         put_in_place(partial)
         tell(f"{name} was fetched from the mirror {self.address}")

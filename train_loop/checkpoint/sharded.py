@@ -142,7 +142,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     fit."""
     tensors, saved = saved_tensors(model), Shares(path, "model")
     if saved.pieces.keys() != tensors.keys():
-        raise UserError(f"{path} holds other weights than this model has")
+        raise UserError(f"the weights in {path} are not those of this model: their names differ")
     for name, tensor in tensors.items():
         saved.read_into(tensor, name)
 
