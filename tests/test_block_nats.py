@@ -72,7 +72,7 @@ def test_other_tokens_another_cut_and_other_targets_are_other_blocks():
         digest(BLOCKS.reshape(10, 6)),
         digest(BLOCKS, stride=3),
         digest(BLOCKS, stride=3, tail=TAIL),
-        digest(BLOCKS, document_end=7),
+        digest(BLOCKS, documents_apart=True),
     ]
     assert len(set(digests)) == 7 and digests[0] == digest(BLOCKS.copy())
 
@@ -139,7 +139,7 @@ def test_overwriting_removes_it_and_nothing_else(run_folder, tmp_path, capsys):
             assert main([*arguments, *more]) == 1
     assert not (tmp_path / "run" / "evaluations").exists()
     assert [path.name for path in (tmp_path / "mine" / "evaluations").iterdir()] == ["notes.txt"]
-    assert "what no run made stays" in capsys.readouterr().err
+    assert "that no run made are kept: evaluations" in capsys.readouterr().err
 
 
 def test_an_evaluation_alone_leaves_its_nats_too(run_folder, text_file, tmp_path):
