@@ -63,7 +63,7 @@ class FiniteGuard:
     def _advice(self, num_updates: float) -> str:
         if num_updates:
             return (
-                "Try a lower learning_rate or more num_warmup_steps. If you changed loss.py, look there for log, sqrt or "
-                "a division at 0"
+                "Try a lower learning_rate or more num_warmup_steps. If you changed loss.py, look there for log, sqrt "
+                "or a division at 0"
             )
         return "The weights were not updated yet: check loss.py, the training and validation data, the model's weights"
