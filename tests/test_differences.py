@@ -1,6 +1,7 @@
 """Whether one recipe is better than another: the interval covers the truth as often as it says, and the words fit."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -195,6 +196,26 @@ def test_other_blocks_are_refused_in_a_sentence(runs, capsys):
     output = said(folders, capsys)
     assert "were evaluated on different tokens" in output and "--named_perplexities" in output
     assert "is lower" not in output and "lowest validation loss" in output
+
+
+def test_other_tokens_of_the_same_text_are_compared_in_bits_per_byte(runs, capsys):
+    """Of the same text, one with blocks of 400 bytes, the other with blocks of 300; the second covers less at the end.
+    A piece of the text that is hard is so for both."""
+    generator = np.random.default_rng(10)
+    hard = 1 + 0.2 * neighbours_alike(generator, (96_000,), 0.99)  # nats of a byte
+    folders = []
+    for name, size, factor in (("coarse", 400, 1.0), ("fine", 300, 1.01)):
+        num_blocks = 96_000 // size - (name == "fine")
+        text_nats = factor * hard[: num_blocks * size].reshape(-1, size).sum(1)
+        num_bytes = np.full(num_blocks, size, dtype=np.int32)
+        fields = {"text": "the same", "text_nats": text_nats.astype(np.float32), "num_bytes": num_bytes}
+        folders += runs({name: (1, text_nats, {"block_size": size // 4, "blocks": name})}, **fields)
+    output = said(folders, capsys)
+    found = re.search(r"fine is higher than coarse by (\S+) \+- (\S+) bits per byte", output)
+    assert float(found[1]) == pytest.approx(0.01 * hard.mean() / np.log(2), abs=3e-4) and float(found[2]) < 1e-3
+    assert "of 240 pieces of text" in output
+    other = runs({"else": (1, text_nats, {"blocks": "else"})}, **fields | {"text": "another"})
+    assert "were evaluated on different tokens" in said([folders[0], *other], capsys)
 
 
 def test_a_run_without_nats_and_a_set_that_there_is_not_are_sentences(runs, capsys, tmp_path):

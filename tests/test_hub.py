@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -286,6 +288,37 @@ def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_p
     step = int(re.fullmatch(r"step (\d+)", logged_in.commits["models", "me/run"][-1]).group(1))
     saved = load_file(tmp_path / "run" / "checkpoints" / f"step-{step:06d}" / "model.safetensors")
     assert all(model.get_parameter(name).equal(tensor) for name, tensor in saved.items())
+
+
+def test_with_lora_a_checkpoint_is_pushed_as_the_merged_model_and_the_adapter(
+    logged_in, text_file, tmp_path, monkeypatch
+):
+    """A checkpoint holds what is trained alone; the frozen weights come from the model in memory."""
+    peft = pytest.importorskip("peft")
+    base = save_model(tmp_path / "base", text_file)
+    begin = Publisher.push_checkpoint
+
+    def push_wait_and_fetch(self, *arguments):
+        begin(self, *arguments)
+        self.client.wait()
+        shutil.copytree(logged_in.path("models", "me/run"), tmp_path / "pushed")
+
+    monkeypatch.setattr(Publisher, "push_checkpoint", push_wait_and_fetch)
+    arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--lora_r=2", "--learning_rate=0.1"]
+    arguments += ["--block_size=32", "--max_eval_samples=8", "--max_train_steps=3", "--checkpointing_steps=2"]
+    arguments += ["--num_threads=1", "--push_to_hub", "--hub_strategy=every_save"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pushed", output_loading_info=True)
+    assert not any(info.values()), info
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "pushed" / "adapter"
+    )
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
+    adapter = load_file(tmp_path / "pushed" / "adapter" / "adapter_model.safetensors")
+    assert all(adapter[f"base_model.model.{n.replace('.default', '')}"].equal(tensor) for n, tensor in saved.items())
 
 
 def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tmp_path, capsys):

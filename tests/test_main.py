@@ -253,7 +253,7 @@ def test_as_many_threads_tokenise_as_were_asked_for(trained, text_file, tmp_path
 
 
 def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
-    """README's first command, but for the installation and the length: 40 steps of its 354."""
+    """README's first command, but for the installation and the length: 40 steps of its 118."""
     command = re.search(r"^python -m pip install -e \. && (.*)$", (ROOT / "README.md").read_text(), re.M).group(1)
     train, generate = (shlex.split(part) for part in command.split(" && "))
     assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]

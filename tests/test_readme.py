@@ -15,7 +15,10 @@ from train_loop import __version__
 
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
-PAGES += [f"train_loop/{name}/README.md" for name in ("recipes", "data", "checkpoint", "report", "publish", "settings")]
+PAGES += [
+    f"train_loop/{name}/README.md"
+    for name in ("recipes", "data", "checkpoint", "report", "compare", "publish", "settings")
+]
 PAGES += ["tests/README.md", "tests/benchmarks/README.md", "CONTRIBUTING.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values())

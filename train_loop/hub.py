@@ -20,7 +20,7 @@ from urllib.request import getproxies
 
 from train_loop.errors import UserError, warn
 from train_loop.process import StopSignal
-from train_loop.settings import Settings
+from train_loop.settings import Settings, sources_of
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question
@@ -41,7 +41,8 @@ def use_cache_if_unreachable(settings: Settings) -> bool:
     Otherwise the hub's client would retry for half a minute for each file; offline, it uses its cache at once. It reads
     the variable when it is imported: call this before.
     """
-    names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, settings.dataset_name]
+    data_sets = [source.dataset_name for source in sources_of(settings).values()]
+    names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, *data_sets]
     wanted = any(is_hub_name(name) for name in names) or settings.push_to_hub
     address = urlsplit(hub_address())
     if not wanted or "HF_HUB_OFFLINE" in os.environ or getproxies().get(address.scheme):
@@ -55,9 +56,9 @@ def use_cache_if_unreachable(settings: Settings) -> bool:
         return True
 
 
-def is_hub_name(name: str | None) -> TypeGuard[str]:
+def is_hub_name(name: object) -> TypeGuard[str]:
     """Whether `name` stands for a model or a data set on the hub: it is neither built in nor a path that exists."""
-    return name not in (None, "", "python_docs") and not Path(name).exists()
+    return isinstance(name, str) and name not in ("", "python_docs") and not Path(name).exists()
 
 
 def check_push(settings: Settings, unreachable: bool) -> str | None:

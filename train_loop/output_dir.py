@@ -20,7 +20,7 @@ from train_loop.lora import ADAPTER
 from train_loop.process import code_version
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.report import BLOCK_NATS
-from train_loop.settings import Settings, as_recipe
+from train_loop.settings import Settings, as_recipe, sources_of, validation_sets_of
 from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
 
 MARK = "train_config.yaml"  # written first in a run's folder, and removed last
@@ -107,9 +107,12 @@ def check_output_dir(settings: Settings) -> None:
 
 def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:
     """(setting, path) of each input of the run that is `path` itself or lies in it."""
-    names = ("train_file", "validation_file", "model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
-    for name in names:
-        value = getattr(settings, name)
+    names = ("model_name_or_path", "config_name", "tokenizer_name")
+    inputs = [(name, getattr(settings, name)) for name in names]
+    for source in sources_of(settings).values():
+        inputs += [("train_file", source.train_file), ("dataset_name", source.dataset_name)]
+    inputs += [("validation_file", one.validation_file) for one in validation_sets_of(settings).values()]
+    for name, value in inputs:
         if value and path.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
             yield name, value
 

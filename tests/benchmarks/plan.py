@@ -46,6 +46,7 @@ def compare(folder, configuration, num_steps):
     shutil.rmtree(output_dir, ignore_errors=True)
     arguments = [
         "--config=quickstart",
+        "--optimizer=adamw",
         f"--config_overrides={shape},n_positions=256",
         f"--block_size={block}",
         f"--per_device_train_batch_size={batch}",

@@ -43,6 +43,8 @@ def measure(pair, folder, name, accumulation, exchange="every step", num_steps=1
     no_dropout = "resid_pdrop=0,embd_pdrop=0,attn_pdrop=0"
     arguments = [
         "--config=quickstart",
+        "--optimizer=adamw",
+        "--learning_rate=1e-3",
         f"--config_overrides=n_layer=4,n_head=4,n_embd=256,n_positions=256,{no_dropout}",
         f"--per_device_train_batch_size={16 // num_processes}",
         f"--gradient_accumulation_steps={accumulation}",

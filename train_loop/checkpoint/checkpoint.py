@@ -1,8 +1,7 @@
 """Checkpoints: save them, find them, restore a run from them. A checkpoint is either complete or absent.
 
     output_dir/checkpoints/step-000500/
-        model.safetensors       every trained parameter and buffer by its name; a tied weight once. Frozen weights are
-                                those of the model that the run begins with: identity.py has their digest
+        model.safetensors       every trained parameter and buffer by its name; a tied weight once
         optimizer.safetensors   the optimizer's tensors, as <parameter>.<name>
                                 under FSDP: a file of each from each process, model-00001-of-00008.safetensors
         block_nats.safetensors  of the last and the best evaluation, as in output_dir/evaluations

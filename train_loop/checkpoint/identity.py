@@ -53,6 +53,7 @@ CODE = (
     "optim.py",
     "loop.py",
     "data/blocks.py",
+    "data/mixture.py",
 )  # of the package
 CODE_OF = "code of "
 
@@ -101,7 +102,7 @@ def run_identity(
     return {
         **values,
         **split.identity(),
-        "documents end with token": split.document_end,
+        "documents are kept apart": split.documents_apart or None,  # None: as in checkpoints that have no word of it
         "model config": hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode()).hexdigest()[:32],
         "blocks in an optimizer step": settings.blocks_per_step(accelerator.num_processes),
         "num_steps": num_steps,
