@@ -12,6 +12,7 @@ import yaml
 from conftest import (
     NO_DROPOUT,
     PROGRAMS,
+    ROOT,
     TINY,
     assert_lines_agree,
     assert_same_run,
@@ -31,8 +32,9 @@ from train_loop.errors import UserError
 from train_loop.main import main
 from train_loop.model import load_tokenizer
 from train_loop.position import Place
-from train_loop.settings import Settings, sources_of, weights_of
+from train_loop.settings import Settings, sources_of, validation_sets_of, weights_of
 from train_loop.settings.command_line import read_settings
+from train_loop.settings.sources import OF_TRAINING
 
 plain_order = data.block_order
 T = 8
@@ -458,3 +460,16 @@ def test_a_data_set_may_have_a_validation_file(texts):
     settings = read_settings([*MODEL, "--dataset_name=python_docs", f"--validation_file={texts}/valid.txt"])
     train, validation, note = load_sources(settings)
     assert len(train["training"]) == 79 and len(validation["validation"]) == 40 and note == ""
+
+
+def test_the_recipe_on_the_page_is_valid(texts, tmp_path, monkeypatch):
+    page = (ROOT / "train_loop" / "data" / "README.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name in ("my.txt", "other.txt", "valid.jsonl", "recipe.yaml"):
+        (tmp_path / name).write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(["--config=recipe.yaml"])
+    assert weights_of(settings) == {"my": 0.7, "wiki": 0.3}
+    assert list(sources_of(settings)) == ["my", "wiki"] and list(validation_sets_of(settings)) == ["mine", "log"]
+    said = re.search(r"all the keys of a source: (.*?)\. What", page, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", said)) == {"name", "weight", *OF_TRAINING}
