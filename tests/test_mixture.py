@@ -264,6 +264,27 @@ def test_from_each_place_in_a_mixed_stream_come_the_windows_that_are_left(size, 
     assert streamed(stream, settings, end) == []
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_and_prompts_are_mixed_and_each_keeps_its_targets(streaming, texts, tmp_path):
+    """Of text each token is a target, but for a block's first; of prompts only the completions."""
+    rows = [json.dumps({"prompt": "uuuu", "completion": "zz"}) for _ in range(60)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    items = [{"train_file": f"{texts}/long.txt", "weight": 1}, {"train_file": f"{tmp_path}/asked.jsonl", "weight": 1}]
+    items = [{"name": name, **item} for name, item in zip(("long", "asked"), items, strict=True)]
+    settings = listed(texts, train_file=items, **({"streaming": True, "max_train_steps": 9} if streaming else {}))
+    split, seen = training_data(settings), set()
+    for window in split.windows(Place(), settings, ALONE):
+        ids, labels, positions = (window.tensors[n].flatten(0, 1) for n in ("input_ids", "labels", "position_ids"))
+        is_text = torch.from_numpy(is_of_long(ids, texts))
+        is_filler = (labels == -100).all(1)
+        assert (labels[is_text & ~is_filler][:, 1:] != -100).all()
+        assert (positions[is_text] == torch.arange(T)).all()
+        asked = labels[~is_text & ~is_filler]
+        assert ((asked == -100).sum(1) > 2).all() and (asked != -100).any(1).all()
+        seen |= set(is_text[~is_filler].tolist())
+    assert seen == {True, False}
+
+
 # a run
 
 
