@@ -336,7 +336,7 @@ def test_a_mixed_run_that_is_resumed_ends_as_if_left_alone(step, arguments, trai
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.66"),
+        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.666667, 0.333333]"),
         (lambda items: [item.pop("weight") for item in items], "weights of the sources: [0.7, 0.3] -> None"),
         (lambda items: items[0].update(max_train_samples=300), "training blocks: "),
         (lambda items: items.reverse(), "training blocks: "),
@@ -353,7 +353,7 @@ def test_another_mixture_is_refused(change, said, texts, arguments, trained, tmp
     copy_until(8, trained, tmp_path / "run")
     assert main([*words[:-1], f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]) == 1
     error = capsys.readouterr().err
-    assert "belongs to another run" in error and said in error
+    assert "belongs to a different run" in error and said in error
 
 
 def test_settings_with_sources_are_read_back_the_same(trained, arguments):
