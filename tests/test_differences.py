@@ -115,7 +115,7 @@ def one(generator, loss, **values):
 def said(folders, capsys, *more):
     """What the command says, without the table of settings, on one line."""
     main([*folders, *more])
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join(" ".join(capsys.readouterr()).split())
 
 
 def test_a_clear_difference_is_said_in_words_with_its_interval(runs, capsys):
