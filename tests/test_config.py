@@ -36,7 +36,7 @@ def test_a_flag_may_be_spelled_with_hyphens_and_an_equals_sign(words):
 
 
 def test_a_value_keeps_its_hyphens():
-    assert read_settings([*MODEL, *DATA, "--text_column=my-own--text"]).text_column == "my-own--text"
+    assert read_settings([*MODEL, *DATA, "--text_column=my-own--text"]).text_column == ["my-own--text"]
 
 
 def test_without_a_model_or_data_the_recipe_is_quickstart():

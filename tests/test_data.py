@@ -109,11 +109,11 @@ def test_each_file_of_a_folder_is_a_row_and_the_last_ones_are_held_out(tokenizer
 def test_parquet_gives_the_same_rows_from_the_column_that_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_dict({"body": LINES, "title": ["t"] * 5}).to_parquet(path)
-    assert rows_of(path, text_column="body") == LINES
+    assert rows_of(path, text_column=["body"]) == LINES
     with pytest.raises(ValueError, match="text_column may be one of: body, title"):
         rows_of(path)
     with pytest.raises(ValueError, match="no column 'bdy' of text"):
-        rows_of(path, text_column="bdy")
+        rows_of(path, text_column=["bdy"])
 
 
 @pytest.mark.quick

@@ -14,7 +14,7 @@ B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,13 +22,13 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.data.columns import CHAT, PROMPT, TEXT
+from train_loop.data.columns import TEXT
 from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark, ids_of
-from train_loop.data.prompts import PLAIN, Counts, Marking
+from train_loop.data.prompts import PLAIN, Counts, Marking, documents_apart, marking_of
 from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError, tell
+from train_loop.errors import UserError, num_of, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
@@ -148,37 +148,21 @@ class Split:
     def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        cut, rest = f"{num_of(num_blocks, 'block')} of {block_size}", f"; {num_of(self.num_dropped, 'token')} dropped"
         if self.num_blocks < num_blocks:
             cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
         elif len(self.tail):
-            rest = f" and {len(self.tail):,} tokens"
+            rest = f" and {num_of(len(self.tail), 'token')}"
         if self.marking == PLAIN:
-            return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
-        targets = f"{cut} with {self.num_targets:,} targets"
-        told = f"{self.num_rows:,} rows ({self.marking.kind}) -> {self.counts.num_tokens:,} tokens -> {targets}"
-        return "; ".join([told, *self._remarks(rest.removeprefix("; "))])
-
-    def _remarks(self, rest: str) -> list[str]:
-        """What became of rows that do not fit, a clause each."""
-        counts, length = self.counts, self.marking.row_length
-        if length:
-            found = ["each row has a block of its own"]
-            if counts.num_cut:
-                found.append(f"{counts.num_cut:,} rows are longer and lose {counts.num_lost:,} tokens")
-            if counts.num_left_out:
-                found.append(f"{counts.num_left_out:,} rows are left out: their first {length:,} tokens have no target")
-        else:
-            found = [rest] if rest else []
-            if self.marking.rows:
-                num_cut = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
-                found.append(f"{num_cut:,} blocks begin within a row")
-        if counts.num_merged:
-            found.append(
-                f"{counts.num_merged:,} prompts end within a token: move white space from their end to the "
-                "completion's beginning"
-            )
-        return found
+            return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
+        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
+        rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
+        told = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
+        told += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
+        if self.marking.rows:
+            num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
+            told.append(f"blocks that begin within a row: {num_within:,}")
+        return "; ".join(told + self.counts.remarks(self.marking))
 
 
 def load_split(
@@ -219,31 +203,6 @@ def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
         )
         ways += f"a block_size of at most {num_tokens}"
     return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
-
-
-def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings) -> tuple[int | None, Marking]:
-    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError where the
-    tokenizer lacks the token, and for settings that do not go with the kind."""
-    if kind == CHAT and settings.add_eos_token:
-        raise UserError("add_eos_token is for rows of text: a chat ends as the chat template ends it")
-    if kind == TEXT and settings.document_attention and not settings.add_eos_token:
-        raise UserError("document_attention goes with add_eos_token, which marks where documents end")
-    if settings.add_eos_token and tokenizer.eos_token_id is None:
-        raise UserError("add_eos_token: the tokenizer has no end-of-text token")
-    end_of_text = tokenizer.eos_token_id if settings.add_eos_token or kind == PROMPT else None
-    marks_rows = settings.packing and (kind != TEXT or bool(settings.document_attention))
-    marking = Marking(kind, settings.completion_only_loss and kind != TEXT, marks_rows)
-    if not settings.packing:
-        fillers = (tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
-        filler = next(token for token in fillers if token is not None)
-        marking = replace(marking, row_length=settings.block_size, filler=filler)
-    return end_of_text, marking
-
-
-def documents_apart(kind: str, settings: Settings) -> bool:
-    """Whether rows of a kind are kept apart in a block. A row that has a block of its own is alone there."""
-    asked = settings.document_attention
-    return settings.packing and (kind != TEXT if asked is None else asked)
 
 
 def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:

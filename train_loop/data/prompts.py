@@ -7,7 +7,7 @@ the assistant wrote in a chat is found by chats.py.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,8 @@ from train_loop.data.chats import assistants_tokens, rendered
 from train_loop.data.columns import CHAT, PROMPT, TEXT
 from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark
 from train_loop.data.token_ids import token_ids
+from train_loop.errors import UserError, num_of
+from train_loop.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,52 @@ class Counts:
         """As int32, to be written after the tokens."""
         return np.array([getattr(self, field.name) for field in fields(self)], dtype=np.int64).view(np.int32)
 
+    def remarks(self, marking: Marking) -> list[str]:
+        """What became of rows that do not fit, a clause each."""
+        found, length = [], marking.row_length
+        if length:
+            found.append("each row has a block of its own")
+        if self.num_cut:
+            found.append(f"longer rows, which are cut: {self.num_cut:,}, by {num_of(self.num_lost, 'token')}")
+        if self.num_left_out:
+            found.append(f"rows left out, without a target in their first {length:,} tokens: {self.num_left_out:,}")
+        if self.num_merged:
+            found.append(
+                f"prompts that end within a token: {self.num_merged:,}; move white space from their end to the "
+                "completion's beginning"
+            )
+        return found
+
     @classmethod
     def split_off(cls, tokens: np.ndarray) -> tuple[np.ndarray, "Counts"]:
         """(tokens, counts) of an array that ends with what `to_array` gave."""
         size = 2 * len(fields(cls))
         return tokens[:-size], cls(*np.array(tokens[-size:]).view(np.int64).tolist())
+
+
+def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings) -> tuple[int | None, Marking]:
+    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError where the
+    tokenizer lacks the token, and for settings that do not go with the kind."""
+    if kind == CHAT and settings.add_eos_token:
+        raise UserError("add_eos_token is for rows of text: a chat ends as the chat template ends it")
+    if kind == TEXT and settings.document_attention and not settings.add_eos_token:
+        raise UserError("document_attention goes with add_eos_token, which marks where documents end")
+    if settings.add_eos_token and tokenizer.eos_token_id is None:
+        raise UserError("add_eos_token: the tokenizer has no end-of-text token")
+    end_of_text = tokenizer.eos_token_id if settings.add_eos_token or kind == PROMPT else None
+    marks_rows = settings.packing and (kind != TEXT or bool(settings.document_attention))
+    marking = Marking(kind, settings.completion_only_loss and kind != TEXT, marks_rows)
+    if not settings.packing:
+        fillers = (tokenizer.eos_token_id, tokenizer.pad_token_id, 0)
+        filler = next(token for token in fillers if token is not None)
+        marking = replace(marking, row_length=settings.block_size, filler=filler)
+    return end_of_text, marking
+
+
+def documents_apart(kind: str, settings: Settings) -> bool:
+    """Whether rows of a kind are kept apart in a block. A row that has a block of its own is alone there."""
+    asked = settings.document_attention
+    return settings.packing and (kind != TEXT if asked is None else asked)
 
 
 def encode_marked(

@@ -27,10 +27,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.data.blocks import Window, Windows, documents_apart, marking_of
+from train_loop.data.blocks import Window, Windows
 from train_loop.data.chats import RowProblem
 from train_loop.data.columns import TEXT, Row
-from train_loop.data.prompts import PLAIN, encode_marked
+from train_loop.data.prompts import PLAIN, documents_apart, encode_marked, marking_of
 from train_loop.data.row_files import digest_of
 from train_loop.data.sources import Source
 from train_loop.data.tokens import encode, tokenizer_recipe, without_blank

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from train_loop.files import FILE_KINDS, data_files, file_kind
-from train_loop.settings.settings import SCHEDULES, Settings
+from train_loop.settings.choices import SCHEDULES
+from train_loop.settings.settings import Settings
 from train_loop.settings.sources import sources_of, validation_sets_of, weights_of
 
 

@@ -11,21 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.errors import UserError
+from train_loop.errors import UserError, num_of
+from train_loop.settings.choices import SCHEDULES, TRACKERS
 from train_loop.settings.field import FRACTION, Sources, above, at_least, one_of, setting
-
-# the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
-SCHEDULES: dict[str, dict[str, float]] = {
-    "linear": {"min_lr_ratio": 0.0},  # share of learning_rate that is left at the end
-    "cosine": {"num_cycles": 0.5, "min_lr_ratio": 0.0},  # 0.5: down once
-    "cosine_with_restarts": {"num_cycles": 1.0, "min_lr_ratio": 0.0},
-    "polynomial": {"power": 1.0, "lr_end": 1e-7},  # lr_end: learning rate at the end, as transformers has it
-    "constant": {},
-    "constant_with_warmup": {},
-    "wsd": {"decay_ratio": 0.1, "min_lr_ratio": 0.0},  # warm-up, stable, decay: linear in this share of all steps
-}
-# Accelerate has a class for each of these, and each is the name of the library to import
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 
 
 @dataclass
@@ -308,7 +296,8 @@ class Settings:
         steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
-            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
+            ends = f"the run has {num_of(steps, 'step')}"
+            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but {ends}")
         return steps
 
 
