@@ -27,7 +27,7 @@ def test_a_transposed_matrix_takes_the_transposed_step():
     generator, ends = torch.Generator().manual_seed(0), []
     matrix, gradient = torch.randn(2, 32, 96, generator=generator)
     for value, slope in ((matrix, gradient), (matrix.T, gradient.T)):
-        parameter = torch.nn.Parameter(value.contiguous())
+        parameter = torch.nn.Parameter(value.clone(memory_format=torch.contiguous_format))
         parameter.grad = slope.contiguous()
         Muon([parameter], 0.1, 0.1, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).step()
         ends.append(parameter.detach())
