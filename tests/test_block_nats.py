@@ -1,6 +1,7 @@
 """The nats of each validation block: what an evaluation keeps of itself for `compare`."""
 
 import itertools
+import os
 import shutil
 
 import numpy as np
@@ -13,7 +14,7 @@ from train_loop.data.blocks import Split
 from train_loop.errors import UserError
 from train_loop.evaluate import evaluate, evaluate_splits
 from train_loop.main import main
-from train_loop.report.evaluations import BLOCK_NATS, read_block_nats
+from train_loop.report.evaluations import BLOCK_NATS, read_block_nats, write_block_nats
 from train_loop.settings.settings import Settings
 
 T = 12
@@ -71,7 +72,7 @@ def test_other_tokens_another_cut_and_other_targets_are_other_blocks():
         digest(BLOCKS.reshape(10, 6)),
         digest(BLOCKS, stride=3),
         digest(BLOCKS, stride=3, tail=TAIL),
-        digest(BLOCKS, document_end=7),
+        digest(BLOCKS, documents_apart=True),
     ]
     assert len(set(digests)) == 7 and digests[0] == digest(BLOCKS.copy())
 
@@ -118,6 +119,16 @@ def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
         assert_same_run(tmp_path / f"{step}", reference)
 
 
+def test_the_best_goes_where_the_validation_data_are_others(run_folder, tmp_path):
+    """Which a resume allows: the best of a run is of the blocks that its last evaluation was made on, or missing."""
+    arguments, reference = run_folder
+    copy_until(15, reference, tmp_path / "run")
+    changed = ["--max_eval_samples=20", "--resume_with_changes", "--resume_from_checkpoint=auto"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run", *changed, "--eval_steps=99"]) == 0
+    kept = read_block_nats(tmp_path / "run" / BLOCK_NATS)
+    assert [(when, len(found.sets["validation"].nats)) for when, found in kept.items()] == [("last", 20)]
+
+
 def test_a_finished_run_that_lost_the_file_writes_it_again(run_folder, tmp_path, capsys):
     arguments, reference = run_folder
     shutil.copytree(reference, tmp_path / "run")
@@ -138,7 +149,7 @@ def test_overwriting_removes_it_and_nothing_else(run_folder, tmp_path, capsys):
             assert main([*arguments, *more]) == 1
     assert not (tmp_path / "run" / "evaluations").exists()
     assert [path.name for path in (tmp_path / "mine" / "evaluations").iterdir()] == ["notes.txt"]
-    assert "what no run made stays" in capsys.readouterr().err
+    assert "that no run made are kept: evaluations" in capsys.readouterr().err
 
 
 def test_an_evaluation_alone_leaves_its_nats_too(run_folder, text_file, tmp_path):
@@ -150,6 +161,15 @@ def test_an_evaluation_alone_leaves_its_nats_too(run_folder, text_file, tmp_path
     last = read_block_nats(folder / BLOCK_NATS)["last"]
     assert alone.step is None and alone.sets["validation"].blocks == last.sets["validation"].blocks
     assert alone.sets["validation"].nats == pytest.approx(last.sets["validation"].nats, rel=1e-6)
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
+    deeds = []
+    for name in ("fsync", "replace"):
+        does = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *words, does=does, name=name: [deeds.append(name), does(*words)])
+    write_block_nats(tmp_path, {})
+    assert deeds == ["fsync", "replace"] and [path.name for path in tmp_path.rglob("*.*")] == [BLOCK_NATS.name]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"no safetensors at all"])

@@ -120,7 +120,7 @@ def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, ar
     path = interrupted / "checkpoints" / "step-000015" / name
     path.write_bytes(path.read_bytes()[:-1] + b"?") if deed == "flipped" else path.unlink()
     assert main([*arguments, f"--output_dir={interrupted}", f"--resume_from_checkpoint={path.parent}"]) == 1
-    assert "step-000015 is no whole checkpoint: " + name in capsys.readouterr().err
+    assert "step-000015 is not a complete checkpoint: " + name in capsys.readouterr().err
     assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 0
     done = capsys.readouterr()
     assert re.search(r"step-000015 is damaged \(" + name, done.err) and "checkpoints/step-000010\n" in done.out
@@ -132,7 +132,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
     for path in interrupted.glob("checkpoints/*/state.json"):
         path.write_text("{}")
     assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 1
-    assert "is whole; --overwrite_output_dir starts anew" in capsys.readouterr().err
+    assert "is complete. To start again: --overwrite_output_dir" in capsys.readouterr().err
     assert len(steps_in(interrupted / "checkpoints")) == 3
 
 
@@ -160,7 +160,7 @@ def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, argumen
     assert {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")} == before
 
     assert main([*resume, "--num_train_epochs=3"]) == 1
-    assert "num_steps: 26 -> 39. --resume_with_changes goes on" in capsys.readouterr().err
+    assert "num_steps: 26 -> 39. To resume with the new ones, give --resume_with_changes" in capsys.readouterr().err
     assert main([*resume, "--num_train_epochs=3", "--resume_with_changes"]) == 0
     lines = [line for line in lines_of(interrupted) if "loss" in line]
     assert lines[-1]["step"] == 39 and len({line["step"] for line in lines}) == len(lines)
@@ -202,10 +202,13 @@ def test_a_run_stopped_in_its_last_evaluation_keeps_that_line_however_often_it_i
     "change, message",
     [
         ("--learning_rate=1e-3", "learning_rate: 0.01 -> 0.001. --resume_with_changes"),
-        ("--seed=1", "belongs to another run: seed: 42 -> 1"),
+        ("--seed=1", "belongs to a different run (checkpoint -> now): seed: 42 -> 1"),
         ("--per_device_train_batch_size=4", "blocks in an optimizer step: 8 -> 4"),
-        ("--max_train_samples=90", "belongs to another run: training blocks"),
-        ("--config_overrides=n_layer=1,n_head=1,n_embd=32", "belongs to another run: model config"),
+        ("--max_train_samples=90", "belongs to a different run (checkpoint -> now): training blocks"),
+        (
+            "--config_overrides=n_layer=1,n_head=1,n_embd=32",
+            "belongs to a different run (checkpoint -> now): model config",
+        ),
     ],
 )
 def test_settings_that_change_the_result_are_refused(change, message, interrupted, arguments, capsys):
@@ -258,7 +261,10 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     more = ["--gradient_accumulation_steps=2", "--resume_from_checkpoint=auto"]
     assert main([*arguments, *more, f"--output_dir={tmp_path}/one"]) == 0
     said = capsys.readouterr().err
-    assert "random states are of 2 processes" in said and "gradient_accumulation_steps: 1 -> 2" in said
+    assert (
+        "the checkpoint is of 2 processes: dropout draws new random numbers" in said
+        and "gradient_accumulation_steps: 1 -> 2" in said
+    )
     assert_lines_agree(without_timings(tmp_path / "one"), without_timings(tmp_path / "two"))
 
 

@@ -69,8 +69,8 @@ def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_
     "deed, message",
     [
         (lambda path: path.unlink(), "metrics.jsonl cannot be read: No such file"),
-        (lambda path: path.write_text(""), "metrics.jsonl holds no line of metrics"),
-        (lambda path: path.write_text("17\n"), "metrics.jsonl holds no line of metrics"),
+        (lambda path: path.write_text(""), "metrics.jsonl has no line of metrics"),
+        (lambda path: path.write_text("17\n"), "metrics.jsonl has no line of metrics"),
         (lambda path: path.write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be read: it is no text"),
         (lambda path: (path.parent / "train_config.yaml").unlink(), "train_config.yaml cannot be read"),
     ],
@@ -87,7 +87,7 @@ def test_a_damaged_line_is_left_out_with_a_warning(runs, capsys):
     whole, text = read_lines(path), path.read_text()
     path.write_text(text.replace("\n", "\n[1\n", 1))
     assert read_lines(path) == whole
-    warning = f"warning: {path} is damaged: line 2 is no line of metrics, and is left out\n"
+    warning = f"warning: {path} is damaged: line 2 is not a line of metrics and is left out\n"
     assert capsys.readouterr().err == warning
 
 

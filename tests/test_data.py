@@ -28,6 +28,7 @@ from train_loop.data.blocks import (
     load_windows,
     positions_in_documents,
 )
+from train_loop.data.marks import ROW_BEGINS
 from train_loop.data.row_files import Rows, cache_folder
 from train_loop.data.rows import load_rows
 from train_loop.data.text import covered_text
@@ -93,7 +94,7 @@ def test_each_file_of_a_folder_is_a_row_and_the_last_ones_are_held_out(tokenizer
     train, held_out, note = load_rows(Settings(train_file=str(tmp_path), validation_split_percentage=25))
     assert [row["text"] for row in train] == [texts[name] for name in ("a.md", "b.txt", "c/d.txt")]
     assert [row["text"] for row in held_out] == ["held out"] and note.startswith("the last 1 of 4 training rows")
-    tokens = tokenize_rows(train, tokenizer, "training", end_of_text=0).tolist()
+    tokens = tokenize_rows(train, tokenizer, "training", end_of_text=0)[0].tolist()
     assert tokens == [t for row in train for t in [*tokenizer(row["text"])["input_ids"], 0]]
 
     (tmp_path / "a.md").write_text("another\n")
@@ -108,18 +109,18 @@ def test_each_file_of_a_folder_is_a_row_and_the_last_ones_are_held_out(tokenizer
 def test_parquet_gives_the_same_rows_from_the_column_that_is_named(tmp_path):
     path = tmp_path / "rows.parquet"
     datasets.Dataset.from_dict({"body": LINES, "title": ["t"] * 5}).to_parquet(path)
-    assert rows_of(path, text_column="body") == LINES
+    assert rows_of(path, text_column=["body"]) == LINES
     with pytest.raises(ValueError, match="text_column may be one of: body, title"):
         rows_of(path)
     with pytest.raises(ValueError, match="no column 'bdy' of text"):
-        rows_of(path, text_column="bdy")
+        rows_of(path, text_column=["bdy"])
 
 
 @pytest.mark.quick
 def test_tokens_are_those_of_each_row_by_itself_and_a_blank_line_has_none(tokenizer):
     rows = Rows.of(["one two\n", " \n", "", "three\n"])
     expected = [token for text in ("one two\n", "", "", "three\n") for token in tokenizer(text)["input_ids"]]
-    assert tokenize_rows(rows, tokenizer, "test").tolist() == expected
+    assert tokenize_rows(rows, tokenizer, "test")[0].tolist() == expected
 
 
 @pytest.mark.quick
@@ -129,13 +130,13 @@ def test_special_tokens_stand_in_every_row_as_the_tokenizer_puts_them():
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
     rows = Rows.of(["a b", "", "b"])
-    assert tokenize_rows(rows, tokenizer, "test").tolist() == [0, 1, 2, 0, 0, 2]
+    assert tokenize_rows(rows, tokenizer, "test")[0].tolist() == [0, 1, 2, 0, 0, 2]
 
 
 @pytest.mark.quick
 def test_more_rows_than_fit_in_a_batch_keep_their_order(tokenizer):
     texts = [f"{i} one" for i in range(2 * ROWS_PER_BATCH + 1)] + ["two " * CHARACTERS_PER_BATCH, "three"]
-    tokens = tokenize_rows(Rows.of(texts), tokenizer, "test")
+    tokens = tokenize_rows(Rows.of(texts), tokenizer, "test")[0]
     assert tokenizer.decode(tokens) == "".join(texts)
 
 
@@ -211,7 +212,7 @@ WIKITEXT = Path(__file__).parent.parent.parent / "shared" / "data" / "wikitext2"
 def test_wikitext_has_as_many_words_as_its_authors_say(split, words, tokenizer):
     with open(WIKITEXT / f"{split}.unk.txt", encoding="utf-8") as file:
         rows = Rows.of(list(file))
-    text = covered_text(rows, tokenizer, None, len(tokenize_rows(rows, tokenizer, split)))
+    text = covered_text(rows, tokenizer, None, len(tokenize_rows(rows, tokenizer, split)[0]))
     assert text.num_words + text.num_line_ends == words
     # a blank line is " \n", and counts as empty
     blank = sum(len(text) for text in texts_of(rows) if text.isspace())
@@ -222,10 +223,10 @@ def test_wikitext_has_as_many_words_as_its_authors_say(split, words, tokenizer):
 def test_documents_end_with_the_end_of_text_token_on_request(tokenizer):
     rows = Rows.of(["one two", "", "three", "four<|endoftext|>"])
     end = tokenizer.eos_token_id
-    tokens = tokenize_rows(rows, tokenizer, "training", end_of_text=end)
+    tokens = tokenize_rows(rows, tokenizer, "training", end_of_text=end)[0]
     expected = [t for text in ("one two", "three", "four") for t in (*tokenizer(text)["input_ids"], end)]
     assert tokens.tolist() == expected
-    assert end not in tokenize_rows(replace(rows, span=range(3)), tokenizer, "training")
+    assert end not in tokenize_rows(replace(rows, span=range(3)), tokenizer, "training")[0]
 
 
 def test_a_tokenizer_without_an_end_of_text_token_is_refused():
@@ -235,10 +236,11 @@ def test_a_tokenizer_without_an_end_of_text_token_is_refused():
 
 
 @pytest.mark.quick
-def test_positions_begin_anew_after_each_document():
-    rows = np.array([[9, 9, 0, 9, 0, 0, 9, 9], [0, 9, 9, 9, 9, 9, 9, 0]])
-    assert positions_in_documents(rows, 0).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
-    window = Windows(rows.astype(np.int32), np.arange(2), 2, 1, document_end=0)[0]
+def test_positions_begin_anew_with_each_row():
+    begins = np.array([[1, 0, 0, 1, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]])
+    rows = np.array([[9, 9, 0, 9, 0, 0, 9, 9], [0, 9, 9, 9, 9, 9, 9, 0]], dtype=np.int32) | begins * ROW_BEGINS
+    assert positions_in_documents(rows).tolist() == [[0, 1, 2, 0, 1, 0, 0, 1], [0, 0, 1, 2, 3, 4, 5, 6]]
+    window = Windows(rows, np.arange(2), 2, 1, documents_apart=True)[0]
     assert window["labels"][0].tolist() == [[-100, 9, 0, -100, 0, -100, -100, 9], [-100, -100, 9, 9, 9, 9, 9, 0]]
 
 
@@ -325,7 +327,7 @@ ODD_ROWS = [
 def test_tokens_equal_the_tokenizers_own_row_by_row(make):
     plain = make()
     expected = [token for row in ODD_ROWS * 50 for token in plain(row)["input_ids"]]
-    assert tokenize_rows(Rows.of(ODD_ROWS * 50), make(), "test").tolist() == expected
+    assert tokenize_rows(Rows.of(ODD_ROWS * 50), make(), "test")[0].tolist() == expected
 
 
 class OneAtATime(PreTrainedTokenizerFast):
@@ -345,14 +347,14 @@ class OneAtATime(PreTrainedTokenizerFast):
 def test_a_tokenizer_with_code_of_its_own_is_called_by_one_thread_at_a_time():
     tokenizer = OneAtATime(tokenizer_object=byte_level_bpe().backend_tokenizer, eos_token="<|endoftext|>")
     texts = ["a"] * (4 * ROWS_PER_BATCH)
-    assert len(tokenize_rows(Rows.of(texts), tokenizer, "test")) >= len(texts)
+    assert len(tokenize_rows(Rows.of(texts), tokenizer, "test")[0]) >= len(texts)
 
 
 def test_tokens_are_those_of_the_tokenizer_however_little_of_it_changes():
     """Its vocabulary, its class, a setting that its serialisation lacks; but not whether it has been used before."""
 
     def name_of(tokenizer, end_of_text=None):
-        return tokenize_rows(Rows.of(ODD_ROWS), tokenizer, "test", end_of_text).filename
+        return tokenize_rows(Rows.of(ODD_ROWS), tokenizer, "test", end_of_text)[0].filename
 
     used, other = with_settings_of_its_own(), with_settings_of_its_own()
     used("a row", truncation=True, max_length=3)
@@ -404,7 +406,7 @@ def test_a_full_disk_ends_with_a_sentence_and_the_next_run_does_the_work(tokeniz
     with largest_file(10_000), pytest.raises(ValueError, match=said):
         tokenize_rows(rows, tokenizer, "training")
     assert not list(tmp_path.rglob("*.partial")) and not list(tmp_path.rglob("*.int32"))
-    assert tokenizer.decode(tokenize_rows(rows, tokenizer, "training")).startswith('The "assert" statement\n***')
+    assert tokenizer.decode(tokenize_rows(rows, tokenizer, "training")[0]).startswith('The "assert" statement\n***')
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from train_loop.data.blocks import Split, Windows
+from train_loop.data.marks import ROW_BEGINS
 from train_loop.loss import next_token_loss
 from train_loop.model import load_model
 from train_loop.probes import keeps_documents_apart
@@ -18,14 +19,15 @@ TOKENIZER = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE(vocab=
 
 
 def packed(num_blocks, document_length, seed):
-    """Blocks of two equal copies of a random document, each closed by END."""
+    """Blocks of two equal copies of a random document, each closed by END, and marked where it begins."""
     document = np.random.default_rng(seed).integers(1, VOCAB, size=(num_blocks, document_length - 1), dtype=np.int32)
     document = np.pad(document, ((0, 0), (0, 1)), constant_values=END)
+    document[:, 0] |= ROW_BEGINS
     return np.concatenate([document, document], axis=1)
 
 
-def nats_of(model, blocks, document_end):
-    window = Windows(blocks, np.arange(len(blocks)), len(blocks), 1, document_end=document_end)[0]
+def nats_of(model, blocks, apart):
+    window = Windows(blocks, np.arange(len(blocks)), len(blocks), 1, documents_apart=apart)[0]
     with torch.no_grad():
         return next_token_loss(model, {name: value[0] for name, value in window.items()})
 
@@ -35,8 +37,8 @@ def test_a_packed_block_has_the_loss_of_its_documents_alone(model_type):
     """Tolerance: float32 rounding."""
     model = make_model(model_type, dropout=True).eval()
     blocks = packed(3, 9, seed=1)
-    both, num_targets, _ = nats_of(model, blocks, END)
-    first, num_first, _ = nats_of(model, blocks[:, :9], None)
+    both, num_targets, _ = nats_of(model, blocks, True)
+    first, num_first, _ = nats_of(model, blocks[:, :9], False)
     assert num_targets == 2 * num_first == 2 * 3 * 8
     assert both.item() == pytest.approx(2 * first.item(), rel=1e-6)
 
@@ -44,18 +46,18 @@ def test_a_packed_block_has_the_loss_of_its_documents_alone(model_type):
 def test_the_second_copy_of_a_random_document_does_not_become_predictable(tmp_path):
     """Trained on nothing but doubled random documents, a model learns to copy, unless it cannot see the first copy."""
 
-    def second_copy_loss(document_end, name):
+    def second_copy_loss(apart, name):
         blocks = packed(4096, 9, seed=2)
         options = {"num_train_epochs": 2.0, "learning_rate": 1e-2, "per_device_train_batch_size": 32}
         model = make_model("llama")
-        splits = [Split("blocks", rows, document_end=document_end) for rows in (blocks, blocks[:64])]
+        splits = [Split("blocks", rows, documents_apart=apart) for rows in (blocks, blocks[:64])]
         train(model, *splits, tmp_path / name, eval_steps=1000, logging_steps=1000, **options)
         new, model = packed(64, 9, seed=3), model.eval()
-        whole, num_whole, _ = nats_of(model, new, document_end)
-        first, num_first, _ = nats_of(model, new[:, :9], None)
+        whole, num_whole, _ = nats_of(model, new, apart)
+        first, num_first, _ = nats_of(model, new[:, :9], False)
         return (whole - first).item() / (num_whole - num_first).item()
 
-    leaked, kept = second_copy_loss(None, "leaked"), second_copy_loss(END, "kept")
+    leaked, kept = second_copy_loss(False, "leaked"), second_copy_loss(True, "kept")
     # 7 of the 8 targets are one of 96 tokens, log(96) = 4.56 nats; the last is END
     assert kept > 0.95 * 7 / 8 * np.log(96), f"{kept:.2f} nats"
     assert leaked < 0.5 * kept, f"the test shows nothing: {leaked:.2f} nats with the first copy in sight"

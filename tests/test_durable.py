@@ -87,7 +87,7 @@ def test_a_damaged_model_without_checkpoints_is_a_sentence(finished, resume, cap
     assert resume(finished) == 1
     said = capsys.readouterr().err
     assert "holds a finished run without checkpoints" in said
-    assert "model.safetensors is missing. --overwrite_output_dir starts anew" in said
+    assert "model.safetensors is missing. --overwrite_output_dir starts again from the beginning" in said
 
 
 def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_again(
@@ -111,7 +111,7 @@ def test_what_is_not_as_the_run_left_it_is_not_pushed(finished, capsys):
     (finished / "config.json").write_text("{}")
     push(Settings(output_dir=str(finished)), "me/mine", None)
     said = capsys.readouterr().err
-    assert said.startswith(f"warning: not pushed: {finished} is not as the run left it: config.json has 2 bytes")
+    assert said.startswith(f"warning: not pushed: {finished} changed since the run ended: config.json has 2 bytes")
 
 
 DAMAGED_RECORDS = {

@@ -33,13 +33,17 @@ def test_mfu_stands_beside_tokens_per_second_where_the_peak_is_known(text_file, 
         assert line["mfu"] == pytest.approx(line["tokens_per_second"] / 31 * of_block / 1e9)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
-def test_the_operations_are_those_that_torch_counts(model_type):
-    """Tolerance: attention's backward pass is counted otherwise, and OPT's projections."""
+def test_the_operations_are_those_that_torch_counts(model_type, frozen):
+    """Tolerance: attention's backward pass is counted otherwise, and OPT's projections. Frozen are all weights of the
+    layers but the first one's."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = AutoConfig.for_model(model_type, vocab_size=300, **TINY_CONFIGS[model_type])
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.base_model.parameters() if frozen else ():
+        parameter.requires_grad_(parameter is model.get_input_embeddings().weight)
     ids = torch.arange(32)[None]
     with FlopCounterMode(display=False) as counted:
         model(input_ids=ids, use_cache=False).logits[:, :-1].sum().backward()

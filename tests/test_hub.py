@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import threading
@@ -11,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
-from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program
+from conftest import EXPORTED, LAUNCH, ONLINE, READ_TOKEN, TINY, TOKEN, assert_same_run, run, run_program, save_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -160,7 +162,7 @@ def test_a_read_only_token_is_noticed_at_the_start_and_is_no_error(logged_in, te
     assert main(short(text_file, tmp_path / "run")) == 0
     out, err = capsys.readouterr()
     first, last = [line for line in err.splitlines() if line.startswith("warning")]
-    assert "the token may only read" in first
+    assert "this token can only read" in first
     assert "not pushed: 403 Forbidden" in last and repeat_command(last)[2] == "me/run"
     assert_token_is_nowhere(tmp_path / "run", out, err)
 
@@ -191,7 +193,7 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
     assert main(short(text_file, tmp_path / "run")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines() == [
-        "error: push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`"
+        "error: push_to_hub needs a token that can write: set HF_TOKEN, or log in with `hf auth login`"
     ]
     assert out == "" and not (tmp_path / "run").exists()
 
@@ -199,8 +201,8 @@ def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_
 @pytest.mark.parametrize(
     "arguments, environment, said",
     [
-        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is no name for a repository"),
-        ([], {"HF_HUB_OFFLINE": "1"}, "give push_to_hub or set HF_HUB_OFFLINE, not both"),
+        (["--hub_model_id=a/b/c"], {}, "'a/b/c' is not a valid repository name"),
+        ([], {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set, so push_to_hub cannot work: give one of the two"),
     ],
 )
 def test_a_push_that_cannot_succeed_is_refused(
@@ -288,6 +290,37 @@ def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_p
     assert all(model.get_parameter(name).equal(tensor) for name, tensor in saved.items())
 
 
+def test_with_lora_a_checkpoint_is_pushed_as_the_merged_model_and_the_adapter(
+    logged_in, text_file, tmp_path, monkeypatch
+):
+    """A checkpoint holds what is trained alone; the frozen weights come from the model in memory."""
+    peft = pytest.importorskip("peft")
+    base = save_model(tmp_path / "base", text_file)
+    begin = Publisher.push_checkpoint
+
+    def push_wait_and_fetch(self, *arguments):
+        begin(self, *arguments)
+        self.client.wait()
+        shutil.copytree(logged_in.path("models", "me/run"), tmp_path / "pushed")
+
+    monkeypatch.setattr(Publisher, "push_checkpoint", push_wait_and_fetch)
+    arguments = [f"--model_name_or_path={base}", f"--train_file={text_file}", "--lora_r=2", "--learning_rate=0.1"]
+    arguments += ["--block_size=32", "--max_eval_samples=8", "--max_train_steps=3", "--checkpointing_steps=2"]
+    arguments += ["--num_threads=1", "--push_to_hub", "--hub_strategy=every_save"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run"]) == 0
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "pushed", output_loading_info=True)
+    assert not any(info.values()), info
+    adapted = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), tmp_path / "pushed" / "adapter"
+    )
+    merged = adapted.merge_and_unload().state_dict()
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(merged[name], tensor)
+    saved = load_file(tmp_path / "run" / "checkpoints" / "step-000002" / "model.safetensors")
+    adapter = load_file(tmp_path / "pushed" / "adapter" / "adapter_model.safetensors")
+    assert all(adapter[f"base_model.model.{n.replace('.default', '')}"].equal(tensor) for n, tensor in saved.items())
+
+
 def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tmp_path, capsys):
     """The first push hangs: those of later steps are left out, training goes on, and at the end nothing waits."""
     logged_in.fail("repos/create", "hang")
@@ -304,7 +337,7 @@ def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tm
     assert main([*arguments, "--max_train_steps=6"]) == 0
     thread.join()
     out, err = capsys.readouterr()
-    assert "warning: step 4 is not pushed: the push of step 2 is not over" in err.splitlines()
+    assert "warning: step 4 is not pushed: the push of step 2 is still running" in err.splitlines()
     assert "pushed: " in out and time.perf_counter() - began < 200, "seconds; a push that hangs lasts for 300"
     assert logged_in.commits["models", "me/run"] == ["initial commit", "Upload folder using huggingface_hub"]
 

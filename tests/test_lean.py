@@ -3,6 +3,7 @@
 import sys
 import types
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,15 +13,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from train_loop import lean
 from train_loop.data.blocks import Split, Windows
+from train_loop.data.marks import ROW_BEGINS
 from train_loop.lean import DropoutAttention, use_lean_modules
 from train_loop.loss import next_token_loss
 from train_loop.main import main
 
 
-@pytest.mark.parametrize("document_end", [None, 3], ids=["one_document", "documents"])
-def test_lean_modules_train_as_the_ones_they_stand_for(document_end, blocks, tmp_path):
+@pytest.mark.parametrize("apart", [False, True], ids=["one_document", "documents"])
+def test_lean_modules_train_as_the_ones_they_stand_for(apart, blocks, tmp_path):
     """With dropout on: they draw the same random numbers. Tolerance: rounding."""
-    splits = [Split("blocks", part, document_end=document_end) for part in (blocks, blocks[:5])]
+    blocks = blocks | np.where(blocks == 3, ROW_BEGINS, 0)
+    splits = [Split("blocks", part, documents_apart=apart) for part in (blocks, blocks[:5])]
     theirs = train(make_model(dropout=True), *splits, tmp_path / "theirs")
     model = make_model(dropout=True)
     use_lean_modules(model)

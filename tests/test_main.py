@@ -151,7 +151,7 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
     assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert (tmp_path / "precious.txt").read_text() == "kept"
-    assert f"what no run made stays in {tmp_path}: precious.txt\n" in capsys.readouterr().err
+    assert f"files in {tmp_path} that no run made are kept: precious.txt\n" in capsys.readouterr().err
     assert lines_of(tmp_path)[-1]["step"] == 1
 
 

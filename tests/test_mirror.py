@@ -181,7 +181,7 @@ def test_training_does_not_wait_for_a_slow_mirror_but_the_end_of_the_run_does(ar
     assert main(command) == 0
     told = capsys.readouterr().err
     for step in (2, 3, 4):
-        assert f"step-{step:06d} is not mirrored: the copy of step-000001 is not done yet" in told
+        assert f"step-{step:06d} is not mirrored: the copy of step-000001 is still being made" in told
     assert "is not mirrored to" not in told
     assert MemoryFileSystem().ls("/slow", detail=False) == ["/slow/step-000004"]
     assert steps_in(tmp_path / "run" / "checkpoints") == [4]  # step 1 stayed only while it was read
@@ -192,10 +192,13 @@ def test_another_runs_copies_are_neither_overwritten_nor_removed_nor_resumed(arg
     before = {path: path.read_bytes() for path in (place / "mirror").rglob("*") if path.is_file()}
     other = [*arguments, f"--output_dir={tmp_path}/other", f"--mirror={place}/mirror", "--seed=7"]
     assert main(other) == 1
-    assert f"{place}/mirror/step-000003 belongs to another run: seed: 42 -> 7" in capsys.readouterr().err
+    assert (
+        f"{place}/mirror/step-000003 belongs to a different run (checkpoint -> now): seed: 42 -> 7"
+        in capsys.readouterr().err
+    )
     assert main([word for word in other if "resume" not in word]) == 0
     told = capsys.readouterr().err
-    assert told.count("nothing is mirrored") == 1 and "Choose another address for mirror" in told
+    assert told.count("nothing is mirrored") == 1 and "Give --mirror a different address" in told
     assert {path: path.read_bytes() for path in (place / "mirror").rglob("*") if path.is_file()} == before
 
 

@@ -152,6 +152,7 @@ def test_the_text_of_any_number_of_tokens_ends_where_the_last_one_does(begin, me
         pieces.append(b"")  # the end-of-text token
     text = b"".join(pieces)
     assert text.decode() == "".join(rows)
+    byte_ends = []
     for n in range(len(pieces) + 1):
         covered = covered_text(Rows.of(rows), tokenizer, tokenizer.eos_token_id, n)
         assert covered.is_text.tolist() == [piece != b"" for piece in pieces[:n]]
@@ -159,7 +160,25 @@ def test_the_text_of_any_number_of_tokens_ends_where_the_last_one_does(begin, me
         while text[end : end + 1] and text[end] & 0xC0 == 0x80:  # within a character
             end += 1
         assert covered.num_bytes == end and covered.num_words == len(text[:end].decode().split())
+        byte_ends += [end] * (n > 0)
+        assert covered.byte_ends.tolist() == byte_ends
     assert covered.num_line_ends == len(rows)
+
+
+@pytest.mark.parametrize("values", [{}, {"eval_stride": 5}, {"max_eval_samples": 3}])
+@pytest.mark.parametrize("begin", [None, "<s>"])
+def test_blocks_add_up_to_the_bits_per_byte_of_the_text(model, begin, values):
+    """Nats are float32."""
+    result, _ = evaluated(model, TEXT, byte_tokenizer(begin), add_eos_token=True, **values)
+    found = result.block_nats["validation"]
+    assert found.num_bytes.sum() == result["eval_bytes"] and (found.num_bytes > 0).all()
+    assert found.text_nats.sum() == pytest.approx(result["eval_text_nats"], rel=1e-5)
+    assert found.nats.sum() == pytest.approx(result["eval_nats"], rel=1e-5)
+    other = evaluated(model, TEXT, byte_tokenizer("</s>", (("Ġ", "d"),)), max_eval_samples=2)[0].block_nats[
+        "validation"
+    ]
+    assert found.text == other.text and found.blocks != other.blocks
+    assert evaluated(model, TEXT[:-1], byte_tokenizer(begin))[0].block_nats["validation"].text != found.text
 
 
 def test_the_card_says_which_text_the_perplexities_are_of(text_file, tmp_path):

@@ -7,13 +7,19 @@ import shlex
 import sys
 
 import pytest
+import yaml
 from conftest import ONLINE, PROGRAMS, ROOT, TOKEN, run
 from hosts import documented_command
 
+from train_loop import __version__
+
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
-PAGES += [f"train_loop/{name}/README.md" for name in ("recipes", "data", "checkpoint", "report", "publish", "settings")]
-PAGES += ["tests/README.md", "tests/benchmarks/README.md"]
+PAGES += [
+    f"train_loop/{name}/README.md"
+    for name in ("recipes", "data", "checkpoint", "report", "compare", "publish", "settings")
+]
+PAGES += ["tests/README.md", "tests/benchmarks/README.md", "CONTRIBUTING.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values())
 BLOCKS = [text for kind, text in re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.MULTILINE | re.DOTALL) if not kind]
@@ -99,7 +105,8 @@ def test_readme_is_short():
 
 def test_every_page_is_among_these_and_readme_leads_to_it():
     folders = [ROOT / name for name in ("train_loop", "launch_configs", "tests")]
-    assert {str(path.relative_to(ROOT)) for f in folders for path in f.rglob("README.md")} == {*PAGES[1:]}
+    found = {str(path.relative_to(ROOT)) for folder in folders for path in folder.rglob("README.md")}
+    assert found == {*PAGES} - {"README.md", "CONTRIBUTING.md"}
     assert all(f"]({page})" in TEXTS["README.md"] for page in PAGES[1:])
 
 
@@ -132,3 +139,8 @@ def test_each_benchmark_is_in_the_list_with_its_last_figure():
     listed = TEXTS["tests/benchmarks/README.md"].partition("## All benchmarks")[2]
     for path in (ROOT / "tests" / "benchmarks").glob("*.py"):
         assert f"`{path.name}`" in listed, path.name
+
+
+def test_changelog_and_citation_are_of_this_version():
+    assert f"\n## {__version__} (" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))["version"] == __version__

@@ -213,7 +213,7 @@ def test_a_column_of_digits_is_text_if_it_is_the_only_one_or_named(tmp_path):
     path.write_text("id,body\n1,a\n2,b\n")
     assert prepared(path) == ["a", "b"]
     path.write_text("id,body\n1,2\n2,3\n")
-    assert prepared(path, text_column="body") == ["2", "3"]
+    assert prepared(path, text_column=["body"]) == ["2", "3"]
     with pytest.raises(ValueError, match="not just one column of text; text_column may be one of: id, body"):
         prepared(path)
 
@@ -266,7 +266,7 @@ def test_a_line_of_json_that_cannot_be_read_is_named_blank_ones_counted(line, sa
 def test_numbers_and_half_characters_of_other_columns_are_no_concern(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "n": %s, "other": "\\ud800", "x": NaN}\n' % ("9" * 5000))
-    assert prepared(path, text_column="text") == streamed(path, text_column="text") == ["one"]
+    assert prepared(path, text_column=["text"]) == streamed(path, text_column="text") == ["one"]
 
 
 @pytest.mark.parametrize("read", [prepared, streamed])

@@ -316,7 +316,7 @@ def test_two_processes_go_on_with_the_stream_of_one(arguments, tmp_path):
     more = [f"--output_dir={tmp_path}/two", "--resume_from_checkpoint=auto"]
     done = forked(PROGRAMS / "small_chunks.py", *arguments, *more, processes=2)
     assert done.returncode == 0, done.stderr
-    assert "random states are of 1 processes" in done.stderr
+    assert "the checkpoint is of 1 process, " in done.stderr
     assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"), rel=1e-4)
 
 
@@ -335,11 +335,11 @@ def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(argum
 @pytest.mark.parametrize(
     "change, said",
     [
-        ("--shuffle_buffer_size=51", "belongs to another run: shuffle_buffer_size: 50 -> 51"),
-        ("--block_size=16", "belongs to another run: training blocks: streamed"),
-        ("--train_file={other}", "belongs to another run: training data"),
+        ("--shuffle_buffer_size=51", "belongs to a different run (checkpoint -> now): shuffle_buffer_size: 50 -> 51"),
+        ("--block_size=16", "belongs to a different run (checkpoint -> now): training blocks: streamed"),
+        ("--train_file={other}", "belongs to a different run (checkpoint -> now): training data"),
         ("--train_file={copy}", "training files' times of change: "),
-        ("--streaming=false", "belongs to another run: training blocks"),
+        ("--streaming=false", "belongs to a different run (checkpoint -> now): training blocks"),
     ],
 )
 def test_another_stream_is_refused(change, said, arguments, reference, texts, tmp_path, capsys):

@@ -86,13 +86,13 @@ DAMAGES = [
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_damaged_tokens_are_made_again_with_a_line(damage, tokenizer, folder, capsys):
-    expected = tokenize_rows(ROWS, tokenizer, "training").tolist()
+    expected = tokenize_rows(ROWS, tokenizer, "training")[0].tolist()
     (path,) = folder.glob("*.int32")
     whole = path.read_bytes()
     content = bytearray(whole)
     damage(content)
     path.write_bytes(content)
-    found = tokenize_rows(ROWS, tokenizer, "training")
+    found = tokenize_rows(ROWS, tokenizer, "training")[0]
     assert found.tolist() == expected and path.read_bytes() == whole
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and said[0].startswith(f"warning: the cached tokens {path} are damaged (")
@@ -117,7 +117,7 @@ def test_one_changed_bit_is_found_wherever_it_stands_in_a_large_file(folder):
 
 def test_a_changed_encode_is_used_at_once(tokenizer, tmp_path):
     """The code that makes tokens belongs to their name: here a copy of it in which one line is different."""
-    plain = tokenize_rows(ROWS, tokenizer, "training").tolist()
+    plain = tokenize_rows(ROWS, tokenizer, "training")[0].tolist()
     copy = Path(shutil.copytree(Path(tokens.__file__).parent, tmp_path / "copy"))
     code = (copy / "tokens.py").read_text()
     changed = code.replace(
@@ -128,8 +128,8 @@ def test_a_changed_encode_is_used_at_once(tokenizer, tmp_path):
     spec = importlib.util.spec_from_file_location("changed_tokens", copy / "tokens.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.tokenize_rows(ROWS, tokenizer, "training").tolist() == [token + 1 for token in plain]
-    assert tokenize_rows(ROWS, tokenizer, "training").tolist() == plain
+    assert module.tokenize_rows(ROWS, tokenizer, "training")[0].tolist() == [token + 1 for token in plain]
+    assert tokenize_rows(ROWS, tokenizer, "training")[0].tolist() == plain
 
 
 def test_a_changed_reader_of_files_makes_other_names(tmp_path):
@@ -158,7 +158,7 @@ def test_tokens_not_used_for_long_are_removed_when_new_ones_are_made(tokenizer, 
 
 
 def test_the_command_lists_and_clears(tokenizer, folder, capsys):
-    tokens = tokenize_rows(ROWS, tokenizer, "training")
+    tokens = tokenize_rows(ROWS, tokenizer, "training")[0]
     (path,) = folder.glob("*.int32")
     assert cache.main(["list"]) == 0
     said = capsys.readouterr().out

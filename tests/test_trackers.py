@@ -70,7 +70,7 @@ def test_mlflow_has_one_run_with_each_line_of_metrics_once_also_after_kills(watc
 
 def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(watched):
     warnings = [line for line in watched["errors"].splitlines() if "gets nothing" in line]
-    assert len(warnings) == 1 and warnings[0].startswith("warning: mlflow gets nothing from here on (")
+    assert len(warnings) == 1 and warnings[0].startswith("warning: mlflow failed and gets no more lines (")
     losses = [line["loss"] for line in lines_of(watched["folder"] / "plain") if "loss" in line]
     assert len(losses) == 40 and all(map(math.isfinite, losses))
 
@@ -82,7 +82,7 @@ def test_a_tracker_that_does_not_start_costs_one_warning_and_nothing_else(text_f
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=2", f"--output_dir={tmp_path}/run"]
     assert main([*arguments, "--report_to=mlflow"]) == 0
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: mlflow")]
-    assert len(warnings) == 1 and "gets nothing from here on (" in warnings[0]
+    assert len(warnings) == 1 and "failed and gets no more lines (" in warnings[0]
 
 
 def test_a_library_that_is_missing_is_one_sentence_before_anything_is_asked_for(capsys, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""What is said to whoever runs this, on stderr, and the one class of errors that is said in a sentence."""
+"""Messages on stderr, and the class of errors that the user can mend."""
 
 import sys
 
@@ -29,5 +29,6 @@ def one_line(error: BaseException) -> str:
 
 
 def num_of(number: int, noun: str) -> str:
-    """`1 block`, `2,000 blocks`."""
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+    """`1 block`, `2,000 blocks`, `2 processes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural if number != 1 else ''}"

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from train_loop.data import IGNORED, CoveredText, Split, inputs_and_labels, positions_in_documents
+from train_loop.data import IGNORED, CoveredText, Split, model_inputs
 from train_loop.loss import plain_next_token_loss
 from train_loop.process import StopSignal
 from train_loop.report import BlockNats, Evaluation
@@ -82,12 +82,8 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
         is_new[row, num_context : len(ids)] = True
         if split.text:
             is_text[row, : len(ids)] = split.text.is_text[begin : begin + len(ids)]
-    batch = inputs_and_labels(own)
-    labels = batch["labels"]
-    labels[~is_new] = IGNORED
-    if split.document_end is not None:
-        batch["position_ids"] = positions_in_documents(batch["input_ids"], split.document_end)
-        labels[batch["position_ids"] == 0] = IGNORED
+    batch = model_inputs(own, split.documents_apart)
+    batch["labels"][~is_new] = IGNORED
     if split.text and not split.text.is_text.all():
         batch["target_is_text"] = is_text
     return {name: torch.from_numpy(array) for name, array in batch.items()}
@@ -107,7 +103,7 @@ def block_nats(of_windows: np.ndarray, split: Split, stride: int) -> BlockNats:
     """The nats of each window of a split, for `compare`; `of_windows` as `add_windows` left it."""
     nats, targets = of_windows[0], of_windows[1].astype(np.int32)
     digest = hashlib.blake2b(split.tail.tobytes(), digest_size=16)
-    digest.update(f"{split.digest()} {split.blocks.shape[1]} {stride} {split.document_end}".encode())
+    digest.update(f"{split.digest()} {split.blocks.shape[1]} {stride} {split.documents_apart}".encode())
     if split.text is None:
         return BlockNats(nats, targets, digest.hexdigest())
     # of each window the tokens that are new in it, without those that no window holds

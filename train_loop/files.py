@@ -1,4 +1,4 @@
-"""Files of text: of which kind one is, and which ones a folder or a pattern means."""
+"""Files of text: the kind of a file, and the files that a folder or a pattern stands for."""
 
 import glob
 import gzip
@@ -28,14 +28,15 @@ class DataFiles:
 
 
 def file_kind(path: Path | str) -> str | None:
-    """The kind of a file, by its ending, a last .gz not counted; None if it is not known."""
+    """The kind of a file by its extension, without a final .gz; None if the kind is unknown."""
     path = Path(path)
     return FILE_KINDS.get((path.with_suffix("") if path.suffix.lower() == ".gz" else path).suffix.lower())
 
 
 def data_files(path: Path | str) -> DataFiles:
-    """A file means itself; a folder the text files in it, at any depth; a pattern with a *, such as texts/**/*.txt, the
-    files that fit it. They are sorted by path; hidden ones are left out, and what is linked to twice comes once."""
+    """A file stands for itself; a folder for the text files in it, at any depth; a pattern with a *, such as
+    texts/**/*.txt, for the files that match it. They are sorted by path. Hidden files are left out. A file that several
+    links lead to comes once."""
     path = Path(path)
     if path.is_file() or not (path.is_dir() or "*" in str(path)):
         return DataFiles([path])
@@ -53,7 +54,7 @@ def open_file(path: Path | str) -> Any:
     path = str(path)
     if not path.startswith("hf://"):
         return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
-    from huggingface_hub import HfFileSystem  # imported where it is needed alone: that takes a while
+    from huggingface_hub import HfFileSystem  # imported only here: it takes a while
 
     file = HfFileSystem().open(path, "rb")
     return gzip.open(file) if path.lower().endswith(".gz") else file

@@ -14,23 +14,23 @@ SMALLEST_SCALE = 2.0**-20  # gradients that overflow below it are not finite at 
 
 
 class FiniteGuard:
-    """Keeps the weights from a step that is not finite, and raises UserError on all processes alike.
+    """Protects the weights from a step that is not finite, and raises UserError on all processes alike.
 
     On a CPU, with float16's scaler, and with an optimizer that is not fused, the numbers are checked before each step.
-    Elsewhere that would make the host wait for the device at each step. There the fused optimizer is held still on the
-    device, from the first such step on, and the numbers are checked where the host waits anyway: before a line is
-    logged, an evaluation, a save.
+    Elsewhere this check would make the host wait for the device at each step. There the device itself makes the fused
+    optimizer skip every step from the first bad one on, and the host checks the numbers where it waits anyway: before a
+    line is logged, before an evaluation, before a save.
     """
 
     def __init__(self, optimizer: AcceleratedOptimizer, accelerator: Accelerator, checkpoints: Checkpoints) -> None:
         self.optimizer, self.scaler, self.checkpoints = optimizer, accelerator.scaler, checkpoints
         can_hold_still = all(group.get("fused") for group in optimizer.param_groups)
         self.waits = accelerator.device.type == "cpu" or self.scaler is not None or not can_hold_still
-        self.first = torch.zeros(3, device=accelerator.device)  # step, loss and norm of the first that is not finite
+        self.first = torch.zeros(3, device=accelerator.device)  # of the first bad step: step, loss, norm
 
     def check(self, step: int, nll_sum: torch.Tensor, grad_norm: torch.Tensor) -> None:
         """Called before the optimizer's step. Both numbers are the same on every process."""
-        # with float16's scaler an infinite gradient is no accident: the scaler skips that step, and halves its scale
+        # with float16's scaler an infinite gradient is expected: the scaler skips that step and halves its scale
         overflow_is_fine = self.scaler is not None and self.scaler.get_scale() > SMALLEST_SCALE
         checked = nll_sum if overflow_is_fine else nll_sum + grad_norm
         now = torch.stack([torch.full_like(checked, step), nll_sum, grad_norm])
@@ -43,7 +43,7 @@ class FiniteGuard:
             self.optimizer.optimizer.found_inf = (self.first[0] > 0).float()
 
     def look(self) -> None:
-        """Raises UserError where a step was not finite."""
+        """Raises UserError if a step was not finite."""
         step, nll_sum, grad_norm = self.first.tolist()
         if step:
             raise UserError(
@@ -52,7 +52,7 @@ class FiniteGuard:
             )
 
     def check_evaluation(self, step: int, evaluation: dict[str, Any]) -> None:
-        """Raises UserError where a loss of the evaluation after `step` optimizer steps is not finite."""
+        """Raises UserError if a loss of the evaluation after `step` optimizer steps is not finite."""
         for name, value in evaluation.items():
             if name.endswith("loss") and not math.isfinite(value):
                 raise UserError(
@@ -63,7 +63,7 @@ class FiniteGuard:
     def _advice(self, num_updates: float) -> str:
         if num_updates:
             return (
-                "Try a lower learning_rate, or more num_warmup_steps. If loss.py was changed, look there for log, sqrt "
+                "Try a lower learning_rate or more num_warmup_steps. If you changed loss.py, look there for log, sqrt "
                 "or a division at 0"
             )
         return "The weights were not updated yet: check loss.py, the training and validation data, the model's weights"

@@ -13,7 +13,7 @@ from train_loop.tuning import sharing_cores
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 1 with a sentence where there is no usable model."""
+    """Exit status: 0, or 1 with one sentence if there is no usable model."""
     with safe_console(), sharing_cores():
         try:
             generate(argv)
@@ -29,7 +29,7 @@ def generate(argv: list[str] | None) -> None:
         description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("model", help="folder or hub name of a causal language model")
-    parser.add_argument("prompt", help="text to go on from")
+    parser.add_argument("prompt", help="text to continue")
     parser.add_argument("--max_new_tokens", type=int, default=50, help="tokens to add")
     parser.add_argument("--num_return_sequences", type=int, default=1, help="continuations to write")
     parser.add_argument(
@@ -50,7 +50,7 @@ def generate(argv: list[str] | None) -> None:
     folder = Path(arguments.model)
     if (folder / "train_config.yaml").is_file() and not (folder / "config.json").is_file():
         raise UserError(
-            f"the run in {folder} has not exported its model yet: resume it, by its command with "
+            f"the run in {folder} has not exported its model yet. To finish it: its command with "
             "--resume_from_checkpoint auto"
         )
     from transformers import logging, pipeline, set_seed  # imported here: --help and a typo answer at once
@@ -58,16 +58,19 @@ def generate(argv: list[str] | None) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        # False, not the default: that asks on the terminal, and one key would run the code
+        # False: the default asks on the terminal, and one key would run the code
         generator = pipeline("text-generation", model=arguments.model, trust_remote_code=False)
     except Exception as error:  # the loaders' errors have no common class
-        raise UserError(f"{arguments.model} is no folder or hub name of a usable model: {one_line(error)}") from error
+        raise UserError(
+            f"no model can be loaded from {arguments.model}: {one_line(error)}. Give a folder that a run exported, or "
+            "a name on the hub"
+        ) from error
     set_seed(arguments.seed)
     sampling = {"do_sample": False}
     if arguments.temperature > 0:
         sampling = {"do_sample": True, **{n: getattr(arguments, n) for n in ("temperature", "top_k", "top_p")}}
     elif arguments.num_return_sequences > 1:
-        parser.error("--temperature 0 has one continuation only")
+        parser.error("--temperature 0 gives one continuation only: leave out --num_return_sequences")
     texts = generator(
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,

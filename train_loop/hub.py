@@ -1,7 +1,7 @@
-"""The hub that models and data sets are asked for by name, and that a finished model is pushed to.
+"""The hub: models and data sets come from it by name, and a finished model is pushed to it.
 
-Its client runs in processes of its own here, and is not imported: it reads its environment when it is, so what is set
-for it must come before; and its requests have no time limit, but a process can be given up on.
+The hub's client is not imported here; it runs in processes of its own. It reads its environment when it is imported, so
+variables must be set before that. And its requests have no time limit, but a process can be ended.
 """
 
 import os
@@ -20,7 +20,7 @@ from urllib.request import getproxies
 
 from train_loop.errors import UserError, warn
 from train_loop.process import StopSignal
-from train_loop.settings import Settings
+from train_loop.settings import Settings, sources_of
 
 CONNECT_SECONDS = 5
 ANSWER_SECONDS = 30  # for a small question
@@ -36,12 +36,13 @@ def hub_address() -> str:
 
 
 def use_cache_if_unreachable(settings: Settings) -> bool:
-    """Sets HF_HUB_OFFLINE=1 where `settings` want something of a hub that cannot be reached; returns whether it did.
+    """Sets HF_HUB_OFFLINE=1 if `settings` need a hub that cannot be reached. Returns whether it did.
 
-    The hub's client would ask again and again for half a minute for each file; offline, it looks into its cache at
-    once. It reads the variable when it is imported: call this before.
+    Otherwise the hub's client would retry for half a minute for each file; offline, it uses its cache at once. It reads
+    the variable when it is imported: call this before.
     """
-    names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, settings.dataset_name]
+    data_sets = [source.dataset_name for source in sources_of(settings).values()]
+    names = [settings.model_name_or_path, settings.config_name, settings.tokenizer_name, *data_sets]
     wanted = any(is_hub_name(name) for name in names) or settings.push_to_hub
     address = urlsplit(hub_address())
     if not wanted or "HF_HUB_OFFLINE" in os.environ or getproxies().get(address.scheme):
@@ -55,16 +56,17 @@ def use_cache_if_unreachable(settings: Settings) -> bool:
         return True
 
 
-def is_hub_name(name: str | None) -> TypeGuard[str]:
-    """Whether the name of a model or a data set means one on the hub: it is none of ours, and no folder here."""
-    return name not in (None, "", "python_docs") and not Path(name).exists()
+def is_hub_name(name: object) -> TypeGuard[str]:
+    """Whether `name` stands for a model or a data set on the hub: it is neither built in nor a path that exists."""
+    return isinstance(name, str) and name not in ("", "python_docs") and not Path(name).exists()
 
 
 def check_push(settings: Settings, unreachable: bool) -> str | None:
-    """The repository that the run will be pushed to, as owner/name where the owner can be known, or None if it is not
-    to be pushed. Called on the main process before anything slow.
+    """The repository that the run will be pushed to, as owner/name if the owner is known; None if the run is not
+    pushed. Call it on the main process before anything slow.
 
-    Raises UserError where no push can succeed. A hub that is in trouble is a warning: it may be well again by then.
+    Raises UserError if no push can succeed. A hub that does not answer is a warning: it may answer when the run is
+    done.
     """
     if not settings.push_to_hub:
         return None
@@ -75,30 +77,32 @@ def check_push(settings: Settings, unreachable: bool) -> str | None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise UserError(f"push_to_hub: {name!r} is no name for a repository; give hub_model_id") from error
+        raise UserError(
+            f"push_to_hub: {name!r} is not a valid repository name: give --hub_model_id owner/name"
+        ) from error
     if not unreachable and os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true"):
-        raise UserError("give push_to_hub or set HF_HUB_OFFLINE, not both")
+        raise UserError("HF_HUB_OFFLINE is set, so push_to_hub cannot work: give one of the two")
     if get_token() is None:
-        raise UserError("push_to_hub needs a token that may write: set HF_TOKEN, or log in with `hf auth login`")
+        raise UserError("push_to_hub needs a token that can write: set HF_TOKEN, or log in with `hf auth login`")
     if unreachable:
-        warn(f"{hub_address()} cannot be reached now: the push will be tried all the same when all is done")
+        warn(f"{hub_address()} cannot be reached now: the push is tried anyway when the run is done")
         return name
     question = Client(["-c", WHOAMI], ANSWER_SECONDS)
     question.wait()
     if problem := question.problem():
-        warn(f"{hub_address()} does not say whose token this is ({problem}): the push will be tried all the same")
+        warn(f"{hub_address()} did not say whose token this is ({problem}): the push is tried anyway")
         return name
     answer = re.search(r"owner and role: (\S+) (\S+)", question.output())
     assert answer is not None  # as WHOAMI prints it
     owner, role = answer.groups()
     if role == "read":
-        warn("the token may only read: the push will fail, and can be repeated with one that may write")
+        warn("this token can only read: the push will fail. Repeat it then with a token that can write")
     return name if "/" in name else f"{owner}/{name}"
 
 
 class Client:
-    """A process of the hub's client: python with `arguments`, given up after `seconds`. `words` are the command as a
-    person would give it."""
+    """A process of the hub's client: python with `arguments`, ended after `seconds`. `words`: the command as a person
+    would type it."""
 
     def __init__(self, arguments: Sequence[str], seconds: float, words: Sequence[str] = ()) -> None:
         self.words, self.seconds, self.since = words, seconds, time.monotonic()
@@ -122,7 +126,7 @@ class Client:
         if self.process is None or self.process.poll() is not None:
             return False
         if time.monotonic() - self.since > self.seconds:
-            self.end(f"no end after {self.seconds:.0f} seconds")
+            self.end(f"not finished after {self.seconds:.0f} seconds")
         return not self.ended_because
 
     def wait(self, stop: StopSignal | None = None) -> None:
@@ -142,7 +146,7 @@ class Client:
         return self.file.read().decode(errors="replace")
 
     def problem(self) -> str | None:
-        """Why it failed, on one line; None if it did not."""
+        """Why the process failed, on one line; None if it did not."""
         if self.ended_because or self.process is None or not self.process.returncode:
             return self.ended_because
         if self.process.returncode < 0:

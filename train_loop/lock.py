@@ -1,11 +1,11 @@
-"""One output_dir has one living run: a lock in it, which the kernel gives back however its holder ends.
+"""One output_dir has one living run: it holds a lock, which the kernel releases however the run ends.
 
-The lock is POSIX's record lock (`fcntl.lockf`) on the file output_dir/.lock. Of the locks that Unix has it is the one
-that NFS, Lustre and GPFS carry between hosts, and the one that no child process inherits: neither a fork nor a client
-that outlives its run can hold it. It has one weakness: a process loses it when it closes any other descriptor of the
+The lock is POSIX's record lock (`fcntl.lockf`) on the file output_dir/.lock. Two reasons for this kind of lock: NFS,
+Lustre and GPFS carry it between hosts, and no child process inherits it, so neither a fork nor a hub client that
+outlives its run can hold it. It has one weakness: a process loses the lock when it closes any other descriptor of the
 same file. So nothing else in this package opens that file.
 
-The file says who holds the lock. It is removed at the end. A killed run leaves it, and it blocks nobody: the lock
+The file says who holds the lock. It is removed at the end. A killed run leaves the file, which does no harm: the lock
 counts, not the file.
 """
 
@@ -25,36 +25,37 @@ except ImportError:  # Windows has no such lock
     fcntl = None  # type: ignore[assignment]  # mypy knows Linux, which has it
 
 NAME = ".lock"
-PATIENCE = 1  # seconds that a new run waits: the other one may just be ending, or just be about to say who it is
-RESTART_PATIENCE = 30  # of a run that its launcher starts again: on another host processes may still be ending
+PATIENCE = 1  # seconds that a new run waits: the other one may be ending, or may not have written its name yet
+RESTART_PATIENCE = 30  # for a run that its launcher restarts: on a different host processes may still be ending
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """Holds the lock of `folder`, which is made if it is not there and removed if nothing came into it.
+    """Holds the lock of `folder`. The folder is created if it is missing, and removed at the end if it is empty.
 
-    Raises UserError, with who holds it, where another process does; OSError where the folder cannot be written.
+    Raises UserError, which names the holder, if another process holds the lock; OSError if the folder cannot be
+    written.
     """
     if fcntl is None:
         folder.mkdir(parents=True, exist_ok=True)
         warn(f"this system has no lock for {folder}: make sure that no other run uses it")
         yield
         return
-    # the launcher says whether it starts a run again by itself
+    # the launcher's variables say whether it restarts a run by itself
     restarts = any(int(os.environ.get(f"TORCHELASTIC_{name}", 0)) > 0 for name in ("MAX_RESTARTS", "RESTART_COUNT"))
     descriptor, made = _taken(folder, time.monotonic() + (RESTART_PATIENCE if restarts else PATIENCE))
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            os.unlink(folder / NAME)  # before the lock is given back: whoever waits for this file takes a new one
+            os.unlink(folder / NAME)  # before the lock is released: a waiting run then creates a new file
             for path in made:
-                os.rmdir(path)  # no longer empty: nothing happens
+                os.rmdir(path)  # raises if the folder is not empty, and then it stays
         os.close(descriptor)
 
 
 def _taken(folder: Path, deadline: float) -> tuple[int, list[Path]]:
-    """(descriptor of the locked file, folders that were made for it, the innermost first)."""
+    """(descriptor of the locked file, folders that were created for it, innermost first)."""
     while True:
         path, made = folder / NAME, [p for p in (folder, *folder.parents) if not p.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -78,7 +79,7 @@ def _taken(folder: Path, deadline: float) -> tuple[int, list[Path]]:
         os.close(descriptor)  # its holder ended and removed it in between
     own = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     os.ftruncate(descriptor, 0)
-    with contextlib.suppress(OSError):  # a full disk: the lock holds all the same
+    with contextlib.suppress(OSError):  # the disk is full: the lock holds anyway
         os.pwrite(descriptor, json.dumps(own).encode(), 0)
     return descriptor, made
 
@@ -94,6 +95,6 @@ def _refusal(folder: Path, holder: bytes) -> str:
     try:
         found = json.loads(holder)
         who = f"process {found['pid']} on host {found['host']}, since {found['since']}"
-    except (ValueError, KeyError, TypeError):  # it has not said so yet
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet
         who = "another process"
     return f"output_dir {folder} is used by another run: {who}. Wait for it, stop it, or choose another output_dir"

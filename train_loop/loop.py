@@ -129,7 +129,7 @@ def forward_backward(
         with contextlib.nullcontext() if is_last else accelerator.no_sync(model):
             nll, _, extras = next_token_loss(model, {name: value[i] for name, value in tensors.items()} | named)
             # times the number of processes, because the exchange averages over them
-            accelerator.backward(nll * accelerator.num_processes / num_targets)
+            accelerator.backward(nll * accelerator.num_processes / num_targets.clamp(min=1))
         for name, value in {"loss": nll.detach(), **extras}.items():
             sums[name] = sums.get(name, 0) + value
     return sums
@@ -146,4 +146,4 @@ def windows_from(
             yield window
             is_there = (position.epoch, position.window) == (place.epoch, place.window)
             assert is_there or position.step == step, "position.move_to(window.end) is missing after a step"
-        place = Place(place.epoch + 1, 0, place.per_epoch)
+        place = Place(place.epoch + 1, 0, place.per_epoch, place.stream)

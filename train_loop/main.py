@@ -7,7 +7,7 @@ accelerate launch --config_file launch_configs/multi_cpu.yaml train_loop/main.py
 accelerate launch --config_file launch_configs/multi_gpu.yaml train_loop/main.py --config distilgpt2_wikitext2
 accelerate launch train_loop/main.py --model_name_or_path runs/quickstart --validation_file my.txt --eval_only
 
-Here is the process: its settings, its surroundings, its errors and its exit status. What it does is in `run.py`.
+This file is the process: settings, environment, errors and exit status. What a run does is in `run.py`.
 """
 
 import argparse
@@ -31,10 +31,10 @@ from train_loop.settings import Settings, read_settings
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0 done; 1 an error that the user can mend, told in one sentence; 75 stopped by a signal, with a
+    """Exit status: 0 done; 1 an error that the user can mend, printed as one sentence; 75 stopped by a signal, with a
     checkpoint to resume from; 128 + the signal's number: stopped before there was anything to save.
 
-    Every other error is told with its traceback, and raised.
+    Every other error is printed with its traceback, and raised.
     """
     argv = sys.argv[1:] if argv is None else argv
     is_main, settings = int(os.environ.get("RANK", 0)) == 0, None
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
                 from train_loop.publish import push
                 from train_loop.run import run
             is_finished = run(settings, stop, repository)
-            if is_finished and repository:  # all processes have let go of each other
+            if is_finished and repository:  # the processes are no longer connected
                 push(settings, repository, stop)
         except Stopped as stopped:
             if is_main:
@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def set_surroundings(settings: Settings, is_main: bool) -> bool:
-    """What libraries read from their surroundings when they are imported. Returns whether a hub that is needed cannot
-    be reached."""
+    """Sets the environment variables that libraries read when they are imported. Returns whether a hub is needed and
+    cannot be reached."""
     if settings.tuning:
         tuning.keep_memory()
     if settings.cache_dir:
@@ -79,7 +79,7 @@ def set_surroundings(settings: Settings, is_main: bool) -> bool:
         os.environ["TQDM_DISABLE"] = "1"  # some bars of libraries have no other switch
     unreachable = hub.use_cache_if_unreachable(settings)
     if unreachable and is_main:
-        tell(f"{hub.hub_address()} cannot be reached: looking in the cache alone")
+        tell(f"{hub.hub_address()} cannot be reached: only the cache is used")
     return unreachable
 
 
@@ -92,14 +92,14 @@ def how_to_resume(checkpoint: Path | None, settings: Settings | None) -> str:
 
 
 def asks_for_traceback(argv: list[str]) -> bool:
-    """Whether `argv` has the setting `traceback`, for an error that comes before there are settings."""
+    """Whether `argv` sets `traceback`. For errors that occur before the settings are read."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--traceback", nargs="?", const="true", default="false")
     return parser.parse_known_args(argv)[0].traceback.lower() == "true"
 
 
 def in_a_sentence(error: Exception) -> str | None:
-    """What an exception means for a user who can mend its cause; None where its traceback is needed."""
+    """The message for a user who can mend the cause; None if the traceback is needed."""
     rank = int(os.environ.get("RANK", 0))
     if isinstance(error, UserError):
         name = f"process {rank}: " if rank else ""
@@ -110,17 +110,17 @@ def in_a_sentence(error: Exception) -> str | None:
 
     if is_out_of_memory(error):
         advice = "give --auto_micro_batch, or lower per_device_train_batch_size or block_size"
-        return f"error: process {rank} has too little memory: {advice}"
+        return f"error: process {rank} ran out of memory: {advice}"
     if is_lost_peer(error):
         reason = str(error).splitlines()[0]
-        return f"error: process {rank} lost its peers ({reason}). If one of them had an error, it is told above"
+        return f"error: process {rank} lost its peers ({reason}). If one of them had an error, it is printed above"
     return None
 
 
 def say(problem: Exception | str) -> None:
-    """Tells a sentence, or an exception with its traceback. Mostly all processes have met the same one, and a launcher
-    ends the others when one has ended: the main process tells it at once, another one only if it is still there three
-    seconds later. Until then it keeps its connections, so that its peers wait for it."""
+    """Prints a message, or an exception with its traceback. Usually all processes have the same error, and the launcher
+    ends the others as soon as one has ended. So the main process prints at once; any other process waits three seconds
+    and prints if it is still alive. It keeps its connections until then, so that its peers wait for it."""
     if rank := int(os.environ.get("RANK", 0)):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(3)
@@ -132,8 +132,8 @@ def say(problem: Exception | str) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """Ends this process. One of several does not go through the interpreter's shutdown: behind a DDP model torch keeps
-    gloo's threads alive, whatever is destroyed, and now and then one of them would abort a run that is done."""
+    """Ends this process. If there are several, the interpreter's shutdown is skipped: behind a DDP model torch keeps
+    gloo's threads alive, whatever is destroyed, and sometimes one of them would abort a finished run."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         os._exit(status)
     sys.exit(status)
@@ -143,6 +143,6 @@ if __name__ == "__main__":
     with safe_console():
         try:
             status = main()
-        except Exception:  # told already
+        except Exception:  # already printed
             status = 1
     leave(status)

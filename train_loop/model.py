@@ -27,7 +27,7 @@ from transformers import (  # type: ignore[attr-defined]  # its automatic classe
     PreTrainedTokenizerFast,
 )
 
-from train_loop.data import Source
+from train_loop.data import Source, texts_of
 from train_loop.errors import UserError, num_of, one_line, warn
 from train_loop.hub import hub_address
 from train_loop.machine import checkpoint_activations
@@ -67,7 +67,7 @@ def load_config(settings: Settings) -> PreTrainedConfig:
 
 def load_tokenizer(
     settings: Settings,
-    train_rows: Iterable[dict[str, str]] | Source | None,
+    train_rows: Iterable[dict[str, Any]] | Source | None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerFast:
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`. The model's own
@@ -263,7 +263,7 @@ def _override(config: PreTrainedConfig, overrides: dict[str, str]) -> None:
             ) from error
 
 
-def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrainedTokenizerFast:
+def _train_tokenizer(rows: Iterable[dict[str, Any]], vocab_size: int) -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -275,5 +275,5 @@ def _train_tokenizer(rows: Iterable[dict[str, str]], vocab_size: int) -> PreTrai
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((row["text"] or "" for row in rows), trainer)
+    tokenizer.train_from_iterator((text for row in rows for text in texts_of(row["text"] or "")), trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)

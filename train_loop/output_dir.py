@@ -1,5 +1,6 @@
-"""The folder that a run leaves: locked and checked before anything slow, made when model and data are known to be good,
-and finished when its last file, all_results.json, is there and the exported files are those that it names."""
+"""The folder that a run leaves. It is locked and checked before anything slow, and created when model and data are
+known to be good. The run is finished when the last file, all_results.json, is there and the exported files are as it
+says."""
 
 import contextlib
 import json
@@ -19,13 +20,13 @@ from train_loop.lora import ADAPTER
 from train_loop.process import code_version
 from train_loop.publish import EXPORT_PARTIAL, damage_of_export
 from train_loop.report import BLOCK_NATS
-from train_loop.settings import Settings, as_recipe
+from train_loop.settings import Settings, as_recipe, sources_of, validation_sets_of
 from train_loop.whole import cannot_be_written, partial_of, read_object, remove, utf8, write_whole
 
-MARK = "train_config.yaml"  # the first file of a run, and the last that is removed
+MARK = "train_config.yaml"  # written first in a run's folder, and removed last
 RECORDS = ("metrics.jsonl", "all_results.json", "loss_curve.png")
 PARTIALS = [partial_of(Path(name)).name for name in (MARK, *RECORDS)] + [EXPORT_PARTIAL]
-# what `from_pretrained` wants, where no all_results.json says what was exported
+# what `from_pretrained` reads; used where no all_results.json says what was exported
 EXPORTED = (
     r"(generation_)?config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|"
     r"(tokenizer_config|special_tokens_map|added_tokens|vocab)\.json|merges\.txt|chat_template\.jinja|spiece\.model"
@@ -37,21 +38,21 @@ CHECKPOINT = r"step-\d{6,}(\.partial|\.discarded)?|pushed"
 
 @contextlib.contextmanager
 def held(settings: Settings, accelerator: Accelerator) -> Iterator[None]:
-    """Holds the lock of output_dir, on the main process, for as long as the run lives. Called on every process.
+    """Holds the lock of output_dir on the main process for as long as the run lives. Call it on every process.
 
-    Raises UserError on all of them where another run holds it, or where output_dir cannot take this run; nothing in it
-    is changed then.
+    Raises UserError on all processes if another run holds the lock, or if output_dir cannot be used for this run. Then
+    nothing in it is changed.
     """
     with contextlib.ExitStack() as at_the_end:
         problem = None
         if accelerator.is_main_process:
             try:
                 path = Path(settings.output_dir) if settings.output_dir and not settings.dry_run else None
-                if path is None or not (path / lock.NAME).exists():  # a living run is told first, whatever is there
+                if path is None or not (path / lock.NAME).exists():  # a living run is reported first
                     check_output_dir(settings)
                 if path is not None:
                     at_the_end.enter_context(_locked(path))
-                    check_output_dir(settings)  # once more: a run may have ended in between
+                    check_output_dir(settings)  # again: a run may have ended in between
             except UserError as error:
                 problem = str(error)
         if problem := broadcast_object_list([problem])[0]:
@@ -70,7 +71,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def check_output_dir(settings: Settings) -> None:
-    """Raises UserError where output_dir cannot take a new run. Changes nothing."""
+    """Raises UserError if output_dir cannot be used for this run. Changes nothing."""
     if not settings.output_dir:
         return
     path = Path(settings.output_dir)
@@ -89,33 +90,36 @@ def check_output_dir(settings: Settings) -> None:
     if settings.overwrite_output_dir:
         if not is_run:
             raise UserError(
-                f"output_dir {path} is not empty, and there is no {MARK} in it: --overwrite_output_dir deletes what an "
-                "earlier run left, and this is no run's folder. Choose another one"
+                f"output_dir {path} is not empty, and there is no {MARK} in it, so it is not the folder of a run. "
+                "--overwrite_output_dir deletes only what a run left: choose a different output_dir"
             )
         for name, inside in _inputs_in(path, settings):
             raise UserError(
-                f"{name} {inside} is in output_dir {path}, which --overwrite_output_dir would delete: choose another "
-                "output_dir"
+                f"{name} {inside} is in output_dir {path}, which --overwrite_output_dir would delete: choose a "
+                "different output_dir"
             )
     elif not (settings.resume_from_checkpoint and is_run):
         way_on = (
-            ", or give --resume_from_checkpoint auto to resume the run in it, or --overwrite_output_dir to delete it"
+            ", or resume the run in it with --resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
         )
-        raise UserError(f"output_dir {path} is not empty: choose another{way_on if is_run else ''}")
+        raise UserError(f"output_dir {path} is not empty: choose another one{way_on if is_run else ''}")
 
 
 def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:
-    """(setting, path) of each input of the run that is `path` or in it."""
-    names = ("train_file", "validation_file", "model_name_or_path", "config_name", "tokenizer_name", "dataset_name")
-    for name in names:
-        value = getattr(settings, name)
+    """(setting, path) of each input of the run that is `path` itself or lies in it."""
+    names = ("model_name_or_path", "config_name", "tokenizer_name")
+    inputs = [(name, getattr(settings, name)) for name in names]
+    for source in sources_of(settings).values():
+        inputs += [("train_file", source.train_file), ("dataset_name", source.dataset_name)]
+    inputs += [("validation_file", one.validation_file) for one in validation_sets_of(settings).values()]
+    for name, value in inputs:
         if value and path.resolve() in (Path(value).resolve(), *Path(value).resolve().parents):
             yield name, value
 
 
 def create_output_dir(settings: Settings, resuming: bool = False) -> None:
-    """output_dir with the settings in it; unless `resuming`, nothing of an earlier run stays. Called once the model and
-    the data are known to be good. Raises UserError where it cannot be written."""
+    """Creates output_dir and writes the settings into it. Unless `resuming`, nothing of an earlier run stays. Call it
+    once the model and the data are known to be good. Raises UserError if the folder cannot be written."""
     path = settings.folder
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -125,7 +129,7 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
             remove(path / name)
         if settings.overwrite_output_dir:
             _overwrite(path, set(exported) if isinstance(exported, dict) else set())
-        elif not resuming:  # what a run left that was killed before its first checkpoint
+        elif not resuming:  # left by a run that was killed before its first checkpoint
             (path / "metrics.jsonl").unlink(missing_ok=True)
             (path / BLOCK_NATS).unlink(missing_ok=True)
     except OSError as error:
@@ -134,14 +138,15 @@ def create_output_dir(settings: Settings, resuming: bool = False) -> None:
 
 
 def _overwrite(path: Path, exported: set[str]) -> None:
-    """Removes what a run makes, but for its mark, and says what stays. `exported`: the names of files of a model."""
+    """Removes what a run makes, except train_config.yaml, and says what stays. `exported`: names of the model's
+    files."""
     for checkpoint in path.glob("checkpoints/*"):
         if re.fullmatch(CHECKPOINT, checkpoint.name):
             remove(checkpoint)
     for file in (BLOCK_NATS, partial_of(BLOCK_NATS)):
         remove(path / file)
     for folder in ("checkpoints", BLOCK_NATS.parent.name):
-        with contextlib.suppress(OSError):  # it is not there, or something else is in it
+        with contextlib.suppress(OSError):  # it is missing, or something else is in it
             (path / folder).rmdir()
     for entry in [*path.glob(f"{ADAPTER}/*"), *path.iterdir()]:
         name = entry.relative_to(path).as_posix()
@@ -151,18 +156,18 @@ def _overwrite(path: Path, exported: set[str]) -> None:
     with contextlib.suppress(OSError):  # likewise
         (path / ADAPTER).rmdir()
     if foreign := sorted(entry.name for entry in path.iterdir() if entry.name not in (MARK, lock.NAME)):
-        tell(f"what no run made stays in {path}: {', '.join(foreign)}")
+        tell(f"files in {path} that no run made are kept: {', '.join(foreign)}")
 
 
 def write_results(folder: Path, results: dict) -> None:
-    """all_results.json, which says that a run is finished, or what an evaluation gave. Raises UserError."""
+    """Writes all_results.json: the results of a finished run, or of an evaluation. Raises UserError."""
     results = {**results, "train_loop": code_version()}
     write_whole(folder / "all_results.json", json.dumps(results, indent=2) + "\n")
 
 
 def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | None, str | None]:
-    """Of a finished run in output_dir that is to be resumed: (its last step, what is wrong with the files that it
-    exported), each None where there is nothing to say. Called on every process, and the same on all."""
+    """(last step, damage of the exported files) of a finished run in output_dir that is to be resumed. The step is None
+    if no finished run is there, the damage None if there is none. Call it on every process; all get the same."""
     step = damage = None
     if accelerator.is_main_process and settings.resume_from_checkpoint:
         results = _results_in(settings.folder)
@@ -172,11 +177,11 @@ def finished_step(settings: Settings, accelerator: Accelerator) -> tuple[int | N
 
 
 def _results_in(path: Path) -> dict[str, Any]:
-    """The content of all_results.json; {} where there is none that can be read."""
+    """The content of all_results.json; {} if it is missing or damaged."""
     try:
         return read_object(path / "all_results.json")
     except FileNotFoundError:
         return {}
     except UserError as error:
-        tell(f"{error}. The run counts as not finished")
+        tell(f"{error}. So the run does not count as finished")
         return {}

@@ -1,5 +1,4 @@
-"""Where a run is. It goes into each checkpoint as JSON, so every field is a number, a text, or a
-dict of these.
+"""Where a run is. It goes into each checkpoint as JSON, so every field is a number, a text, or a dict of these.
 
 A number of your own that must survive a resume becomes a field of `Position`, with a default. A tensor of your own goes
 into `optimizer.state[parameter][name]`, which a checkpoint keeps as well.
@@ -35,8 +34,9 @@ class Position(Place):
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], is_main: bool = True) -> "Position":
-        """The position that a checkpoint holds. A field that is newer than the checkpoint takes its default, and the
-        main process says so. Raises UserError where the checkpoint holds a field that is not here: it would be lost."""
+        """The position that a checkpoint holds. A field that is newer than the checkpoint gets its default, and the
+        main process says so. Raises UserError if the checkpoint holds a field that is missing here: its value would be
+        lost."""
         fields = {f.name: f.default for f in dataclasses.fields(cls)}
         if gone := sorted(values.keys() - fields.keys()):
             raise UserError(
@@ -56,5 +56,5 @@ class Position(Place):
         return self.window == self.per_epoch
 
     def in_epochs(self) -> float:
-        """Epochs done; only whole ones count while the length of an epoch is not known."""
+        """Epochs done; only complete ones count while the length of an epoch is unknown."""
         return self.epoch + (self.window / self.per_epoch if self.per_epoch else 0.0)

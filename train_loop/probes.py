@@ -1,13 +1,15 @@
 """What a model does with a block, tried out on a few tokens before training: a config may say otherwise, or nothing."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from train_loop.data import TrainingData
 
 
 @torch.no_grad()
@@ -50,6 +52,16 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
     finally:
         model.train(was_training)
     return torch.allclose(packed, alone, rtol=1e-4, atol=1e-4 * alone.std().item())
+
+
+def keep_apart_where_possible(model: PreTrainedModel, splits: Iterable[TrainingData]) -> list[str]:
+    """Changes `splits` that keep documents apart where the model cannot do it. Returns a sentence for the user."""
+    splits = [split for split in splits if split.documents_apart]
+    if not splits or keeps_documents_apart(model):
+        return []
+    for split in splits:
+        split.documents_apart = False
+    return [f"the rows of a block are not kept apart: the attention of {model.config.model_type} cannot do that"]
 
 
 def _num_embeddings(model: PreTrainedModel) -> int:

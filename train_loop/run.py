@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
-from train_loop.data import Rows, Split, Stream, TrainingData, load_rows, load_source, load_split
-from train_loop.errors import UserError
+from train_loop.data import Split, TrainingData, all_rows, load_sources, load_training, load_validation
+from train_loop.errors import UserError, num_of
 from train_loop.evaluate import evaluate_splits
 from train_loop.machine import (
     after_restart,
@@ -30,7 +30,7 @@ from train_loop.machine import (
 from train_loop.model import load_config, load_model, load_tokenizer
 from train_loop.optim import build_optimizer, build_scheduler
 from train_loop.position import Position
-from train_loop.probes import head_of
+from train_loop.probes import head_of, keep_apart_where_possible
 from train_loop.process import Clock, StopSignal
 from train_loop.publish import Publisher
 from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, write_block_nats
@@ -57,21 +57,17 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
 
         # settings -> rows -> blocks
         config = load_config(settings)
-        train_rows, eval_rows, held_out = (load_source if settings.streaming else load_rows)(settings)
-        tokenizer = load_tokenizer(settings, train_rows, config)
-        eval_split = load_split(eval_rows, tokenizer, "validation", settings, show_progress)
-        eval_splits = {"validation": eval_split}  # the first decides about the best model; more are evaluated beside it
-        train_split: TrainingData
-        if isinstance(train_rows, Rows):
-            if not settings.eval_only:
-                train_split = load_split(train_rows, tokenizer, "training", settings, show_progress)
-        elif train_rows is not None:  # a source of chunks: there is none where the model is only evaluated
-            train_split = Stream(train_rows, tokenizer, settings)
+        train_rows, eval_rows, held_out = load_sources(settings)  # by name: of each source, of each validation set
+        tokenizer = load_tokenizer(settings, all_rows(train_rows), config)
+        eval_splits = load_validation(eval_rows, tokenizer, settings, show_progress)
+        if not settings.eval_only:
+            train_split = load_training(train_rows, tokenizer, settings, show_progress)
         samples = Samples(settings, tokenizer) if settings.sample_prompt else None
 
         # -> model
         model = load_model(settings, config, tokenizer)
-        for remark in head_of(model).remarks:
+        splits: list[TrainingData] = [*([] if settings.eval_only else [train_split]), *eval_splits.values()]
+        for remark in (*head_of(model).remarks, *keep_apart_where_possible(model, splits)):
             accelerator.print(f"loss        {remark}")
         compile_in_place(model, accelerator)
         if settings.eval_only:
@@ -82,7 +78,9 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
-        decides = run_identity(settings, model, train_split, eval_split, num_steps, accelerator, optimizer)
+        decides = run_identity(
+            settings, model, train_split, next(iter(eval_splits.values())), num_steps, accelerator, optimizer
+        )
         model, optimizer = prepare(accelerator, model, optimizer)
         if settings.auto_micro_batch:
             settings = fit_micro_batch(model, train_split, settings, accelerator)
@@ -90,8 +88,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
         whole = accelerator.unwrap_model(model)
-        splits: list[TrainingData] = [train_split, *eval_splits.values()]
-        arithmetic = banner(settings, accelerator, whole, splits, held_out, per_epoch, num_steps)
+        arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
             from train_loop.trial import print_plan
 
@@ -107,7 +104,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         at_the_end.callback(checkpoints.end)
         mfu = mfu_per_token_rate(whole, settings, accelerator)
         trackers = Trackers(settings)
-        metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu)
+        metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu, list(eval_splits))
         at_the_end.callback(trackers.finish)
         path, (finished_step, damage) = checkpoints.find(), output_dir.finished_step(settings, accelerator)
         if path:
@@ -116,7 +113,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             if is_done and damage:
                 accelerator.print(f"the model in {settings.output_dir} is exported again: {damage}")
             elif is_done:
-                accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
+                accelerator.print(f"the run in {settings.output_dir} is finished: {num_of(position.step, 'step')}")
                 if position.step < num_steps:
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True
@@ -126,7 +123,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             damage = f". Its model is damaged: {damage}" if damage else ""
             raise UserError(
                 f"{where} holds a finished run without checkpoints: there is nothing to resume{damage}. "
-                "--overwrite_output_dir starts anew"
+                "--overwrite_output_dir starts again from the beginning"
             )
         if is_main:
             output_dir.create_output_dir(settings, resuming=path is not None)
@@ -140,7 +137,13 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         # -> loop
         scheduler = build_scheduler(optimizer, settings, num_steps, position.step)
         publisher = Publisher(
-            settings, tokenizer, accelerator, repository, held_out, type(optimizer.optimizer).__name__
+            settings,
+            tokenizer,
+            accelerator,
+            repository,
+            held_out,
+            type(optimizer.optimizer).__name__,
+            list(eval_splits),
         )
         at_the_end.callback(publisher.end)
         stop.defer(settings.ddp_timeout)
@@ -182,7 +185,7 @@ def evaluate_only(
     show_progress: bool,
 ) -> None:
     """Prints the loss of a model, and leaves it in output_dir if there is one."""
-    accelerator.print(banner(settings, accelerator, model, [*eval_splits.values()], held_out), flush=True)
+    accelerator.print(banner(settings, accelerator, model, eval_splits, held_out), flush=True)
     model, began = prepare(accelerator, model), time.perf_counter()
     results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)
     assert results is not None  # nothing can stop it

@@ -1,4 +1,4 @@
-"""What the loop works with, and what changes no weight."""
+"""What the loop uses besides model, optimizer and data. Nothing here changes a weight."""
 
 from dataclasses import dataclass
 

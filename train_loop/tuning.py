@@ -10,13 +10,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 from train_loop.settings import Settings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of the GNU C library numbers them
 HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # with one of these the user has decided
 LOOK_SECONDS = 0.25  # between two looks at whether cores are short
-SHORT = 0.1  # cores are short where this process's threads together waited for one for this share of the time
+SHORT = 0.2  # cores are short where this process's threads together waited for one for this share of the time
 STAY_SECONDS = 5.0  # how long they count as short after that
 
 
@@ -65,8 +66,8 @@ def sharing_cores() -> Iterator[None]:
     The threads of GNU OpenMP, which torch's wheels for Linux bring, spin for milliseconds before they sleep. On an idle
     machine that is fast. On a busy one a thread spins on one core while the thread that it waits for is waiting for a
     core. The library has a documented rule (GOMP_SPINCOUNT in its manual): in a process with more of its threads than
-    there are cores, threads hardly spin. So while cores are short, this process holds further threads, which do nothing.
-    How many threads share a computation stays as it is, and so do its results.
+    there are cores, threads hardly spin. So while cores are short, this process holds more threads, which do nothing.
+    The number of threads that share a computation stays as it is, and so do its results.
 
     It does nothing where one of `HOW_THREADS_WAIT` is set, or where there is no Linux to ask.
     """
@@ -84,13 +85,13 @@ def sharing_cores() -> Iterator[None]:
 
 
 def _watch_cores(over: threading.Event) -> None:
-    waited, short_until, let_go = _seconds_without_core(), 0.0, None
+    waited, short_until, let_go = seconds_without_core(), 0.0, None
     while not over.wait(LOOK_SECONDS):
-        before, waited, now = waited, _seconds_without_core(), time.monotonic()
+        before, waited, now = waited, seconds_without_core(), time.monotonic()
         if waited - before > SHORT * LOOK_SECONDS:
             short_until = now + STAY_SECONDS
         if now < short_until and let_go is None:
-            let_go = _hold_threads()
+            let_go = hold_threads()
         elif now > short_until and let_go is not None:
             let_go.set()
             let_go = None
@@ -98,17 +99,16 @@ def _watch_cores(over: threading.Event) -> None:
         let_go.set()
 
 
-def _seconds_without_core() -> float:
+def seconds_without_core() -> float:
     """How long this process's threads have been ready to run and had no core, in sum over those that live now."""
     nanoseconds = 0
     for thread in os.listdir("/proc/self/task"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
-            with open(f"/proc/self/task/{thread}/schedstat", encoding="ascii") as file:
-                nanoseconds += int(file.read().split()[1])
+            nanoseconds += int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1])
     return nanoseconds / 1e9
 
 
-def _hold_threads() -> threading.Event:
+def hold_threads() -> threading.Event:
     """Makes this process's OpenMP threads more than there are cores, until the event is set."""
     import torch
 

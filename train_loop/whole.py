@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and records that may be damaged. Imports nothing heavy."""
+"""Files that are either complete or absent, and JSON files that may be damaged. Imports nothing heavy."""
 
 import contextlib
 import json
@@ -16,9 +16,9 @@ def partial_of(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: str | bytes, durably: bool = False) -> None:
-    """Writes `content` beside `path` and renames it: a reader never finds half a file. A name in a text that is not
-    UTF-8 is written with its bytes escaped. `durably`: the content is on the disk before it gets its name. Raises
-    UserError, and leaves nothing, where the file cannot be written."""
+    """Writes `content` to a temporary file beside `path` and renames it: a reader never finds half a file. A file name
+    in a text that is not UTF-8 is written with its bytes escaped. `durably`: the content is flushed to the disk before
+    the file gets its name. Raises UserError if the file cannot be written; nothing is left then."""
     partial = partial_of(path)
     try:
         with open(partial, "wb") as file:
@@ -42,12 +42,13 @@ def remove(path: Path) -> None:
 
 
 def cannot_be_written(path: Path | str, error: OSError) -> UserError:
-    """The sentence for a file or folder that the disk does not take."""
+    """The error for a file or folder that cannot be written."""
     return UserError(f"{path} cannot be written: {error.strerror or one_line(error)}")
 
 
 def utf8(text: str) -> bytes:
-    r"""`text` in UTF-8. Python holds a byte of a file's name that is not UTF-8 as a surrogate: it becomes \xe9 here."""
+    r"""`text` in UTF-8. A byte of a file name that is not UTF-8, which Python keeps as a surrogate, becomes e.g.
+    \xe9."""
     text = re.sub("[\udc80-\udcff]", lambda match: f"\\x{ord(match[0]) - 0xDC00:02x}", text)
     return text.encode("utf-8", "backslashreplace")
 
@@ -58,9 +59,9 @@ def read_object(path: Path) -> dict:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets, thousands of them
-        reason = error.strerror if isinstance(error, OSError) else "it is no JSON"
+    except (OSError, ValueError, RecursionError) as error:  # the last one: thousands of nested brackets
+        reason = error.strerror if isinstance(error, OSError) else "it is not JSON"
         raise UserError(f"{path} cannot be read: {reason}") from error
     if not isinstance(found, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
+        raise UserError(f"{path} cannot be read: it is not a JSON object")
     return found

@@ -2,8 +2,10 @@
 
     1. rows      rows.py         a line of a file, a file of a folder, an entry of a data set
     2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
-                                 on request with the end-of-text token after each row that is not empty
-    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
+                                 on request with the end-of-text token after each row that is not empty. Prompts and
+                                 chats: with marks that say which tokens are no targets (prompts.py, marks.py)
+    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped.
+                                 Without `packing` each row has a block of its own
     4. order     block_order     which blocks an epoch takes, and in which order
     5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
@@ -20,13 +22,17 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
 
+from train_loop.data.columns import TEXT
+from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark, ids_of
+from train_loop.data.prompts import PLAIN, Counts, Marking, documents_apart, marking_of
 from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError, tell
+from train_loop.errors import UserError, num_of, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
+COUNTED_AT_ONCE = 1000  # blocks
 IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
 
 
@@ -43,7 +49,7 @@ class TrainingData(Protocol):
 
     name: str
     blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
-    document_end: int | None  # the token after which attention and positions begin anew
+    documents_apart: bool  # attention and positions begin anew with each row in a block
 
     @property
     def num_blocks(self) -> int | None:
@@ -59,7 +65,7 @@ class TrainingData(Protocol):
         """What stands for the training data in a checkpoint's identity."""
 
     def summary(self) -> str:
-        """A line about the data."""
+        """A line about the data; of several sources, a line for each."""
 
 
 @dataclass
@@ -71,13 +77,23 @@ class Split:
     num_rows: int = 0
     num_tokens: int = 0  # of all rows
     num_dropped: int = 0  # tokens after the last block that are not used, where all blocks are
-    document_end: int | None = None  # the token after which attention and positions begin anew
+    documents_apart: bool = False  # attention and positions begin anew with each row in a block
     tail: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # those that eval_stride reaches
     text: CoveredText | None = None  # what the tokens of blocks and tail stand for, with named_perplexities
+    marking: Marking = PLAIN  # of the tokens
+    counts: Counts = field(default_factory=Counts)  # of marked rows
 
     @property
     def num_blocks(self) -> int:
         return len(self.blocks)
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens of all blocks."""
+        if self.marking == PLAIN:
+            return self.num_blocks * (self.blocks.shape[1] - 1)
+        pieces = (self.blocks[i : i + COUNTED_AT_ONCE] for i in range(0, self.num_blocks, COUNTED_AT_ONCE))
+        return sum(int((model_inputs(p, self.documents_apart)["labels"][:, 1:] != IGNORED).sum()) for p in pieces)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError where it names a block
@@ -111,7 +127,7 @@ class Split:
             settings.gradient_accumulation_steps,
             accelerator.num_processes,
             accelerator.process_index,
-            document_end=self.document_end,
+            documents_apart=self.documents_apart,
         )
         if start.per_epoch not in (None, len(windows)) and accelerator.is_main_process:
             tell(
@@ -132,32 +148,47 @@ class Split:
     def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        cut, rest = f"{num_of(num_blocks, 'block')} of {block_size}", f"; {num_of(self.num_dropped, 'token')} dropped"
         if self.num_blocks < num_blocks:
             cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
         elif len(self.tail):
-            rest = f" and {len(self.tail):,} tokens"
-        return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
+            rest = f" and {num_of(len(self.tail), 'token')}"
+        if self.marking == PLAIN:
+            return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
+        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
+        rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
+        told = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
+        told += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
+        if self.marking.rows:
+            num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
+            told.append(f"blocks that begin within a row: {num_within:,}")
+        return "; ".join(told + self.counts.remarks(self.marking))
 
 
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
-    """`rows` as a `Split`; `name` is "training" or "validation". Raises UserError where they are fewer tokens than one
+    """`rows` as a `Split`; `name` is "training" or "validation", with a source's or a set's own name before it where
+    there are several. Raises UserError where they are fewer tokens than one
     block, or where documents are to end with a token that the tokenizer lacks."""
-    end_of_text = end_of_documents(tokenizer, settings)
-    tokens = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress)
+    end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
+    tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
     if not len(blocks):
         raise UserError(too_few(name, rows, len(tokens), settings))
-    max_blocks = settings.max_train_samples if name == "training" else settings.max_eval_samples
-    document_end = end_of_text if settings.document_attention else None
-    split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, document_end)
+    is_training = name.endswith("training")
+    max_blocks = settings.max_train_samples if is_training else settings.max_eval_samples
+    split = Split(name, blocks[:max_blocks], len(rows), len(tokens), num_dropped, marking=marking, counts=counts)
+    split.documents_apart = documents_apart(rows.kind, settings)
+    if marking != PLAIN and not split.num_targets:
+        raise UserError(f"the blocks of the {name} data have no target: give a larger block_size")
     if split.num_blocks < len(blocks):
         split.num_dropped = 0
-    elif name != "training" and settings.eval_stride:
+    elif not is_training and settings.eval_stride:
         split.tail, split.num_dropped = tokens[blocks.size :], 0
-    if name != "training" and settings.named_perplexities:
+    if not is_training and settings.named_perplexities:
+        if rows.kind != TEXT:
+            raise UserError(f"named_perplexities are of rows of text, and the {name} data has rows of {rows.kind}")
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
     return split
 
@@ -172,13 +203,6 @@ def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
         )
         ways += f"a block_size of at most {num_tokens}"
     return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
-
-
-def end_of_documents(tokenizer: PreTrainedTokenizerFast, settings: Settings) -> int | None:
-    """The id of the token that documents are to end with, or None. Raises UserError where the tokenizer lacks it."""
-    if settings.add_eos_token and tokenizer.eos_token_id is None:
-        raise UserError("add_eos_token: the tokenizer has no end-of-text token")
-    return tokenizer.eos_token_id if settings.add_eos_token else None
 
 
 def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:
@@ -200,14 +224,14 @@ def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
 
 class Windows(torch.utils.data.Dataset):
     """This process's part of each optimizer step: item i is {"input_ids", "labels"}, each [M, B, T] of int64, and with
-    `document_end` also {"position_ids"}.
+    `documents_apart` also {"position_ids"}.
 
     A window takes the next `world_size * M * B` blocks of `order`. A last, short one takes as many micro-batches as
     its blocks need, filled up with blocks that have no targets: each block is seen once, and every process has the
     same number of micro-batches.
 
-    `document_end`: after this token positions begin at 0 again, and the token there is no target. From positions that
-    do not rise by one, transformers' models build attention masks that keep documents apart.
+    `documents_apart`: at the first token of each row positions begin at 0 again, and that token is no target. From
+    positions that do not rise by one, transformers' models build attention masks that keep documents apart.
     """
 
     def __init__(
@@ -218,9 +242,9 @@ class Windows(torch.utils.data.Dataset):
         num_micro_batches: int,
         world_size: int = 1,
         rank: int = 0,
-        document_end: int | None = None,
+        documents_apart: bool = False,
     ) -> None:
-        self.blocks, self.order, self.document_end = blocks, order, document_end
+        self.blocks, self.order, self.documents_apart = blocks, order, documents_apart
         # a micro-batch that is larger than the data has no more fillers than it takes to share it evenly
         self.micro_batch_size = min(micro_batch_size, -(-len(order) // world_size))
         self.world_size, self.rank = world_size, rank
@@ -234,28 +258,35 @@ class Windows(torch.utils.data.Dataset):
         num_fillers = -len(indices) % (self.world_size * self.micro_batch_size)
         indices = np.concatenate([indices, np.full(num_fillers, -1)])
         indices = indices.reshape(-1, self.world_size, self.micro_batch_size)[:, self.rank]
-        tensors = inputs_and_labels(self.blocks[indices])
-        if self.document_end is not None:
-            tensors["position_ids"] = positions_in_documents(tensors["input_ids"], self.document_end)
-            tensors["labels"][tensors["position_ids"] == 0] = IGNORED
+        tensors = model_inputs(self.blocks[indices], self.documents_apart)
         tensors["labels"][indices == -1] = IGNORED
         return {name: torch.from_numpy(array) for name, array in tensors.items()}
+
+
+def model_inputs(tokens: np.ndarray, documents_apart: bool) -> dict[str, np.ndarray]:
+    """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T]; where documents are kept apart
+    also {"position_ids"}, and the first token of a document is no target."""
+    inputs = inputs_and_labels(tokens)
+    if documents_apart:
+        inputs["position_ids"] = positions_in_documents(tokens)
+        inputs["labels"][inputs["position_ids"] == 0] = IGNORED
+    return inputs
 
 
 def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T], in training and evaluation.
 
-    Each token is a target: both are the same, the shift to the next token happens in the loss. A label of -100 makes
-    its token no target: a mask of prompts goes here.
+    A token without a mark (marks.py) is a target: both are the same, the shift to the next token happens in the loss.
+    A label of -100 makes its token no target: a mask of one's own goes here.
     """
-    return {"input_ids": tokens.astype(np.int64), "labels": tokens.astype(np.int64)}
+    ids = ids_of(tokens)
+    return {"input_ids": ids, "labels": np.where(has_mark(tokens, NOT_A_TARGET), IGNORED, ids)}
 
 
-def positions_in_documents(input_ids: np.ndarray, document_end: int) -> np.ndarray:
-    """The position of each token [..., T] within its document, the first of the block beginning with the block."""
-    index = np.arange(input_ids.shape[-1])
-    begins = np.roll(input_ids == document_end, 1, axis=-1)
-    return index - np.maximum.accumulate(np.where(begins & (index > 0), index, 0), axis=-1)
+def positions_in_documents(tokens: np.ndarray) -> np.ndarray:
+    """The position of each token [..., T] within its row, the first of the block beginning with the block."""
+    index = np.arange(tokens.shape[-1])
+    return index - np.maximum.accumulate(np.where(has_mark(tokens, ROW_BEGINS), index, 0), axis=-1)
 
 
 def load_windows(windows: Windows, first: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:

@@ -3,8 +3,10 @@
 import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
+from typing import Any
 
-from train_loop.data.text_files import BOM, CHUNK_BYTES, Lines, broken, decode, line_at, reading
+from train_loop.data.columns import Row, RowColumns, texts_of
+from train_loop.data.text_files import BOM, CHUNK_BYTES, LINES, Lines, broken, decode, line_at, reading
 from train_loop.errors import one_line
 from train_loop.files import open_file
 
@@ -30,23 +32,23 @@ class JsonLines(Lines):
                 raise broken(path, line_at(path, byte), "the line is no JSON object")
             yield byte, row
 
-    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
-        texts = []
-        for byte, row in self._objects(path, place, chunk):
-            text, problem = _text_of(row, column)
+    def texts(self, path: str, place: int, chunk: bytes, columns: RowColumns) -> list[Row]:
+        rows = []
+        for byte, pairs in self._objects(path, place, chunk):
+            row, problem = _row_of(pairs, columns)
             if problem:
                 raise broken(path, line_at(path, byte), problem)
-            texts.append(text)
-        return texts
+            rows.append(row)
+        return rows
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]:
-        place, chunk = next(self.chunks(path, 0, CHUNK_BYTES, ""), (0, b""))
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
+        place, chunk = next(self.chunks(path, 0, CHUNK_BYTES, LINES), (0, b""))
         return _columns_of(row for _, row in self._objects(path, place, chunk))
 
     def num_rows(self, path: str) -> int:
         return sum(
             bool(line.removeprefix(BOM).strip())
-            for _, chunk in self.chunks(path, 0, CHUNK_BYTES, "")
+            for _, chunk in self.chunks(path, 0, CHUNK_BYTES, LINES)
             for line in chunk.splitlines(keepends=True)
         )
 
@@ -68,19 +70,19 @@ class JsonArray:
                 raise broken(path, f"row {number:,}", "it is neither an object nor a text")
             yield row
 
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[tuple]]]:
+    def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, list[tuple]]]:
         yield 0, list(self._rows(path))
 
-    def texts(self, path: str, place: int, chunk: list[tuple], column: str) -> list[str]:
-        texts = []
-        for number, row in enumerate(chunk, start=1):
-            text, problem = _text_of(row, column)
+    def texts(self, path: str, place: int, chunk: list[tuple], columns: RowColumns) -> list[Row]:
+        rows = []
+        for number, pairs in enumerate(chunk, start=1):
+            row, problem = _row_of(pairs, columns)
             if problem:
                 raise broken(path, f"row {number:,}", problem)
-            texts.append(text)
-        return texts
+            rows.append(row)
+        return rows
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]:
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
         return _columns_of(islice(self._rows(path), 1000))
 
     def num_rows(self, path: str) -> int:
@@ -93,25 +95,39 @@ def _reason(error: ValueError | RecursionError) -> str:
     return one_line(error)
 
 
-def _text_of(row: tuple, column: str) -> tuple[str, str]:
-    """(the text of a column, "") of a JSON object, as pairs; or ("", what is wrong with it)."""
-    values = [value for name, value in row if name == column]
-    if len(values) != 1:
-        return "", f"the key {column!r} is {'given twice' if values else 'missing'}"
-    if not isinstance(values[0], str):
-        return "", f"{column!r} is {'null' if values[0] is None else 'no text'}"
+def _row_of(pairs: tuple, columns: RowColumns) -> tuple[Row, str]:
+    """(row, "") of a JSON object, as pairs; or ("", what is wrong with it)."""
+    values = []
+    for column in columns.names:
+        found = [value for name, value in pairs if name == column]
+        if len(found) != 1:
+            return "", f"the key {column!r} is {'given twice' if found else 'missing'}"
+        values.append(_plain(found[0]))
+    row, problem = columns.row_of(values)
+    if problem:
+        return "", problem
     try:
-        values[0].encode()
+        for text in texts_of(row):
+            text.encode()
     except UnicodeEncodeError as error:
-        letter = f"\\u{ord(values[0][error.start]):04x}"
-        return "", f"{column!r} has one half of a surrogate pair, {letter}, which is no character"
-    return values[0], ""
+        letter, where = f"\\u{ord(text[error.start]):04x}", " or ".join(map(repr, columns.names))
+        return "", f"{where} has one half of a surrogate pair, {letter}, which is no character"
+    return row, ""
 
 
-def _columns_of(rows: Iterable[tuple]) -> tuple[list[str], list[str]]:
-    """(all columns, those of text) of JSON objects: a column is one of text if none of its values is anything else."""
-    is_text: dict[str, bool] = {}
+def _plain(value: Any) -> Any:
+    """A JSON value with dicts in the place of tuples of pairs."""
+    if isinstance(value, tuple):
+        return {name: _plain(part) for name, part in value}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def _columns_of(rows: Iterable[tuple]) -> tuple[list[str], list[str], list[str]]:
+    """(all columns, those of text, those of lists) of JSON objects: a column is one of text, or of lists, if none of
+    its values is anything else."""
+    kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row:
-            is_text[name] = is_text.get(name, True) and (value is None or isinstance(value, str))
-    return list(is_text), [name for name, yes in is_text.items() if yes]
+            kinds.setdefault(name, set()).update([] if value is None else [type(value)])
+    texts = [name for name, found in kinds.items() if found <= {str}]
+    return list(kinds), texts, [name for name, found in kinds.items() if found == {list}]

@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from train_loop.data.columns import TEXT, Row, columns_meant
 from train_loop.data.formats import format_of
 from train_loop.data.text_files import CHUNK_BYTES, reading
 from train_loop.errors import UserError, warn
@@ -18,14 +19,16 @@ from train_loop.settings import Settings
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of text, {"text": ...}, that are read anew each time they are gone through: few are in memory at once.
+    """Rows, {"text": a `columns.Row`}, that are read anew each time they are gone through: few are in memory at once.
 
-    `read()` goes through all the texts there are, `digest` stands for their content, `span` says which are meant.
+    `read()` goes through all the rows there are, `digest` stands for their content, `span` says which are meant, `kind`
+    is theirs: TEXT, PROMPT or CHAT.
     """
 
-    read: Callable[[], Iterator[str]]
+    read: Callable[[], Iterator[Row]]
     digest: str
     span: range
+    kind: str = TEXT
 
     @classmethod
     def of(cls, texts: list[str]) -> "Rows":
@@ -35,10 +38,10 @@ class Rows:
     def __len__(self) -> int:
         return len(self.span)
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for index, text in enumerate(self.read()):
+    def __iter__(self) -> Iterator[dict[str, Row]]:
+        for index, row in enumerate(self.read()):
             if index in self.span:
-                yield {"text": text}
+                yield {"text": row}
 
 
 def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row: bool = False) -> Rows:
@@ -46,21 +49,21 @@ def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row
     there are no rows."""
     names = [str(path) for path in paths]
     formats = [format_of(path, each_is_a_row) for path in names]
-    column = text_column(*formats[0].columns(names[0]), settings)
+    columns = columns_meant(*formats[0].columns(names[0]), settings)
     digests = [_digest(path) for path in names]
     num_rows = sum(format.num_rows(path) for format, path in zip(formats, names, strict=True))
     if not num_rows:
         raise UserError(f"{', '.join(names)}: the data has no rows")
 
-    def read() -> Iterator[str]:
+    def read() -> Iterator[Row]:
         for format, path, digest in zip(formats, names, digests, strict=True):
-            for place, chunk in format.chunks(path, 0, CHUNK_BYTES, column):
-                yield from format.texts(path, place, chunk, column)
+            for place, chunk in format.chunks(path, 0, CHUNK_BYTES, columns):
+                yield from format.texts(path, place, chunk, columns)
             if _digest(path) != digest:  # what was read belongs to no content that could be named
                 raise UserError(f"{path} was changed while it was read: start again")
 
     kinds = [file_kind(path) for path in names]
-    return Rows(read, digest_of([kinds, each_is_a_row, column, digests]), range(num_rows))
+    return Rows(read, digest_of([kinds, each_is_a_row, columns.names, digests]), range(num_rows), columns.kind)
 
 
 def warn_of_left_out(path: Path | str, files: DataFiles) -> None:
@@ -85,35 +88,31 @@ def cache_folder() -> Path:
 
 
 def only_text(rows: Any, settings: Settings) -> Rows:
-    """`Rows` of the one column that is meant, from a `datasets.Dataset`."""
+    """`Rows` of the columns that are meant, from a `datasets.Dataset`."""
     kinds = rows.features.items()
     texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
-    column = text_column(texts, texts, settings)
+    chats = [name for name, kind in kinds if isinstance(getattr(kind, "feature", None), dict)]
+    columns = columns_meant(texts + chats, texts, chats, settings)
     if not len(rows):
         raise UserError("the data has no rows")
-    rows = rows.select_columns([column])
+    rows = rows.select_columns([*columns.names])
 
-    def texts_of_rows() -> Iterator[str]:
-        return chain.from_iterable(batch[column] for batch in rows.iter(100))
+    def read() -> Iterator[Row]:
+        batches = (zip(*(batch[name] for name in columns.names), strict=True) for batch in rows.iter(100))
+        for number, values in enumerate(chain.from_iterable(batches), start=1):
+            row, problem = columns.row_of(values)
+            if problem:
+                raise UserError(f"row {number:,} of {settings.dataset_name}: {problem}")
+            yield row
 
     # a private name: `datasets` has no public one for what its rows are. Without it the texts are read once more
     digest = getattr(rows, "_fingerprint", None)
     if digest is None:
         content = hashlib.blake2b(digest_size=16)
-        for text in texts_of_rows():
-            content.update(json.dumps(text).encode())
+        for row in read():
+            content.update(json.dumps(row).encode())
         digest = content.hexdigest()
-    return Rows(texts_of_rows, digest, range(len(rows)))
-
-
-def text_column(columns: list[str], texts: list[str], settings: Settings) -> str:
-    """The name of the column that is meant, one of `columns`: the one that is set, or "text", or the only one of
-    `texts`, which are those that seem to hold text. Raises UserError where there is none, or not just one."""
-    column = settings.text_column or ("text" if "text" in columns else texts[0] if len(texts) == 1 else None)
-    if column not in columns:
-        wanted = f"no column {column!r} of text" if column else "not just one column of text"
-        raise UserError(f"the data has {wanted}; text_column may be one of: {', '.join(texts) or 'none is text'}")
-    return column
+    return Rows(read, digest_of([digest, columns.names]), range(len(rows)), columns.kind)
 
 
 def digest_of(values: Any) -> str:

@@ -11,9 +11,9 @@ from train_loop.files import data_files
 from train_loop.settings import Settings
 
 
-def load_rows(settings: Settings) -> tuple[Rows | None, Rows, str]:
-    """(training rows, validation rows, note): each `Rows`; training rows are None when only evaluating a validation
-    file. The note says where the validation rows come from.
+def load_rows(settings: Settings, validation: Rows | None = None) -> tuple[Rows | None, Rows, str]:
+    """(training rows, validation rows, note) of one source: each `Rows`; training rows are None when only evaluating a
+    validation file. The validation rows are those that are given, if any. The note says where held-out rows come from.
 
     Raises UserError where the data cannot be found or read, has no text column, or is empty.
     """
@@ -27,8 +27,8 @@ def load_rows(settings: Settings) -> tuple[Rows | None, Rows, str]:
         splits = prepared_splits(settings)
     else:
         files = {"train": settings.train_file, "validation": settings.validation_file}
-        splits = {split: load_file(path, settings) for split, path in files.items() if path}
-    train, validation = splits.get("train"), splits.get("validation", splits.get("test"))
+        splits = {split: load_file(str(path), settings) for split, path in files.items() if path}
+    train, validation = splits.get("train"), validation or splits.get("validation", splits.get("test"))
     if train is None and not (settings.eval_only and validation is not None):
         raise UserError(f"{settings.dataset_name} has no split 'train'; it has {', '.join(splits)}")
     note = ""

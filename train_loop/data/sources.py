@@ -1,8 +1,9 @@
 """What a stream of training data reads (`--streaming`): rows in chunks, from any place on.
 
 A source has `chunks(place)`, all the chunks from a place on (None: the beginning), each with the place where it begins;
-`texts(place, chunk)`, the chunk's rows, which takes longer and is asked for what one process tokenises alone; `column`;
-and `files`, which know whether they are still the same. A place is JSON, and goes into checkpoints.
+`texts(place, chunk)`, the chunk's rows, which takes longer and is asked for what one process tokenises alone;
+`columns`, which it reads; and `files`, which know whether they are still the same. A place is JSON, and goes into
+checkpoints.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from train_loop.data import text_files
+from train_loop.data.columns import Row, RowColumns, columns_meant, num_characters
 from train_loop.data.formats import format_of
-from train_loop.data.row_files import Rows, digest_of, text_column, warn_of_left_out
+from train_loop.data.row_files import Rows, digest_of, warn_of_left_out
 from train_loop.data.rows import load_file
 from train_loop.data.tokens import ROWS_PER_BATCH
 from train_loop.errors import UserError, one_line
@@ -30,42 +32,41 @@ CHUNK_BYTES = text_files.CHUNK_BYTES
 class Source(Protocol):
     """What a stream asks of where its rows come from: `FileSource` and `Table` have it."""
 
-    column: str
+    columns: RowColumns
     files: Files | RemoteFiles
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
         """(place, chunk) of each chunk from a place on. Raises UserError."""
 
-    def texts(self, place: Any, chunk: Any) -> list[str]:
+    def texts(self, place: Any, chunk: Any) -> list[Row]:
         """The rows of a chunk. Raises UserError."""
 
 
-def load_source(settings: Settings) -> tuple[Source | None, Rows, str]:
+def load_source(settings: Settings, validation: Rows | None = None) -> tuple[Source | None, Rows, str]:
     """(training rows, validation rows, ""): a source of chunks, `FileSource` or `Table`, None when only evaluating; and
-    prepared `Rows`. Raises UserError as `rows.load_rows` does."""
+    prepared `Rows`, those that are given, if any. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
-        return *_load_dataset(settings), ""
-    assert settings.validation_file  # streaming needs one (`contradictions`)
-    eval_rows = load_file(settings.validation_file, settings)
+        return *_load_dataset(settings, validation), ""
+    if validation is None:
+        assert settings.validation_file  # streaming needs one (`contradictions`)
+        validation = load_file(str(settings.validation_file), settings)
     if settings.eval_only:
-        return None, eval_rows, ""
+        return None, validation, ""
     assert settings.train_file  # else there is nothing to train on (`contradictions`)
-    files = data_files(settings.train_file)
-    warn_of_left_out(settings.train_file, files)
-    return FileSource(Files(files.paths), settings, files.each_is_a_row), eval_rows, ""
+    files = data_files(str(settings.train_file))
+    warn_of_left_out(str(settings.train_file), files)
+    return FileSource(Files(files.paths), settings, files.each_is_a_row), validation, ""
 
 
-def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
+def _load_dataset(settings: Settings, validation: Rows | None) -> tuple[Source | None, Rows]:
     from train_loop.data.sets import find_data_set  # imported where it is needed alone: `datasets` takes a second
 
     builder, files = find_data_set(settings)
     splits = builder.as_streaming_dataset() if files is None else files
     name = next((name for name in ("validation", "test") if name in splits), None)
-    if name is None or ("train" not in splits and not settings.eval_only):
-        raise UserError(
-            f"streaming needs splits 'train' and 'validation' or 'test'; {settings.dataset_name} has "
-            f"{', '.join(splits)}"
-        )
+    needed = "'train'" if validation else "'train' and 'validation' or 'test'"
+    if (name is None and not validation) or ("train" not in splits and not settings.eval_only):
+        raise UserError(f"streaming needs splits {needed}; {settings.dataset_name} has {', '.join(splits)}")
 
     def source_of(split: str) -> Source:
         if files is not None and all(map(os.path.isfile, files[split])):
@@ -76,14 +77,15 @@ def _load_dataset(settings: Settings) -> tuple[Source | None, Rows]:
             return Table(lambda: builder.as_streaming_dataset(split), remote, settings)
         return FileSource(remote, settings)
 
-    validation = source_of(name)
+    if validation is None:
+        held_out = source_of(str(name))
 
-    def read() -> Iterator[str]:
-        return itertools.chain.from_iterable(validation.texts(*chunk) for chunk in validation.chunks(None))
+        def read() -> Iterator[Row]:
+            return itertools.chain.from_iterable(held_out.texts(*chunk) for chunk in held_out.chunks(None))
 
-    digest = digest_of([name, validation.column, *validation.files.identity().values()])
-    eval_rows = Rows(read, digest, range(sum(1 for _ in read())))
-    return None if settings.eval_only else source_of("train"), eval_rows
+        digest = digest_of([name, held_out.columns.names, *held_out.files.identity().values()])
+        validation = Rows(read, digest, range(sum(1 for _ in read())), held_out.columns.kind)
+    return None if settings.eval_only else source_of("train"), validation
 
 
 class Files:
@@ -158,7 +160,7 @@ class FileSource:
     def __init__(self, files: Files | RemoteFiles, settings: Settings, each_is_a_row: bool = False) -> None:
         self.files = files
         self.formats = [format_of(path, each_is_a_row, streamed=True) for path in files.paths]
-        self.column = text_column(*self.formats[0].columns(files.paths[0]), settings)
+        self.columns = columns_meant(*self.formats[0].columns(files.paths[0]), settings)
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
         """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
@@ -166,15 +168,15 @@ class FileSource:
         first, within = place or (0, 0)
         for index in range(first, len(self.files.paths)):
             path = self.files.paths[index]
-            for at, chunk in self.formats[index].chunks(path, within, CHUNK_BYTES, self.column):
+            for at, chunk in self.formats[index].chunks(path, within, CHUNK_BYTES, self.columns):
                 self.files.check(path)
                 yield [index, at], chunk
             within = 0
 
-    def texts(self, place: Any, chunk: Any) -> list[str]:
-        """The rows of a chunk. Raises UserError where they are no text."""
+    def texts(self, place: Any, chunk: Any) -> list[Row]:
+        """The rows of a chunk. Raises UserError where they are none."""
         index, within = place
-        return self.formats[index].texts(self.files.paths[index], within, chunk, self.column)
+        return self.formats[index].texts(self.files.paths[index], within, chunk, self.columns)
 
 
 class Table:
@@ -187,30 +189,35 @@ class Table:
     def __init__(self, open: Callable[[], Any], files: Files | RemoteFiles, settings: Settings) -> None:
         self.open, self.files = open, files
         row: dict[str, Any] = next(iter(open()), {})
-        self.column = text_column(list(row), [name for name, value in row.items() if isinstance(value, str)], settings)
+        texts, chats = ([name for name, value in row.items() if isinstance(value, kind)] for kind in (str, list))
+        self.columns = columns_meant(list(row), texts, chats, settings)
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, list[Any]]]:
-        """(place, texts) of each chunk, from a place on, or from the beginning."""
-        texts, num_characters = [], 0
+        """(place, cells of each row) of each chunk, from a place on, or from the beginning."""
+        chunk, length = [], 0
         try:
-            rows = self.open().select_columns([self.column])
+            rows = self.open().select_columns([*self.columns.names])
             if place is not None:
                 rows.load_state_dict(place)
             for row in rows:
-                texts.append(row[self.column])
-                num_characters += len(texts[-1] or "")
-                if num_characters >= CHUNK_BYTES or len(texts) == ROWS_PER_BATCH:
+                chunk.append([row[name] for name in self.columns.names])
+                length += num_characters(chunk[-1])
+                if length >= CHUNK_BYTES or len(chunk) == ROWS_PER_BATCH:
                     self.files.check()
-                    yield place, texts
-                    texts, num_characters, place = [], 0, rows.state_dict()
+                    yield place, chunk
+                    chunk, length, place = [], 0, rows.state_dict()
         except Exception as error:  # the loader's errors have no common class
             self.files.check()
             raise UserError(f"the training data cannot be read: {one_line(error)}") from error
-        if texts:
+        if chunk:
             self.files.check()
-            yield place, texts
+            yield place, chunk
 
-    def texts(self, place: Any, texts: list[Any]) -> list[str]:
-        if None in texts:
-            raise UserError(f"a row of the training data is null, the {texts.index(None) + 1:,}. after {place}")
-        return texts
+    def texts(self, place: Any, chunk: list[Any]) -> list[Row]:
+        rows = []
+        for number, values in enumerate(chunk, start=1):
+            row, problem = self.columns.row_of(values)
+            if problem:
+                raise UserError(f"row {number:,} of the training data after {place or 'its beginning'}: {problem}")
+            rows.append(row)
+        return rows

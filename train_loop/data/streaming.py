@@ -27,11 +27,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerFast
 
-from train_loop.data.blocks import Window, Windows, end_of_documents
+from train_loop.data.blocks import Window, Windows
+from train_loop.data.chats import RowProblem
+from train_loop.data.columns import TEXT, Row
+from train_loop.data.prompts import PLAIN, documents_apart, encode_marked, marking_of
 from train_loop.data.row_files import digest_of
 from train_loop.data.sources import Source
-from train_loop.data.tokens import encode, tokenizer_recipe
-from train_loop.errors import UserError
+from train_loop.data.tokens import encode, tokenizer_recipe, without_blank
+from train_loop.errors import UserError, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
@@ -80,14 +83,23 @@ class Stream:
     name = "training"
     num_blocks: int | None = None
 
-    def __init__(self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> None:
-        """Raises UserError where the data has not one block."""
+    def __init__(
+        self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings, name: str = "training"
+    ) -> None:
+        """`name`: of the data, in messages. Raises UserError where they have not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
-        self.end_of_text = end_of_documents(tokenizer, settings)
-        self.document_end = self.end_of_text if settings.document_attention else None
-        recipe = [*tokenizer_recipe(tokenizer, self.end_of_text), settings.block_size, settings.max_train_samples]
+        kind, names = source.columns.kind, source.columns.names
+        self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
+        if kind != TEXT and "strftime_now" in str(tokenizer.chat_template or ""):
+            raise UserError(
+                "the chat template writes today's date into each row: a run that is resumed on another day would read "
+                "other tokens. Prepare the data (streaming false), or write a fixed date into the template"
+            )
+        self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
+        recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
+        recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
         self._identity = {
-            "training blocks": f"streamed, {digest_of([*recipe, source.column])}",
+            "training blocks": f"streamed, {digest_of(recipe)}",
             "shuffle_buffer_size": settings.shuffle_buffer_size,
             **source.files.identity(),
         }
@@ -95,7 +107,7 @@ class Stream:
             self.blocks = block[None]  # [1, T], for whoever wants to try one
             break
         else:
-            raise UserError(f"the training data has less than one block of {settings.block_size} tokens")
+            raise UserError(f"the {name} data has less than one block of {settings.block_size} tokens")
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -103,7 +115,8 @@ class Stream:
     def summary(self) -> str:
         size = self.settings.shuffle_buffer_size
         order = f"shuffled in groups of {size:,}" if size > 1 else "in the order of the data"
-        return f"streamed from {self.source.files.summary()}; blocks of {self.settings.block_size} {order}"
+        rows = f" (rows of {self.marking.kind})" if self.marking.kind != TEXT else ""
+        return f"streamed from {self.source.files.summary()}{rows}; blocks of {self.settings.block_size} {order}"
 
     def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
         """Not known before the end of the data."""
@@ -116,32 +129,58 @@ class Stream:
         """
         if start.window and start.window == start.per_epoch:
             return
-        at = start.stream if start.window and start.stream else BEGINNING
-        W, rank, size = accelerator.num_processes, accelerator.process_index, max(1, settings.shuffle_buffer_size)
+        W, rank = accelerator.num_processes, accelerator.process_index
         shape = settings.per_device_train_batch_size, settings.gradient_accumulation_steps, W, rank
         per_window = math.prod(shape[:3])
-
-        blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
-        if settings.max_train_samples:
-            blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
-        shuffled = shuffle_in_groups(blocks, size, settings.seed, start.epoch, at["group"])
-        shuffled = itertools.islice(shuffled, at["index"], None)
-        window = list(itertools.islice(shuffled, per_window))
+        blocks = self.blocks_from(start, settings, W, rank)
+        window = list(itertools.islice(blocks, per_window))
         if not window:
             raise UserError("the training data ends before the place that the run had come to")
         for number in itertools.count(start.window + 1):
-            following = list(itertools.islice(shuffled, per_window))  # read before it is needed, to know the last one
-            _, (place, token), group, index = window[-1]
-            stream = {"place": place, "token": token, "group": group, "index": index}
-            end = Place(start.epoch, number, start.per_epoch if following else number, stream)
-            taken = np.stack([block for block, *_ in window])
-            batch = Windows(taken, np.arange(len(taken)), *shape, document_end=self.document_end)[0]
+            following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
+            end = Place(start.epoch, number, start.per_epoch if following else number, window[-1][1])
+            taken = np.stack([block for block, _ in window])
+            batch = Windows(taken, np.arange(len(taken)), *shape, documents_apart=self.documents_apart)[0]
             if accelerator.device.type == "cuda":
                 batch = {name: value.pin_memory() for name, value in batch.items()}
             yield Window(batch, end)
             if not following:
                 return
             window = following
+
+    def blocks_from(self, start: Place, settings: Settings, W: int, rank: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """(block, the value of `Place.stream` after it) of each block from `start` to the end of its epoch."""
+        at = start.stream if start.window and start.stream else BEGINNING
+        return self.blocks_at(at, settings.seed, start.epoch, W, rank)
+
+    def blocks_at(
+        self, at: dict[str, Any], seed: int, epoch: int, W: int, rank: int
+    ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
+        """(block, place after it) of each block from the place `at` to the end of the data; see BEGINNING."""
+        settings, size = self.settings, max(1, self.settings.shuffle_buffer_size)
+        blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
+        if settings.max_train_samples:
+            blocks = itertools.islice(blocks, settings.max_train_samples - at["group"] * size)
+        shuffled = shuffle_in_groups(blocks, size, seed, epoch, at["group"])
+        for block, (place, token), group, index in itertools.islice(shuffled, at["index"], None):
+            yield block, {"place": place, "token": token, "group": group, "index": index}
+
+    def _encode(self, rows: list[Row], place: Any) -> np.ndarray:
+        """The tokens of a chunk's rows, with their marks."""
+        if self.marking == PLAIN:
+            return encode(rows, self.tokenizer, self.end_of_text)
+        try:
+            tokens, counts = encode_marked(rows, self.tokenizer, self.end_of_text, self.marking)
+        except RowProblem as problem:
+            where = f"row {problem.index + 1:,} of the training data after {place or 'its beginning'}"
+            raise UserError(f"{where}: {problem}") from problem
+        if (counts.num_cut or counts.num_left_out) and self.tells_of_cuts:
+            self.tells_of_cuts = False  # once: how many they are is not known before the end of the data
+            tell(
+                f"note: rows of the training data are longer than block_size {self.settings.block_size}: they are cut, "
+                "and left out where no target is left"
+            )
+        return tokens
 
     def _tokens(self, place: Any, W: int = 1, rank: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
         """(place, tokens) of each chunk from a place on, the same on each of W processes."""
@@ -154,9 +193,7 @@ class Stream:
                 for i, (place, chunk) in enumerate(itertools.islice(chunks, W)):
                     places.append(place)
                     if i == rank:
-                        texts = self.source.texts(place, chunk)
-                        texts = ["" if text.isspace() else text for text in texts]
-                        tokens = encode(texts, self.tokenizer, self.end_of_text)
+                        tokens = self._encode([without_blank(row) for row in self.source.texts(place, chunk)], place)
             except Exception as error:  # whatever it is, the others are waiting to hear of it
                 return places, tokens, error
             return places, tokens, None

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from train_loop.data.columns import Row, RowColumns, num_characters
 from train_loop.data.text_files import BOM, broken, line_at, reading
 from train_loop.files import open_file
 
@@ -47,7 +48,7 @@ class Csv:
         return next(self._records(path, 0), (0, []))[1]
 
     def chunks(
-        self, path: str, place: int, size: int, column: str
+        self, path: str, place: int, size: int, columns: RowColumns
     ) -> Iterator[tuple[int, list[tuple[int, list[str]]]]]:
         records, chunk, length = self._records(path, place), [], 0
         if place == 0:
@@ -61,21 +62,26 @@ class Csv:
         if chunk:
             yield chunk[0][0], chunk
 
-    def texts(self, path: str, place: int, chunk: list[tuple[int, list[str]]], column: str) -> list[str]:
+    def texts(self, path: str, place: int, chunk: list[tuple[int, list[str]]], columns: RowColumns) -> list[Row]:
         header = self._header(path)
-        index = _only_index(path, header, column)
+        indices = [_only_index(path, header, name) for name in columns.names]
+        rows = []
         for byte, cells in chunk:
-            if not index < len(cells) <= len(header):
+            if not max(indices) < len(cells) <= len(header):
                 problem = f"the record has {len(cells)} cells, the header has {len(header)}"
                 raise broken(path, line_at(path, byte), f"{problem}; a comma or line break in a text needs quotes")
-        return [cells[index] for _, cells in chunk]
+            row, problem = columns.row_of([cells[index] for index in indices])
+            if problem:
+                raise broken(path, line_at(path, byte), problem)
+            rows.append(row)
+        return rows
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]:
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
         """A column whose first 1,000 cells are all numbers is one of text only if all columns are like that."""
         header = self._header(path)
         rows = [cells for _, cells in islice(self._records(path, 0), 1, 1001)]
         texts = [n for i, n in enumerate(header) if not all(_is_number(cells[i]) for cells in rows if i < len(cells))]
-        return header, texts or header
+        return header, texts or header, []
 
     def num_rows(self, path: str) -> int:
         return sum(1 for _ in self._records(path, 0)) - bool(self._header(path))
@@ -96,7 +102,7 @@ def _only_index(path: str, header: list[str], column: str) -> int:
 
 
 class Parquet:
-    """A parquet file, of which only the column of text is read, whatever the others are."""
+    """A parquet file, of which only the columns that hold the rows are read, whatever the others are."""
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[Any]:
@@ -106,43 +112,51 @@ class Parquet:
             # a small buffer and no reading ahead: the memory does not depend on the size of the file's row groups
             yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, list[Any]]]:
+    def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, list[Any]]]:
         with self._open(path) as file:
-            _only_index(path, file.schema_arrow.names, column)
+            for name in columns.names:
+                _only_index(path, file.schema_arrow.names, name)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             first, row = 0, 0  # of the row group in which the place is
             while first < len(sizes) and row + sizes[first] <= place:
                 row, first = row + sizes[first], first + 1
             chunk, length = [], 0
             groups = list(range(first, len(sizes)))
-            for batch in file.iter_batches(100, row_groups=groups, columns=[column], use_threads=False):
-                for text in batch.column(batch.schema.get_field_index(column)).to_pylist():
+            for batch in file.iter_batches(100, row_groups=groups, columns=[*columns.names], use_threads=False):
+                cells = [batch.column(batch.schema.get_field_index(name)).to_pylist() for name in columns.names]
+                for values in zip(*cells, strict=True):
                     row += 1
                     if row > place:
-                        chunk.append(text)
-                        length += len(text or "")
+                        chunk.append(values)
+                        length += num_characters(values)
                     if length >= size:
                         yield place, chunk
                         place, chunk, length = row, [], 0
             if chunk:
                 yield place, chunk
 
-    def texts(self, path: str, place: int, chunk: list[Any], column: str) -> list[str]:
-        if None in chunk:
-            raise broken(path, f"row {place + chunk.index(None) + 1:,}", f"{column!r} is null")
-        return chunk
+    def texts(self, path: str, place: int, chunk: list[tuple[Any, ...]], columns: RowColumns) -> list[Row]:
+        rows = []
+        for number, values in enumerate(chunk, start=place + 1):
+            row, problem = columns.row_of(values)
+            if problem:
+                raise broken(path, f"row {number:,}", problem)
+            rows.append(row)
+        return rows
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]:
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
         from pyarrow import types
 
         with self._open(path) as file:
             schema = file.schema_arrow
-        names = []
+        texts, chats = [], []
         for field in schema:
             kind = field.type.value_type if types.is_dictionary(field.type) else field.type
             if types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind):
-                names.append(field.name)
-        return names, names
+                texts.append(field.name)
+            elif (types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type):
+                chats.append(field.name)
+        return texts + chats, texts, chats
 
     def num_rows(self, path: str) -> int:
         with self._open(path) as file:

@@ -8,7 +8,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from train_loop.data.row_files import Rows
-from train_loop.data.tokens import encode
+from train_loop.data.tokens import encode, without_blank
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def covered_text(
     is_text, byte_ends, num_left = [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int64)], num_tokens
     digest, is_cut = hashlib.blake2b(digest_size=16), False
     for row in rows:
-        text = "" if row["text"].isspace() else row["text"]
+        text = str(without_blank(row["text"]))  # rows of text alone (`load_split`)
         digest.update(text.encode() + b"\0")
         if is_cut:
             continue

@@ -1,9 +1,10 @@
 """How a file of each kind becomes rows of text: every text is the one in the file, never a null or a number.
 
-A format reads a file in chunks. `chunks(path, place, size, column)` yields (place, chunk) from a place in the file on,
+A format reads a file in chunks. `chunks(path, place, size, columns)` yields (place, chunk) from a place in the file on,
 each chunk at least `size` bytes or characters long (the last one may be shorter). A place is a number: a byte of the
-unpacked file, or of parquet a row; 0 is the beginning. `texts(path, place, chunk, column)` are the chunk's rows, a list
-of str. `columns(path)` is (all columns, those of text). `num_rows(path)` counts the rows.
+unpacked file, or of parquet a row; 0 is the beginning. `texts(path, place, chunk, columns)` are the chunk's rows, a
+list of `columns.Row`. `columns(path)` is (all columns, those of text, those of lists of messages). `num_rows(path)`
+counts the rows.
 
 All of them raise UserError, which names the file and the line or row, where a file cannot be read as what it is.
 """
@@ -14,19 +15,21 @@ import zlib
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from train_loop.data.columns import Row, RowColumns
 from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind, open_file
 
 CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising
+LINES = RowColumns(("text",))  # a file of text has this column
 BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets begin a UTF-8 file with it; it is no part of the text
 
 
 class Format(Protocol):
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, Any]]: ...
+    def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, Any]]: ...
 
-    def texts(self, path: str, place: int, chunk: Any, column: str) -> list[str]: ...
+    def texts(self, path: str, place: int, chunk: Any, columns: RowColumns) -> list[Row]: ...
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]: ...
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]: ...
 
     def num_rows(self, path: str) -> int: ...
 
@@ -70,22 +73,22 @@ def decode(path: str, byte: int, content: bytes) -> str:
 class Lines:
     """A text file: a line is a row, and ends as in Python with \\n, \\r\\n or \\r; the row has \\n there."""
 
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, bytes]]:
+    def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:
             file.seek(place)
             while chunk := file.read(size) + file.readline():
                 yield place, chunk
                 place += len(chunk)
 
-    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
+    def texts(self, path: str, place: int, chunk: bytes, columns: RowColumns) -> list[Row]:
         return list(io.StringIO(decode(path, place, chunk), newline=None))
 
-    def columns(self, path: str) -> tuple[list[str], list[str]]:
-        return ["text"], ["text"]
+    def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
+        return ["text"], ["text"], []
 
     def num_rows(self, path: str) -> int:
         num_rows = 0
-        for place, chunk in self.chunks(path, 0, CHUNK_BYTES, "text"):
+        for place, chunk in self.chunks(path, 0, CHUNK_BYTES, LINES):
             text = decode(path, place, chunk)
             num_rows += text.count("\n") + text.count("\r") - text.count("\r\n") + (text[-1:] not in ("\n", "\r", ""))
         return num_rows
@@ -94,13 +97,13 @@ class Lines:
 class Documents(Lines):
     """A text file that is one row, also if it is empty. Its line ends are \\n."""
 
-    def chunks(self, path: str, place: int, size: int, column: str) -> Iterator[tuple[int, bytes]]:
+    def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:
             yield 0, file.read()
 
-    def texts(self, path: str, place: int, chunk: bytes, column: str) -> list[str]:
+    def texts(self, path: str, place: int, chunk: bytes, columns: RowColumns) -> list[Row]:
         return [io.StringIO(decode(path, place, chunk), newline=None).read()]
 
     def num_rows(self, path: str) -> int:
-        decode(path, 0, next(self.chunks(path, 0, -1, "text"))[1])
+        decode(path, 0, next(self.chunks(path, 0, -1, LINES))[1])
         return 1

@@ -1,7 +1,7 @@
 """The machine: processes and devices, memory, speed, versions of libraries.
 
-launch.py  processes, devices and threads           memory.py  how much there is, how much was taken
-flops.py   how much of a device is used             compat.py  what is newer than the oldest libraries that do
+launch.py  processes, devices and threads           memory.py  available memory, used memory
+flops.py   how much of a device is used             compat.py  differences between versions of the libraries
 """
 
 from train_loop.machine.compat import checkpoint_activations

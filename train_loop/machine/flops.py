@@ -29,11 +29,11 @@ PEAK_TFLOPS = {  # bf16 or fp16, TF32
 
 def flops_of_block(model: PreTrainedModel, block_size: int) -> float | None:
     """Floating-point operations of training on one block of T tokens: 6 N for each token (2 in the forward pass, 4 in
-    the backward one; 2 there for a frozen weight, which gets no gradient), and 12 L D T for attention's two products,
-    as if none of the scores were masked (Chowdhery et al. 2022, PaLM, appendix B, arXiv:2204.02311). The head counts
-    for the T - 1 tokens that predict one. What is computed again (gradient_checkpointing) does not count.
+    the backward pass; 2 there for a frozen weight, which gets no gradient), and 12 L D T for attention's two products,
+    as if no score were masked (Chowdhery et al. 2022, PaLM, appendix B, arXiv:2204.02311). The head counts for the
+    T - 1 tokens that predict one. Recomputation (gradient_checkpointing) does not count.
 
-    None for a mixture of experts: a token meets a part of its weights only.
+    None for a mixture of experts: a token uses only a part of its weights.
     """
     config = model.config.get_text_config()
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
@@ -47,8 +47,8 @@ def flops_of_block(model: PreTrainedModel, block_size: int) -> float | None:
 
 
 def peak_flops(device: torch.device, mixed_precision: str, tf32: bool) -> float | None:
-    """The most operations per second that the device is known for at this precision ("no", "bf16", "fp16"); None for a
-    CPU, an unknown device, and float32."""
+    """The device's peak operations per second at this precision ("no", "bf16", "fp16"); None for a CPU, an unknown
+    device, and float32."""
     if device.type != "cuda" or not (mixed_precision in ("bf16", "fp16") or tf32):
         return None
     name = torch.cuda.get_device_name(device)
@@ -58,8 +58,8 @@ def peak_flops(device: torch.device, mixed_precision: str, tf32: bool) -> float 
 
 
 def mfu_per_token_rate(model: PreTrainedModel, settings: Settings, accelerator: Accelerator) -> float | None:
-    """What tokens_per_second, of all processes, is multiplied with to give the utilisation (0 to 1); None where the
-    device's peak or the model's operations are not known. `settings.peak_tflops` wins over what is known."""
+    """The factor that turns tokens_per_second, of all processes, into the utilisation (0 to 1); None if the device's
+    peak or the model's operations are unknown. `settings.peak_tflops` wins over the table."""
     peak = settings.peak_tflops and settings.peak_tflops * 1e12
     peak = peak or peak_flops(accelerator.device, accelerator.mixed_precision, settings.tf32)
     if not peak:

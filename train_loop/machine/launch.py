@@ -22,14 +22,14 @@ from train_loop.tuning import num_threads
 def build_accelerator(settings: Settings) -> Accelerator:
     """Accelerate's `Accelerator` as the launch config asks for it, without gradient accumulation of its own.
 
-    Raises UserError where the launcher started several processes that would each train alone, or where the device
-    cannot do the precision asked for, or Accelerate would recompute activations. Says on stderr where FSDP was asked
-    for and does not come.
+    Raises UserError if the launcher started several processes that would each train alone, if the device does not
+    support the precision, or if Accelerate would recompute activations. Warns if FSDP was asked for and is not
+    available.
     """
     if asks_for_fsdp() and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
         raise UserError(
-            "the launch config says fsdp_activation_checkpointing: with it Accelerate computes activations again with "
-            "other dropout masks, and gradients are wrong. Remove it there, and give --gradient_checkpointing"
+            "the launch config says fsdp_activation_checkpointing: with it Accelerate recomputes activations with "
+            "different dropout masks, so gradients are wrong. Remove it there, and give --gradient_checkpointing"
         )
     if asks_for_fsdp() and settings.optimizer == "muon":
         raise UserError(
@@ -42,7 +42,7 @@ def build_accelerator(settings: Settings) -> Accelerator:
     if _num_restarts():
         torch.distributed.register_rendezvous_handler("restart", _meet_after_restart)
         group.init_method = "restart://"
-    # without cpu=True, CPU processes do not find each other: each would be a world of its own
+    # without cpu=True, CPU processes do not form a group: each would train alone
     accelerator = Accelerator(
         cpu=not has_device or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true", kwargs_handlers=[group]
     )
@@ -53,25 +53,25 @@ def build_accelerator(settings: Settings) -> Accelerator:
         _sum_in_float32(accelerator)
     elif asks_for_fsdp() and accelerator.is_main_process:
         warn(
-            "the launch config asks for FSDP, which Accelerate has for several GPUs only: here every process holds the "
-            "whole model (DDP)"
+            "the launch config asks for FSDP, which Accelerate has for several GPUs only. Here nothing is sharded: "
+            "every process holds the full model (DDP)"
         )
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     if accelerator.device.type == "cpu":
         if settings.tf32:
             raise UserError("tf32 needs a GPU: a CPU has no TF32")
         if accelerator.mixed_precision not in ("no", "bf16"):
-            # Accelerate takes the setting without a word, and would train with neither autocast nor scaler
+            # Accelerate accepts the setting silently, and would train with neither autocast nor scaler
             raise UserError(f"mixed precision {accelerator.mixed_precision} needs a GPU: on a CPU use bf16 or no")
         torch.set_num_threads(num_threads(settings))
     return accelerator
 
 
 def _choose_kernels(deterministic: bool) -> None:
-    """With `deterministic`, torch's strict mode: it alone makes attention's backward pass on a GPU deterministic. An
-    operation without a deterministic kernel raises RuntimeError there."""
+    """With `deterministic`, torch's strict mode: nothing else makes attention's backward pass on a GPU deterministic.
+    An operation without a deterministic kernel then raises RuntimeError."""
     torch.use_deterministic_algorithms(deterministic)
-    # it would fill buffers that are written anyway
+    # otherwise torch would fill buffers that are overwritten anyway
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # a property of the module
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS needs it; read at its first product
@@ -82,9 +82,9 @@ ALIVE: list[Any] = []  # what `prepare` made
 
 
 def prepare(accelerator: Accelerator, *objects: Any) -> Any:
-    """`accelerator.prepare`; of several processes what comes out of it lives as long as its process. Freed after the
-    process group, DDP's wrapper would join gloo's threads while it holds Python's lock, and one of them may be waiting
-    for that: the process would never end."""
+    """`accelerator.prepare`. With several processes, the prepared objects stay alive until the process exits: freeing
+    DDP's wrapper after its process group can deadlock on Python's lock (it joins gloo's threads, and one of them may
+    wait for the lock)."""
     prepared = accelerator.prepare(*objects)
     if accelerator.num_processes > 1:
         ALIVE.append(prepared)
@@ -97,8 +97,9 @@ def asks_for_fsdp() -> bool:
 
 
 def _sum_in_float32(accelerator: Accelerator) -> None:
-    """Under FSDP with bf16, Accelerate would round what the model returns to bfloat16, and that is the sum of nats here
-    (29,696 for 29,655.5), and sum up the processes' gradients in it, where DDP does in float32."""
+    """Under FSDP with bf16, Accelerate would round the model's output to bfloat16. Here the output is the sum of nats
+    (29,696 instead of 29,655.5). It would also sum the gradients of the processes in bfloat16; DDP does so in
+    float32."""
     if not accelerator.is_fsdp2:
         raise UserError("the launch config asks for FSDP 1: set fsdp_version: 2")
     plugin = accelerator.state.fsdp_plugin
@@ -109,14 +110,14 @@ def _sum_in_float32(accelerator: Accelerator) -> None:
 
 
 def _num_restarts() -> int:
-    """How often the launcher has started this machine's processes again (`--max_restarts`)."""
+    """How often the launcher has restarted the processes of this machine (`--max_restarts`)."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _meet_after_restart(url: str, **options: Any) -> Iterator[tuple]:
-    """torch's env:// rendezvous, under a name of its own on one machine: the launcher's store outlives the processes,
-    and those that it starts again would now and then read the addresses of the dead ones there, and wait for them.
-    Machines count their restarts each by itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead."""
+    """torch's env:// rendezvous with a new prefix for each restart, on one machine. The launcher's store outlives the
+    processes: without the prefix, restarted processes sometimes read the addresses of the dead ones and wait for them.
+    Each machine counts its own restarts, so several machines need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead."""
     store, rank, world_size = next(torch.distributed.rendezvous(url.replace("restart:", "env:", 1), **options))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world_size):
         store = torch.distributed.PrefixStore(f"restart-{_num_restarts()}", store)
@@ -124,9 +125,9 @@ def _meet_after_restart(url: str, **options: Any) -> Iterator[tuple]:
 
 
 def after_restart(settings: Settings, accelerator: Accelerator) -> Settings:
-    """The settings of processes that a launcher started again: they go on by themselves, whatever they were told.
-    Machines count their restarts each by itself, and one that joins the others' new round without a loss of its own
-    counts none; so one process that was started again speaks for all."""
+    """The settings of processes that a launcher restarted: they resume by themselves, whatever the command says. Each
+    machine counts its own restarts, and one that lost no process counts none. So one restarted process decides for
+    all."""
     num_restarts = accelerator.reduce(torch.tensor(_num_restarts(), device=accelerator.device), "sum")
     if num_restarts and settings.output_dir:
         wanted = settings.resume_from_checkpoint or "auto"
@@ -135,11 +136,11 @@ def after_restart(settings: Settings, accelerator: Accelerator) -> Settings:
 
 
 def end_training(accelerator: Accelerator) -> Callable[..., None]:
-    """An exit function for an `ExitStack`: the processes let go of each other. Without it a run of several CPU
-    processes aborts at exit.
+    """An exit function for an `ExitStack` that closes the connections between the processes. Without it a run of
+    several CPU processes aborts at exit.
 
-    Not after an error: this process has not told it yet. Its peers would notice at once that it is gone, the first of
-    them would end, and the launcher would end this process before it could speak.
+    It does nothing after an error, because this process has not printed the error yet. Its peers would notice the
+    closed connection and end, and the launcher would then end this process before it could print.
     """
 
     def end(kind: type[BaseException] | None, error: object, traceback: object) -> None:
@@ -149,21 +150,21 @@ def end_training(accelerator: Accelerator) -> Callable[..., None]:
     return end
 
 
-# how the messages of gloo begin, which raises plain RuntimeErrors: with the file of its source
+# gloo raises plain RuntimeErrors; their messages begin with the name of a source file
 GLOO_SOURCE = re.compile(r"\[\S*/gloo/\S+\.(cc|h):\d+\]")
 
 
 def is_lost_peer(error: Exception) -> bool:
-    """Whether an exception comes from torch's exchange between processes: a peer has ended, or does not answer."""
+    """Whether an exception comes from torch's communication: a peer has ended, or does not answer."""
     return isinstance(error, torch.distributed.DistError) or (
         type(error) is RuntimeError and GLOO_SOURCE.match(str(error)) is not None
     )
 
 
 def compile_in_place(model: PreTrainedModel, accelerator: Accelerator) -> None:
-    """`torch.compile` as the launch config's `dynamo_config` asks for it: of everything below the head, which works out
-    its loss chunk by chunk. Accelerate would wrap the model instead, and the wrapper's prefix would stand before every
-    name in the exported weights."""
+    """`torch.compile` as the launch config's `dynamo_config` asks for it, for everything below the head (the head
+    computes its loss chunk by chunk). Accelerate would wrap the model instead, and every name in the exported weights
+    would get the wrapper's prefix."""
     plugin = accelerator.state.dynamo_plugin
     if plugin.backend != DynamoBackend.NO:
         model.base_model.compile(**plugin.to_kwargs())
@@ -171,7 +172,8 @@ def compile_in_place(model: PreTrainedModel, accelerator: Accelerator) -> None:
 
 
 def quiet_libraries(accelerator: Accelerator) -> bool:
-    """Progress bars of the libraries only on a terminal, and only from the main process. Returns whether they show."""
+    """Turns progress bars of the libraries off, except on a terminal and in the main process. Returns whether they are
+    on."""
     show_progress = accelerator.is_main_process and sys.stderr.isatty()
     if not show_progress:
         os.environ["HF_DATASETS_DISABLE_PROGRESS_BARS"] = "1"  # read when it is imported, if it is

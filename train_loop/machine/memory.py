@@ -1,4 +1,4 @@
-"""The memory of this machine and of this process: how much there is, how much was taken, and when it ran out."""
+"""The memory of this machine and of this process: how much is available, how much is used, and whether it ran out."""
 
 import os
 import sys
@@ -14,8 +14,8 @@ def peaks() -> dict[str, float]:
 
 
 def peak_memory_gib() -> float:
-    """The largest resident set that this process ever had, in GiB."""
-    if sys.platform == "linux":  # what getrusage says there begins with the size of the process that started this one
+    """The largest resident set that this process has had, in GiB."""
+    if sys.platform == "linux":  # getrusage there starts from the size of the parent process
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 2**20  # KiB
     if sys.platform == "win32":
@@ -33,7 +33,7 @@ def peak_device_memory_gib() -> dict[str, float]:
 
 
 def available_bytes(device: torch.device) -> float:
-    """Memory that this process may still take: of its GPU, or its part of what the machine, or a limit, leaves."""
+    """Bytes that this process may still use: of its GPU, or its share of what the machine or a limit leaves."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = psutil.virtual_memory().available
@@ -49,7 +49,7 @@ def resident_bytes() -> int:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of a device or of the host. torch has a class for devices alone: of the host it raises a
-    plain RuntimeError, which only its text tells apart."""
+    """Whether memory ran out on a device or on the host. torch has an error class for devices only. For the host it
+    raises a plain RuntimeError, which only its text identifies."""
     is_cpu = type(error) is RuntimeError and "DefaultCPUAllocator: can't allocate memory" in str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or is_cpu

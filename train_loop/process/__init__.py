@@ -1,7 +1,7 @@
-"""This process and its surroundings: signals, the console, which code runs. Nothing heavy is imported.
+"""This process and its environment: signals, the console, which code runs. Nothing heavy is imported.
 
-stop.py     the signal that asks a run to stop      console.py  what is printed never stops a run
-version.py  which version of the code runs          clock.py    saves and the end by the clock
+stop.py     the signal that asks a run to stop      console.py  a console that never stops a run
+version.py  which version of the code runs          clock.py    saves, and the end of a run, by the clock
 """
 
 from train_loop.process.clock import Clock

@@ -7,8 +7,8 @@ from collections.abc import Callable
 class Clock:
     """Counts `save_minutes` from the last checkpoint and `max_minutes` from `began`; None: never due.
 
-    Every process has one. Clocks differ, so the main process's decides: `StopSignal.agreed` tells the others.
-    `now` gives seconds, as `time.monotonic` does.
+    Every process has one. Clocks differ, so the clock of the main process decides: `StopSignal.agreed` sends its
+    decision to the others. `now` returns seconds, as `time.monotonic` does.
     """
 
     def __init__(
@@ -20,12 +20,12 @@ class Clock:
     ) -> None:
         self.save_minutes, self.max_minutes, self.now = save_minutes, max_minutes, now
         self.began = now() if began is None else began
-        self.saved = now()  # when the last checkpoint was made; before it, when this object was
-        self.first_step: int | None = None  # at which the clock was looked at
+        self.saved = now()  # time of the last checkpoint; before the first one: of this object
+        self.first_step: int | None = None  # the first step for which `look` was called
         self.save_is_due = self.is_over = False
 
     def look(self, step: int) -> "Clock":
-        """Sets `save_is_due` and `is_over` at `step`. A run makes at least one step, however little time it has: the
+        """Sets `save_is_due` and `is_over` at `step`. A run makes at least one step, however little time it has. So the
         same command, given again and again, reaches the end."""
         if self.first_step is None:
             self.first_step = step
@@ -36,11 +36,11 @@ class Clock:
         return self
 
     def restart(self) -> None:
-        """A checkpoint was made."""
+        """Call it when a checkpoint was made."""
         self.saved = self.now()
 
     def say(self, step: int, num_steps: int) -> str:
-        """How far a run came whose time is up, in a sentence."""
+        """The message of a run whose time is up: how far it came."""
         return (
             f"stopped after {self.max_minutes:g} minutes (max_minutes) at step {step:,} of {num_steps:,}. To train the "
             "rest: the same command with --resume_from_checkpoint auto"

@@ -1,5 +1,5 @@
-"""The signal that asks a run to stop, and the launcher that it must not outlive. Imports nothing heavy: both are
-watched from the beginning."""
+"""The signal that asks a run to stop, and the launcher, without which a run ends. Imports nothing heavy, so that both
+are watched from the start."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Stopped(BaseException):
-    """The run ends early because it was asked to. The argument says how far it came. `checkpoint` is the folder to
-    resume from, None where there is none."""
+    """The run ends early because it was asked to. The message says how far it came. `checkpoint`: the folder to resume
+    from, or None."""
 
     def __init__(self, message: str = "", checkpoint: Path | None = None) -> None:
         super().__init__(message)
@@ -29,13 +29,13 @@ class Stopped(BaseException):
 
 
 class StopSignal:
-    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a wish that the loop looks at after each step and in evaluation.
+    """SIGTERM, SIGINT, SIGUSR1 and SIGHUP as a request, which the loop checks after each step and during evaluation.
 
-    Until `deferred` is set there is nothing to save, and the signal raises `Stopped` at once. A second Ctrl-C always
-    does; within a second of the first it counts as the same one, which a launcher passes on beside the terminal.
-    One of several processes is then ended by the system itself: a process that waits in C code for its peers to join
-    runs no handler, and the launcher would wait for it half a minute.
-    A SIGHUP that was ignored (nohup) stays ignored.
+    Until `deferred` is set there is nothing to save, and the signal raises `Stopped` at once. With several processes
+    the system ends the process then: a process that waits in C code for its peers runs no handler, and the launcher
+    would wait half a minute for it. A second Ctrl-C always raises `Stopped`. Within one second of the first it counts
+    as the same one, because a terminal and a launcher may both send it. A SIGHUP that was ignored (nohup) stays
+    ignored.
     """
 
     # Windows lacks the last two
@@ -44,7 +44,7 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         self.number, self.since, self.deferred = 0, 0.0, False
-        self.began = time.monotonic()  # nearly when the process did
+        self.began = time.monotonic()  # close to the start of the process
         self.group: torch.distributed.ProcessGroup | None = None
         self.timeout = 0.0  # seconds that a process waits for its peers
         listened = [n for n in self.SIGNALS if n.name != "SIGHUP" or signal.getsignal(n) != signal.SIG_IGN]
@@ -64,25 +64,26 @@ class StopSignal:
             raise Stopped("" if self.deferred else "before there was anything to save")
 
     def defer(self, timeout: float) -> None:
-        """From now on a signal waits until it is looked at. `timeout`: seconds that a process waits for its peers."""
+        """From now on a signal waits until the loop checks it. `timeout`: seconds that a process waits for its
+        peers."""
         self.deferred, self.timeout = True, timeout
         for number in self.previous:
             signal.signal(number, self._receive)
         end_with_launcher(signal.SIGTERM)  # from now on there is something to save
 
     def agreed(self, accelerator: Accelerator, clock: Clock | None = None) -> bool:
-        """Whether any process was asked to stop: the same answer on all of them. What the main process's `clock` says
-        goes to the others with it."""
+        """Whether any process was asked to stop: the same answer on all processes. The decision of the main process's
+        `clock` is sent along."""
         if accelerator.num_processes == 1:
             return bool(self.number)
         import torch
 
         if self.group is None and accelerator.device.type != "cpu":
-            # processes agree on the host: on the device, each step would have to wait for it
+            # the processes agree on the host: on the device each step would wait for the answer
             self.group = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout))
         by_clock = [clock.save_is_due, clock.is_over] if clock and accelerator.is_main_process else [False, False]
         says = torch.tensor([bool(self.number), *by_clock], dtype=torch.int64)
-        torch.distributed.all_reduce(says, group=self.group)  # on a CPU the default group is one of the host
+        torch.distributed.all_reduce(says, group=self.group)  # on a CPU the default group is gloo already
         asked, *by_clock = says.bool().tolist()
         if clock:
             clock.save_is_due, clock.is_over = by_clock
@@ -95,16 +96,16 @@ class StopSignal:
         return signal.Signals(self.number).name if self.number else ""
 
 
-# what `accelerate launch` gives to every process that it starts; by hand nobody sets all of them
+# `accelerate launch` sets all of these for every process that it starts
 ACCELERATE = {"ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE"}
 
 
 def end_with_launcher(number: int) -> None:
-    """Asks Linux to send this process the signal `number` when the launcher that started it dies; a launcher that is
-    gone already counts as a SIGTERM now. Without a launcher it does nothing.
+    """Asks Linux to send this process the signal `number` when its launcher dies. If the launcher is already dead, the
+    process gets a SIGTERM now. Without a launcher this does nothing.
 
-    Before there is anything to save the signal is SIGKILL: a process that waits for its peers in C code answers to no
-    other one.
+    Before there is anything to save the signal is SIGKILL: a process that waits for its peers in C code reacts to no
+    other.
     """
     is_launched = os.environ.keys() >= ACCELERATE or "TORCHELASTIC_RUN_ID" in os.environ  # the latter by torchrun
     if sys.platform != "linux" or not is_launched:
@@ -116,8 +117,8 @@ def end_with_launcher(number: int) -> None:
 
 
 def is_orphan() -> bool:
-    """Whether the parent of this process is one that takes in orphans: the system's first process, or systemd. In a
-    container the first process may be the launcher itself, a Python."""
+    """Whether the parent of this process is one that adopts orphans: the system's first process, or systemd. In a
+    container the first process may be the launcher itself, which is a Python."""
     parent = os.getppid()
     try:
         name = Path(Path(f"/proc/{parent}/cmdline").read_text(errors="replace").split("\0")[0]).name

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 @functools.cache
 def code_version(root: Path = ROOT) -> str:
-    """For example "0.1.0", or in a git checkout "0.1.0, commit 0123456789ab", with ", changed" after it where a
+    """For example "0.2.0", or in a git checkout "0.2.0, commit 0123456789ab", with ", changed" after it where a
     tracked file is not as it was committed."""
     if not (root / ".git").exists():  # a worktree has a file there
         return __version__

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import platform
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,12 +13,14 @@ from accelerate import Accelerator
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from train_loop.errors import num_of
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
 from train_loop.lora import ADAPTER, num_parameters
 from train_loop.process import code_version
-from train_loop.report import Line
-from train_loop.settings import Settings
+from train_loop.report import Line, of_each_set
+from train_loop.settings import Settings, sources_of, validation_sets_of, weights_of
+from train_loop.whole import utf8
 
 
 class Published(Protocol):
@@ -28,6 +31,7 @@ class Published(Protocol):
     repository: str | None  # on the hub, None where it is not pushed
     held_out: str  # which training rows are the validation data, in words
     optimizer: str  # its class
+    eval_names: Sequence[str]  # of the validation sets
     inherited: dict[str, Any]  # from the cards of the model and the data set that it is made from
 
 
@@ -46,8 +50,9 @@ def inherited_metadata(settings: Settings) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
-    if is_hub_name(settings.dataset_name):
-        found |= _card_data(DatasetCard, settings.dataset_name, ("language",))
+    data_sets = [source.dataset_name for source in sources_of(settings).values()]
+    if len(data_sets) == 1 and is_hub_name(data_sets[0]):  # of several nobody knows what holds for all
+        found |= _card_data(DatasetCard, data_sets[0], ("language",))
     return found
 
 
@@ -74,7 +79,7 @@ def model_card(
     if results and exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
-        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
+        choice = f"\nThis is the model with the lowest validation loss of {num_of(num, 'evaluation')}; {after}."
     metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
     digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
@@ -95,11 +100,12 @@ def model_card(
 {num_trained:,} parameters were trained: LoRA matrices of rank {s.lora_r}, which are merged into this model. They stand
 alone in the folder `{ADAPTER}`, for [peft](https://github.com/huggingface/peft).
 """
-    data = s.dataset_name or Path(s.train_file or "").name
-    config = f" ({s.dataset_config_name})" if s.dataset_config_name else ""
-    most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
+    most = f"at most {num_of(s.max_eval_samples, 'block')} (max_eval_samples)" if s.max_eval_samples else ""
     validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
     validated = f" on{validated}" if validated else ""
+    first, *others = publisher.eval_names
+    if others:
+        validated = f" on {first}" + (f" ({validated.removeprefix(' on ').rstrip(',')})" if validated else "")
     named = ""
     if last and s.named_perplexities:
         words, ends, size = (f"{last[name]:,}" for name in ("eval_words", "eval_line_ends", "eval_bytes"))
@@ -110,26 +116,31 @@ Special tokens that stand for no text are not counted in them."""
     validation = "There is no record of an evaluation."
     if last:
         steps, tokens = last["step"], last["eval_tokens"]
-        validation = f"Validation{validated} after {steps:,} optimizer steps: {shown}, over {tokens:,} tokens."
+        validation = (
+            f"Validation{validated} after {num_of(steps, 'optimizer step')}: {shown}, over {num_of(tokens, 'token')}."
+        )
+        for name, (loss, perplexity) in list(of_each_set(last, publisher.eval_names).items())[1:]:
+            tokens = last.get(f"eval_{name}_tokens", 0)
+            validation += (
+                f"\nOn {name}: loss {loss:,.4f}, perplexity {perplexity:,.2f}, over {num_of(tokens, 'token')}."
+            )
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
     curve = "\n![training and validation loss](loss_curve.png)\n" if results else ""  # drawn when the run is done
     return f"""---
-{_metadata(publisher, title, metrics)}
+{_metadata(publisher, title, metrics, last)}
 ---
 
 # {title}
 
-A causal language model ({model.config.model_type}, {num_exported:,} parameters), {origin} on {data}{config}.
+A causal language model ({model.config.model_type}, {num_exported:,} parameters), {origin} on {_data(s)}.
 {adapter}
 {validation}
 Loss (in nats) and perplexity are per token of this model's tokenizer, and the context {context}:
 compare them only with numbers that were measured in the same way.{named}{choice}
 
-| step | epoch | training loss | validation loss | perplexity |
-|---:|---:|---:|---:|---:|
-{_table(lines)}
+{_table(lines, publisher.eval_names)}
 
 The training loss is the mean since the line before it in [metrics.jsonl](metrics.jsonl).
 {curve}
@@ -150,42 +161,79 @@ print(generate("The value of", max_new_tokens=50)[0]["generated_text"])
 """
 
 
-def _metadata(publisher: Published, title: str, metrics: dict[str, float]) -> str:
-    """What the hub reads, as YAML."""
-    s = publisher.settings
-    eval_file = s.validation_file or s.train_file or ""
+def _data(s: Settings) -> str:
+    """What the model was trained on, in words."""
+    sources, weights = sources_of(s), weights_of(s)
+    texts = []
+    for name, source in sources.items():
+        text = str(source.dataset_name or Path(str(source.train_file)).name)
+        text += f" ({source.dataset_config_name})" if source.dataset_config_name else ""
+        texts.append(f"{text} ({weights[name]:.1%} of the blocks)" if weights else text)
+    return " and ".join(texts)
+
+
+def _places(value: str | list[Any]) -> str:
+    """A file without its folder, a data set's name; of several their names and what else is said of each."""
+    if isinstance(value, str):
+        return value if is_hub_name(value) else Path(value).name
+    said = []
+    for item in value:
+        others = {k: Path(v).name if k.endswith("_file") else v for k, v in item.items() if k != "name"}
+        said.append(f"{item['name']} ({', '.join(f'{k} {v}' for k, v in others.items())})")
+    return ", ".join(said)
+
+
+def _metadata(publisher: Published, title: str, metrics: dict[str, float], last: Line) -> str:
+    """What the hub reads, as YAML. `metrics`: of the first validation set; `last`: the evaluation."""
+    s, sources = publisher.settings, sources_of(publisher.settings)
+    data_sets = [str(one.dataset_name) for one in sources.values() if is_hub_name(one.dataset_name)]
+    first, *others = publisher.eval_names
+    of_each = of_each_set(last, publisher.eval_names)
+    results = {first: metrics} | {n: dict(zip(("loss", "perplexity"), of_each[n], strict=True)) for n in others}
+    evaluated = {"validation": next(iter(sources.values()), s)} | sources | validation_sets_of(s)
+    found = []
+    for name, values in results.items():
+        one = evaluated.get(name, s)
+        file = utf8(str(one.validation_file or one.train_file or "")).decode()  # YAML would escape it in another way
+        found += [
+            EvalResult(
+                task_type="text-generation",
+                task_name="Text Generation",
+                dataset_type=str(one.dataset_name or file_kind(file) or "text"),
+                dataset_name=name if others else str(one.dataset_name or Path(file).name),
+                dataset_config=one.dataset_config_name,
+                metric_type=metric,
+                metric_name=metric,
+                metric_value=round(value, 6),
+            )
+            for metric, value in values.items()
+            if math.isfinite(value)
+        ]
     return ModelCardData(
         model_name=title,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["causal-lm", "train_loop"],
         base_model=s.model_name_or_path if is_hub_name(s.model_name_or_path) else None,
-        datasets=[s.dataset_name] if is_hub_name(s.dataset_name) else None,
-        eval_results=[
-            EvalResult(
-                task_type="text-generation",
-                task_name="Text Generation",
-                dataset_type=s.dataset_name or file_kind(eval_file) or "text",
-                dataset_name=s.dataset_name or Path(eval_file).name,
-                dataset_config=s.dataset_config_name,
-                metric_type=name,
-                metric_name=name,
-                metric_value=round(value, 6),
-            )
-            for name, value in metrics.items()
-            if math.isfinite(value)
-        ],
+        datasets=data_sets or None,
+        eval_results=found,
         **publisher.inherited,
     ).to_yaml()
 
 
-def _table(lines: list[Line]) -> str:
-    rows, train_loss = [], ""
+def _table(lines: list[Line], eval_names: Sequence[str]) -> str:
+    of_sets = [f"{n}: loss | {n}: perplexity" for n in eval_names]
+    if len(eval_names) == 1:
+        of_sets = ["validation loss | perplexity"]
+    rows = [f"| step | epoch | training loss | {' | '.join(of_sets)} |", "|---:" * (3 + 2 * len(of_sets)) + "|"]
+    train_loss = ""
     for line in lines:
         train_loss = f"{line['loss']:.4f}" if "loss" in line else train_loss
         if "eval_loss" in line:
-            cells = f"{line['step']:,}", f"{line['epoch']:.2f}", train_loss, f"{line['eval_loss']:.4f}"
-            rows.append(f"| {' | '.join(cells)} | {line['perplexity']:,.2f} |")
+            of_each = of_each_set(line, eval_names).values()
+            cells = [f"{line['step']:,}", f"{line['epoch']:.2f}", train_loss]
+            cells += [f"{loss:.4f} | {perplexity:,.2f}" for loss, perplexity in of_each]
+            rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
@@ -201,19 +249,21 @@ def _how_it_was_made(publisher: Published, results: dict[str, Any] | None) -> st
         "lora_dropout": not s.lora_r,
     }
     made = {
-        f.name: Path(value).name if f.name.endswith("_file") else value
+        f.name: _places(value) if f.name in ("train_file", "validation_file", "dataset_name") else value
         for f in dataclasses.fields(s)
         if f.metadata["group"] in ("data", "training") and not has_no_effect.get(f.name)
         if (value := getattr(s, f.name)) is not None and value is not False
     }
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = s.blocks_per_step(W)
-    made["optimizer"] = f"{publisher.optimizer}, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
+    made["optimizer"] = (
+        f"{publisher.optimizer}, {num_of(num_blocks, 'block')} = {num_blocks * s.block_size:,} tokens in a step"
+    )
     made["precision"] = accelerator.mixed_precision.replace("no", "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    made["hardware"] = f"{W} process{'es' if W > 1 else ''} on {name}"
+    made["hardware"] = f"{num_of(W, 'process')} on {name}"
     if results:
-        made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
+        made["time"] = f"{results['train_runtime']:,.0f} seconds for {num_of(results['train_tokens'], 'target token')}"
     packages = "torch", "transformers", "accelerate", "datasets"
     versions = [f"train_loop {code_version()}", *(f"{package} {version(package)}" for package in packages)]
     made["versions"] = ", ".join(versions)

@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class Publisher:
 
     `repository`: the model's name on the hub, None where it is not pushed, and on the other processes.
     `held_out`: which training rows are the validation data, in words, "" if it has its own. `optimizer`: its class.
+    `eval_names`: of the validation sets.
     """
 
     def __init__(
@@ -78,9 +80,11 @@ class Publisher:
         repository: str | None,
         held_out: str,
         optimizer: str,
+        eval_names: Sequence[str] = ("validation",),
     ) -> None:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
+        self.eval_names = eval_names
         # asked for now, when the hub has just been asked for the model, and not when there is something to lose
         self.inherited = inherited_metadata(settings) if accelerator.is_main_process else {}
         self.pushed_folder = settings.folder / "checkpoints" / "pushed"
@@ -111,7 +115,7 @@ class Publisher:
         if self.repository is None:
             return
         if self.client is not None and self.client.is_running():
-            return warn(f"step {step} is not pushed: the push of step {self.step} is not over")
+            return warn(f"step {step} is not pushed: the push of step {self.step} is still running")
         if self.client is not None and (problem := self.client.problem()):
             warn(f"step {self.step} was not pushed: {problem}")
         began = time.perf_counter()

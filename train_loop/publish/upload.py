@@ -31,7 +31,7 @@ def push(settings: Settings, repository: str, stop: StopSignal) -> None:
     try:
         with lock.held(folder):
             if problem := damage_of_export(folder):
-                return warn(f"not pushed: {folder} is not as the run left it: {problem}")
+                return warn(f"not pushed: {folder} changed since the run ended: {problem}")
             client = upload(folder, repository, settings)
             client.wait(stop)
     except (UserError, OSError) as error:

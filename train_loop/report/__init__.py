@@ -7,7 +7,16 @@
 Nothing here imports torch, so that `compare` answers at once.
 """
 
-from train_loop.report.curve import MIN_POINTS_TO_SMOOTH, Line, points, pyplot, read_lines, save_figure, smooth
+from train_loop.report.curve import (
+    MIN_POINTS_TO_SMOOTH,
+    Line,
+    of_each_set,
+    points,
+    pyplot,
+    read_lines,
+    save_figure,
+    smooth,
+)
 from train_loop.report.evaluations import (
     BLOCK_NATS,
     BlockNats,
@@ -34,6 +43,7 @@ __all__ = [
     "Trackers",
     "banner",
     "block_nats_as_bytes",
+    "of_each_set",
     "points",
     "pyplot",
     "read_block_nats",

@@ -17,6 +17,7 @@ from train_loop.errors import UserError, warn
 Line = dict[str, Any]  # of metrics.jsonl: "step", "epoch", and what was measured there, by name
 
 MIN_POINTS_TO_SMOOTH = 20
+OTHER_COLOURS = ("tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan")
 WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 
@@ -26,7 +27,7 @@ def read_lines(path: Path | str) -> list[Line]:
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from error
+        raise UserError(f"{path} cannot be read: {getattr(error, 'strerror', None) or 'it is not text'}") from error
     lines = []
     for number, text in enumerate(texts, 1):
         if number == len(texts) and not text.endswith("\n"):
@@ -35,11 +36,11 @@ def read_lines(path: Path | str) -> list[Line]:
             line = json.loads(text)
             line["step"]
         except (ValueError, KeyError, TypeError, RecursionError):
-            warn(f"{path} is damaged: line {number} is no line of metrics, and is left out")
+            warn(f"{path} is damaged: line {number} is not a line of metrics and is left out")
             continue
         lines.append(line)
     if not lines:
-        raise UserError(f"{path} holds no line of metrics: nothing was logged yet, or it is damaged")
+        raise UserError(f"{path} has no line of metrics: nothing was logged yet, or the file is damaged")
     return lines
 
 
@@ -57,8 +58,19 @@ def smooth(values: np.ndarray) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
-def draw_run(lines: list[Line], path: Path | str) -> None:
-    """Training loss, its smoothing, validation loss and learning rate against the optimizer step, as a PNG."""
+def of_each_set(evaluation: Line, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """{name of a validation set: (loss, perplexity)} of an evaluation, nan where it is not there. The numbers of the
+    first set have no name."""
+    keys = {name: f"eval_{name}_" if i else "" for i, name in enumerate(names)}
+    return {
+        name: (evaluation.get(f"{key or 'eval_'}loss", math.nan), evaluation.get(f"{key}perplexity", math.nan))
+        for name, key in keys.items()
+    }
+
+
+def draw_run(lines: list[Line], path: Path | str, eval_names: Sequence[str] = ("validation",)) -> None:
+    """Training loss, its smoothing, the loss of each validation set and the learning rate against the optimizer step,
+    as a PNG."""
     plt = pyplot()
     figure, (axes, below) = plt.subplots(
         2, 1, sharex=True, figsize=(7, 4.8), height_ratios=(4, 1), layout="constrained"
@@ -68,13 +80,17 @@ def draw_run(lines: list[Line], path: Path | str) -> None:
     axes.plot(steps, losses, color="tab:blue", lw=1, alpha=0.35 if smoothed else 1, label="training")
     if smoothed:
         axes.plot(steps, smooth(losses), color="tab:blue", lw=1.8, label="training, smoothed")
+    first, *others = eval_names
+    for i, name in enumerate(others):
+        steps, losses = points(lines, f"eval_{name}_loss")
+        colour = OTHER_COLOURS[i % len(OTHER_COLOURS)]
+        axes.plot(steps, losses, color=colour, lw=1.4, marker="o", ms=3, label=f"validation: {name}")
     steps, losses = points(lines, "eval_loss")
-    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label="validation")
+    label = f"validation: {first}" if others else "validation"
+    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label=label)
     if len(losses):
         best = losses.argmin()
-        label = (
-            f"lowest validation loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
-        )
+        label = f"lowest {label} loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
         axes.plot(steps[best], losses[best], "o", ms=9, mfc="none", mec="black", mew=1.2, ls="none", label=label)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)

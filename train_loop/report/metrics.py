@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,8 @@ from tqdm import tqdm
 
 from train_loop.errors import warn
 from train_loop.position import Position
-from train_loop.report.curve import Line, draw_run
-from train_loop.report.evaluations import Evaluation, Kept, write_block_nats
+from train_loop.report.curve import Line, draw_run, of_each_set
+from train_loop.report.evaluations import Evaluation, Kept, keep, write_block_nats
 from train_loop.report.trackers import Trackers
 from train_loop.whole import cannot_be_written, write_whole
 
@@ -48,9 +49,11 @@ class Metrics:
         show_progress: bool = False,
         trackers: Trackers | None = None,
         mfu_per_token_rate: float | None = None,
+        eval_names: Sequence[str] = ("validation",),
     ) -> None:
         self.output_dir, self.num_steps, self.is_main = Path(output_dir), num_steps, is_main
         self.show_progress, self.trackers = show_progress, trackers
+        self.eval_names = eval_names  # of the validation sets: numbers of the first have no name in a line
         self.mfu_per_token_rate = mfu_per_token_rate  # mfu = this x tokens_per_second
         self.lines: list[Line] = []  # every line of metrics.jsonl
         self.block_nats: dict[str, Kept] = {}  # of the evaluations "last" and "best"
@@ -99,7 +102,7 @@ class Metrics:
             )
             if self.bar.update(1):  # it was drawn
                 self._fetch()
-                loss = self.sums["loss"] / self.tokens
+                loss = self.sums["loss"] / max(1, self.tokens)  # a window may have no target
                 self.bar.set_postfix(loss=f"{loss:.4f}", lr=f"{self.latest['learning_rate']:.2e}", refresh=False)
 
     def _fetch(self) -> None:
@@ -172,19 +175,20 @@ class Metrics:
         self._restart()
 
     def log_evaluation(self, position: Position, evaluation: Evaluation, samples: dict[str, str] | None = None) -> None:
-        """A line of metrics.jsonl, a row of the table beside the training loss up to here, and the nats of each block.
-        `position`: where the evaluation was made, and whether it is the best. `samples`: {prompt: how the model goes on
-        from it}."""
+        """A line of metrics.jsonl, a row of the table for each validation set, and the nats of each block. A row has
+        its set's name where there are several; the first one has the training loss up to here, too. `position`: where
+        the evaluation was made, and whether it is the best. `samples`: {prompt: the text that continues it}."""
         step, epoch = position.step, position.in_epochs()
-        self.block_nats["last"] = Kept(step, evaluation.block_nats)
-        if position.best_step == step:
-            self.block_nats["best"] = self.block_nats["last"]
+        self.block_nats = keep(self.block_nats, step, evaluation, is_best=position.best_step == step)
         if self.is_main:
             write_block_nats(self.output_dir, self.block_nats)
         self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})
         if self.is_main:
             train_loss = "" if self.train_loss is None or not self.show_progress else f"{self.train_loss:.4f}"
-            self._row(step, epoch, train_loss, f"{evaluation['eval_loss']:.4f}", f"{evaluation['perplexity']:.2f}")
+            for name, (loss, perplexity) in of_each_set(evaluation, self.eval_names).items():
+                set_name = name if len(self.eval_names) > 1 else ""
+                self._row(step, epoch, train_loss, f"{loss:.4f}", f"{perplexity:.2f}", set_name=set_name)
+                train_loss = ""
             for prompt, text in (samples or {}).items():
                 tqdm.write(f"{'':>10} {json.dumps(prompt, ensure_ascii=False)} {json.dumps(text, ensure_ascii=False)}")
         self._restart()
@@ -197,8 +201,10 @@ class Metrics:
         eval_loss: str = "",
         ppl: str = "",
         speed: float | None = None,
+        set_name: str = "",
     ) -> None:
-        row = (f"{step:,}", f"{epoch:.2f}", train_loss, eval_loss, ppl, f"{speed:,.0f}" if speed else "")
+        # a row of an evaluation has no speed: there is room for a name
+        row = (f"{step:,}", f"{epoch:.2f}", train_loss, eval_loss, ppl, f"{speed:,.0f}" if speed else set_name)
         if not self.has_head:
             self.has_head = True
             tqdm.write(" ".join(f"{name:>10}" for name in COLUMNS))
@@ -223,13 +229,13 @@ class Metrics:
             self.bar.close()
         if self.is_main:
             try:
-                draw_run(self.lines, self.output_dir / "loss_curve.png")
+                draw_run(self.lines, self.output_dir / "loss_curve.png", self.eval_names)
             except Exception as error:  # a picture is not worth the model that is about to be exported
                 print(f"warning: loss_curve.png was not drawn: {error}", file=sys.stderr)
         return {
             "epoch": round(self.latest["epoch"], 6),
             "step": self.latest["step"],
-            "train_loss": self.train_nats / self.train_tokens,
+            "train_loss": self.train_nats / max(1, self.train_tokens),
             **evaluation,
             "train_tokens": self.train_tokens,
             "train_runtime": self.train_seconds,
@@ -240,7 +246,8 @@ class Metrics:
 
 def table(results: dict[str, float]) -> str:
     """{"eval_loss": 1.5} as a line `eval_loss            1.5000`."""
+    width = max(20, *map(len, results))
     return "\n".join(
-        f"{name:<20} {value:,.4f}" if isinstance(value, float) else f"{name:<20} {value:,}"
+        f"{name:<{width}} {value:,.4f}" if isinstance(value, float) else f"{name:<{width}} {value:,}"
         for name, value in results.items()
     )

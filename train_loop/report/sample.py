@@ -30,7 +30,7 @@ class Samples:
         if len(ids) > 1 and ids[-1] == end and not prompt.endswith(self.tokenizer.eos_token):
             ids = ids[:-1]
         if not ids:
-            raise UserError(f"sample_prompt {prompt!r} is no token of this tokenizer")
+            raise UserError(f"sample_prompt {prompt!r} has no tokens: give a prompt that this tokenizer knows")
         return ids
 
     def write(self, model: torch.nn.Module, device: torch.device) -> dict[str, str]:

@@ -76,7 +76,7 @@ class Trackers:
             elif name == "wandb":
                 self.ids[name] = {"id": tracker.tracker.id, "resume": "allow"}
             elif name != "tensorboard" and step is not None:
-                warn(f"{name} begins a new run: how it goes on with the old one is not known here")
+                warn(f"{name} begins a new run: train_loop cannot continue the old one there")
             if goes_on and name == "mlflow":
                 self._ask_mlflow(tracker)
             elif not goes_on and not (name == "tensorboard" and step is not None):
@@ -132,4 +132,4 @@ class Trackers:
 
     def _drop(self, tracker: Any, error: Exception) -> None:
         self.running.remove(tracker)
-        warn(f"{tracker.name} gets nothing from here on ({one_line(error)}); metrics.jsonl has everything")
+        warn(f"{tracker.name} failed and gets no more lines ({one_line(error)}); metrics.jsonl has everything")

@@ -6,11 +6,8 @@ Nothing heavy is imported here, so that `--help` and a mistyped flag answer at o
 import argparse
 import dataclasses
 import difflib
-import json
-import math
 import os
 import sys
-import types
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +17,8 @@ from train_loop.errors import UserError, tell
 from train_loop.settings import habits
 from train_loop.settings.contradictions import contradictions
 from train_loop.settings.settings import Settings, as_recipe
+from train_loop.settings.sources import LISTS, read_list
+from train_loop.settings.values import kind_of, read_value, type_name
 
 PACKAGE = Path(__file__).parent.parent
 RECIPES = PACKAGE / "recipes"
@@ -91,44 +90,11 @@ def _take(
             problems.append(f"{source}{name} is not a setting{hint}")
             continue
         f = fields[name]
-        try:
-            values[name] = convert(value, f.type)
-            if f.metadata["is_path"] and values[name] is not None:
-                values[name] = os.path.expanduser(values[name])
-            if values[name] is not None and f.metadata["check"] and not f.metadata["check"](values[name]):
-                raise ValueError
-        except (ValueError, OverflowError, RecursionError):  # the last: JSON that is nested too deep
-            wanted = ", ".join(filter(None, [_type_name(f.type), f.metadata["wanted"]]))
-            shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
-            problem = f"needs a value: {wanted}" if value == "" else f"is {shown}, but must be {wanted}"
-            problems.append(f"{source}{written.get(name, name)} {problem}")
-
-
-def convert(value: Any, kind: Any) -> Any:
-    """`value` (text of the command line, or a YAML value) as `kind`, one of a field's types; ValueError if it is none.
-
-    YAML reads 2e-5 as text, so a number may come as text from there too; a bool is never a number.
-    """
-    if value is None and kind != _kind(kind):
-        return None
-    kind = _kind(kind)
-    if kind == list[str] and value != []:
-        return [convert(entry, str) for entry in (value if isinstance(value, list) else [value])]
-    if kind == dict[str, float]:
-        mapping = json.loads(value) if isinstance(value, str) else value
-        if not isinstance(mapping, dict):
-            raise ValueError
-        return {str(name): convert(number, float) for name, number in mapping.items()} or None
-    if kind is bool and str(value).lower() in ("true", "false"):
-        return str(value).lower() == "true"
-    if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
-        return str(value)
-    if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
-        number = float(value)
-        if math.isfinite(number) and (kind is float or number.is_integer()):
-            is_whole = kind is int and str(value).lstrip("-").isdigit()
-            return int(value) if is_whole else kind(number)  # a float would round beyond 2 ** 53
-    raise ValueError
+        shown = f"{source}{written.get(name, name)}"
+        if name in LISTS:
+            values[name] = read_list(f, value, shown, problems)
+        else:
+            values[name] = read_value(f, value, shown, problems)
 
 
 def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | None, dict[str, Any]]:
@@ -155,13 +121,13 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
         groups[group] = groups.get(group) or parser.add_argument_group(group)
         default = "" if f.default is None else f" (default: {str(f.default).lower() if f.type is bool else f.default})"
         wanted = f"; {f.metadata['wanted']}" if f.metadata["wanted"] else ""
-        several = _kind(f.type) == list[str]
+        several = kind_of(f.type) == list[str] or f.name in LISTS
         groups[group].add_argument(
             f"--{f.name}",
             nargs="*" if several else "?",
-            action="extend" if several else "store",
-            const="true" if f.type is bool else None,
-            metavar="true|false" if f.type is bool else _type_name(f.type).split()[-1].upper(),
+            action="extend" if several and f.name not in LISTS else "store",
+            const="true" if kind_of(f.type) is bool else None,
+            metavar="true|false" if kind_of(f.type) is bool else type_name(f.type).split()[-1].upper(),
             help=(f.metadata["help"] + wanted + default).replace("%", "%%"),
         )
     for name in habits.ALIASES:
@@ -247,13 +213,3 @@ def _read_recipe(recipe: str, problems: list[str]) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         problems.append(f"--config {recipe} cannot be read: {' '.join(str(error).split())[:300]}")
     return {}
-
-
-def _kind(kind: Any) -> Any:
-    """The type of a setting, without the None that stands for off."""
-    return next(k for k in (kind.__args__ if isinstance(kind, types.UnionType) else (kind,)) if k is not types.NoneType)
-
-
-def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", list[str]: "text"}
-    return names.get(_kind(kind), "a mapping of names to numbers, on the command line as JSON")

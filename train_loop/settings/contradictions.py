@@ -3,12 +3,14 @@
 from pathlib import Path
 
 from train_loop.files import FILE_KINDS, data_files, file_kind
-from train_loop.settings.settings import SCHEDULES, Settings
+from train_loop.settings.choices import SCHEDULES
+from train_loop.settings.settings import Settings
+from train_loop.settings.sources import sources_of, validation_sets_of, weights_of
 
 
 def contradictions(s: Settings) -> list[str]:
     """One line for each set of settings that do not go together, and for each input file that is not usable."""
-    found = []
+    found, sources = [], sources_of(s)
     models = [n for n in ("model_name_or_path", "config_name", "model_type") if getattr(s, n)]
     if len(models) != 1:
         given = " and ".join(models) or "none"
@@ -34,11 +36,12 @@ def contradictions(s: Settings) -> list[str]:
             found.append(f"{name} goes with lora_r")
     if s.lora_r and not s.model_name_or_path:
         found.append("lora_r goes with model_name_or_path: random weights are not worth freezing")
-    if s.dataset_name and (s.train_file or s.validation_file):
-        found.append("give dataset_name or files, not both")
-    if s.dataset_name == "wikitext" and not Path("wikitext").exists():
+    if s.dataset_name and s.train_file:
+        found.append("give dataset_name or train_file, not both; a recipe's list of sources may hold both")
+    data_sets = [of_one.dataset_name for of_one in sources.values() if of_one.dataset_name]
+    if "wikitext" in data_sets and not Path("wikitext").exists():
         found.append("dataset_name wikitext: the hub has it as Salesforce/wikitext; give that name")
-    if s.dataset_config_name and not s.dataset_name:
+    if s.dataset_config_name and not data_sets:
         found.append("dataset_config_name goes with dataset_name")
     if s.eval_only and not s.model_name_or_path:
         found.append("eval_only needs model_name_or_path")
@@ -62,15 +65,18 @@ def contradictions(s: Settings) -> list[str]:
             found.append("streaming needs max_train_steps: how many steps an epoch has is not known before its end")
         if s.tokenizer_vocab_size:
             found.append("streaming needs a tokenizer: tokenizer_vocab_size would read all training rows to train one")
-        if s.dataset_name == "python_docs":
+        if "python_docs" in data_sets:
             found.append("streaming goes with train_file or a data set of `datasets`, not with python_docs")
-    if s.streaming and s.train_file and not s.validation_file:
+    if s.streaming and len(sources) > 1 and not weights_of(s):
+        found.append("streaming several sources needs a weight for each, in a recipe: their lengths are not known")
+    if s.streaming and not s.validation_file and any(of_one.train_file for of_one in sources.values()):
         found.append("streaming needs validation_file: the last rows cannot be held out before they are all read")
     if s.shuffle_buffer_size != Settings.shuffle_buffer_size and not s.streaming:
         found.append("shuffle_buffer_size goes with streaming: prepared blocks are shuffled over the whole epoch")
     found += _schedule_problems(s)
-    if s.document_attention and not s.add_eos_token:
-        found.append("document_attention goes with add_eos_token, which marks where documents end")
+    for name in ("document_attention", "eval_stride", "named_perplexities"):
+        if getattr(s, name) and not s.packing:
+            found.append(f"{name} goes with packing: without it each row has a block of its own")
     if s.early_stopping_threshold and not s.early_stopping_patience:
         found.append("early_stopping_threshold goes with early_stopping_patience")
     if s.load_best_model_at_end and s.checkpointing_steps == "none":
@@ -90,21 +96,23 @@ def contradictions(s: Settings) -> list[str]:
         found.append("give push_to_hub or eval_only, not both: evaluating exports nothing")
     if s.hub_strategy == "every_save" and s.checkpointing_steps == "none":
         found.append("hub_strategy every_save pushes checkpoints, but checkpointing_steps is none")
-    for name in ("train_file", "validation_file"):
-        if not getattr(s, name):
+    inputs = [("train_file", of_one.train_file) for of_one in sources.values()]
+    inputs += [("validation_file", of_one.validation_file) for of_one in validation_sets_of(s).values()]
+    for kind, value in inputs:
+        if not value:
             continue
-        files = data_files(getattr(s, name))
+        files = data_files(str(value))
         if not files.paths:
-            found.append(f"{name} {getattr(s, name)}: there is no text file in it")
+            found.append(f"{kind} {value}: there is no text file in it")
         if len(kinds := {file_kind(path) or "unknown" for path in files.paths}) > 1:
-            found.append(f"{name} {getattr(s, name)}: files of more than one kind ({', '.join(sorted(kinds))})")
+            found.append(f"{kind} {value}: files of more than one kind ({', '.join(sorted(kinds))})")
         for path in [] if files.each_is_a_row else files.paths:
             if not path.is_file():
-                found.append(f"{name} {path}: no such file")
+                found.append(f"{kind} {path}: no such file")
             elif file_kind(path) is None:
-                found.append(f"{name} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
+                found.append(f"{kind} {path}: its kind is not known; use {', '.join(FILE_KINDS)} (or these with .gz)")
             elif path.stat().st_size == 0:
-                found.append(f"{name} {path} is empty")
+                found.append(f"{kind} {path} is empty")
             elif s.add_eos_token and file_kind(path) == "text":
                 found.append(
                     f"add_eos_token: a row of {path} is a line, not a document; use a folder, jsonl or parquet"

@@ -3,6 +3,9 @@
 from dataclasses import field
 from typing import Any
 
+# a file or a data set; or several, each a mapping with a name (sources.py)
+Sources = str | list[dict[str, Any]] | None
+
 
 def setting(group: str, default: Any, help: str, check: Any = None, wanted: str = "", is_path: bool = False) -> Any:
     """A field of `Settings`: `check(value)` must hold for every value but None, and `wanted` says so in words. In the

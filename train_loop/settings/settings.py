@@ -1,3 +1,4 @@
+# ruff: noqa: RUF009
 """The settings of a run: one dataclass, which `command_line.py` fills and `contradictions.py` looks through.
 
 Names and defaults are those of `transformers.TrainingArguments` and its `run_clm` scripts where they have one.
@@ -10,21 +11,9 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.errors import UserError
-from train_loop.settings.field import FRACTION, above, at_least, one_of, setting
-
-# the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
-SCHEDULES: dict[str, dict[str, float]] = {
-    "linear": {"min_lr_ratio": 0.0},  # share of learning_rate that is left at the end
-    "cosine": {"num_cycles": 0.5, "min_lr_ratio": 0.0},  # 0.5: down once
-    "cosine_with_restarts": {"num_cycles": 1.0, "min_lr_ratio": 0.0},
-    "polynomial": {"power": 1.0, "lr_end": 1e-7},  # lr_end: learning rate at the end, as transformers has it
-    "constant": {},
-    "constant_with_warmup": {},
-    "wsd": {"decay_ratio": 0.1, "min_lr_ratio": 0.0},  # warm-up, stable, decay: linear in this share of all steps
-}
-# Accelerate has a class for each of these, and each is the name of the library to import
-TRACKERS = ("aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+from train_loop.errors import UserError, num_of
+from train_loop.settings.choices import SCHEDULES, TRACKERS
+from train_loop.settings.field import FRACTION, Sources, above, at_least, one_of, setting
 
 
 @dataclass
@@ -56,18 +45,20 @@ class Settings:
     )
     trust_remote_code: bool = setting("model", False, "run Python code that comes with the model: only if you read it")
 
-    dataset_name: str | None = setting(
-        "data", None, "data set: a name on the hub, a folder, or python_docs (comes with Python)", is_path=True
+    dataset_name: Sources = setting(
+        "data", None, "data set: a hub name, a folder, or python_docs (comes with Python); or several", is_path=True
     )
     dataset_config_name: str | None = setting("data", None, "configuration of the data set, e.g. wikitext-2-raw-v1")
-    train_file: str | None = setting(
+    train_file: Sources = setting(
         "data",
         None,
         "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
-        "each of which is a row",
+        "each of which is a row; or several, as NAME=FILE, to which a recipe gives weights",
         is_path=True,
     )
-    validation_file: str | None = setting("data", None, "validation rows, likewise", is_path=True)
+    validation_file: Sources = setting(
+        "data", None, "validation rows, likewise; of several sets the first decides about the best model", is_path=True
+    )
     validation_split_percentage: int = setting(
         "data",
         5,
@@ -75,10 +66,26 @@ class Settings:
         check=lambda value: 1 <= value <= 99,
         wanted="from 1 to 99",
     )
-    text_column: str | None = setting("data", None, "column that holds the text; else 'text', or the only one of text")
+    text_column: list[str] | None = setting(
+        "data",
+        None,
+        "one column: of texts, or of chats (lists of messages); two: of prompts and completions. Else text, prompt and "
+        "completion, messages, or the only column of text",
+        check=lambda names: 1 <= len({*names}) == len(names) <= 2,
+        wanted="one column, or two",
+    )
+    completion_only_loss: bool = setting(
+        "data", True, "of prompts and chats, only completions and the assistant's turns are targets"
+    )
+    packing: bool = setting(
+        "data", True, "false: each row has a block of its own; it is cut at block_size, or filled up without targets"
+    )
     add_eos_token: bool = setting("data", False, "put the end-of-text token after each row: rows are documents")
-    document_attention: bool = setting(
-        "data", False, "with add_eos_token: attention and positions begin anew with each document in a block"
+    document_attention: bool | None = setting(
+        "data",
+        None,
+        "attention and positions begin anew with each row in a block; else so for prompts and chats if the model can, "
+        "and not for text. For text it goes with add_eos_token",
     )
     streaming: bool = setting(
         "data",
@@ -118,7 +125,7 @@ class Settings:
     )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
-    lr_scheduler_kwargs: dict[str, float] | None = setting(  # noqa: RUF009
+    lr_scheduler_kwargs: dict[str, float] | None = setting(
         "training",
         None,
         "parameters of the schedule, a mapping in a recipe, JSON on the command line, e.g. '{\"min_lr_ratio\": 0.1}'; "
@@ -154,7 +161,7 @@ class Settings:
     lora_r: int | None = setting("training", None, "rank of LoRA's matrices beside the frozen weights", **at_least(1))
     lora_alpha: int = setting("training", 32, "LoRA's product counts lora_alpha / lora_r times", **at_least(1))
     lora_dropout: float = setting("training", 0.0, "dropout of what goes into LoRA's matrices", **FRACTION)
-    lora_target_modules: list[str] | None = setting(  # noqa: RUF009
+    lora_target_modules: list[str] | None = setting(
         "training", None, "names of the linear layers that get LoRA's matrices; else all but the head"
     )
     tf32: bool = setting("training", False, "float32 products of a GPU in TF32: faster, with 10 bits of mantissa")
@@ -192,7 +199,7 @@ class Settings:
     named_perplexities: bool = setting(
         "evaluation", False, "also bits_per_byte and perplexities per word, comparable between tokenizers"
     )
-    sample_prompt: list[str] | None = setting(  # noqa: RUF009
+    sample_prompt: list[str] | None = setting(
         "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
     )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
@@ -204,7 +211,7 @@ class Settings:
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
     logging_steps: int = setting("output", 500, "optimizer steps between lines of training loss", **at_least(1))
     logging_first_step: bool = setting("output", False, "also log a line of training loss after the first step")
-    report_to: list[str] | None = setting(  # noqa: RUF009
+    report_to: list[str] | None = setting(
         "output",
         None,
         "trackers that get the lines of metrics.jsonl too",
@@ -289,7 +296,8 @@ class Settings:
         steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
-            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
+            ends = f"the run has {num_of(steps, 'step')}"
+            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but {ends}")
         return steps
 
 

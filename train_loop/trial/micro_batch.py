@@ -43,7 +43,7 @@ def trial_batch(split: TrainingData, num_blocks: int, device: torch.device) -> d
     """A micro-batch of the first `num_blocks` training blocks, taken again from the first where there are fewer:
     {"input_ids", "labels", ...}, each [num_blocks, T]."""
     blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
-    window = Windows(split.blocks, blocks, num_blocks, 1, document_end=split.document_end)[0]
+    window = Windows(split.blocks, blocks, num_blocks, 1, documents_apart=split.documents_apart)[0]
     return {name: value[0].to(device) for name, value in window.items()}
 
 

@@ -1,0 +1,116 @@
+"""Chats become tokens through the tokenizer's chat template, and what the assistant wrote in them is found.
+
+A template that marks it, with {% generation %} ... {% endgeneration %}, says it itself. Of any other template, a chat
+up to before an assistant's turn (with the beginning of the answer that the template asks for when text is generated)
+and up to after it are rendered too. Both must be beginnings of the whole chat's text; the assistant's turn is what lies
+between them. It ends with whatever ends a turn, a target like the answer.
+"""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerFast
+
+from train_loop.data.columns import Messages
+from train_loop.errors import UserError, one_line
+
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+
+
+class RowProblem(UserError):
+    """What is wrong with one of several rows; `index` says with which, from 0."""
+
+    def __init__(self, index: int, reason: str) -> None:
+        super().__init__(reason)
+        self.index = index
+
+
+def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The template that is used for chats. Raises UserError where there is none."""
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise UserError(
+            "the rows are chats, and the tokenizer has no chat template. Give a tokenizer that has one (tokenizer_name)"
+            ", or put the template into its folder as chat_template.jinja"
+        ) from error
+
+
+def rendered(
+    chats: Sequence[Messages], numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast, **options: Any
+) -> list[str]:
+    """The text of each chat. `numbers`: the index of the row that each is of, for `RowProblem`, which is raised where
+    the template refuses a chat."""
+    chat_template(tokenizer)
+    texts = []
+    for chat, number in zip(chats, numbers, strict=True):
+        try:
+            texts.append(str(tokenizer.apply_chat_template(chat, tokenize=False, **options)))
+        except TemplateError as error:
+            raise RowProblem(number, f"the chat template refuses it: {one_line(error)}") from error
+    return texts
+
+
+def assistants_tokens(
+    chats: list[Messages], tokenizer: PreTrainedTokenizerFast
+) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem where that cannot be told."""
+    if GENERATION.search(chat_template(tokenizer)):
+        yield from _as_marked(chats, tokenizer)
+        return
+    texts, spans = rendered(chats, range(len(chats)), tokenizer), _turns(chats, tokenizer)
+    encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
+    assert encodings is not None  # of a fast tokenizer
+    for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+        begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+        is_target = np.zeros(len(begins), dtype=bool)
+        for before, after in spans[number]:
+            if not (text.startswith(after) and after.startswith(before)):
+                raise RowProblem(
+                    number,
+                    "the chat template writes a turn differently when another one follows, so what the assistant wrote "
+                    "cannot be found in the text. Put {% generation %} and {% endgeneration %} around it in the "
+                    "template",
+                )
+            is_target |= (ends > len(before)) & (begins < len(after))
+        yield encoding.ids, is_target
+
+
+def _as_marked(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], np.ndarray]]:
+    """(ids, which of them the template marks as the assistant's) of each chat."""
+    try:
+        found: Any = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
+    except TemplateError:
+        rendered(chats, range(len(chats)), tokenizer)  # says which chat it is
+        raise
+    for number, (ids, mask) in enumerate(zip(found["input_ids"], found["assistant_masks"], strict=True)):
+        is_target = np.array(mask, dtype=bool)
+        if not is_target.any():
+            raise RowProblem(number, "the chat template marks nothing in it as the assistant's")
+        yield ids, is_target
+
+
+def _turns(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[str, str]]]:
+    """Of each chat, of each turn of the assistant: the text up to before it, and up to after it."""
+    numbers, befores, afters = [], [], []
+    for number, chat in enumerate(chats):
+        for i, message in enumerate(chat):
+            if message["role"] != "assistant":
+                continue
+            if i == 0:
+                raise RowProblem(
+                    number,
+                    "its first message is the assistant's: a chat template with {% generation %} is needed",
+                )
+            numbers.append(number)
+            befores.append(chat[:i])
+            afters.append(chat[: i + 1])
+    found: list[list[tuple[str, str]]] = [[] for _ in chats]
+    before_texts = rendered(befores, numbers, tokenizer, add_generation_prompt=True)
+    after_texts = rendered(afters, numbers, tokenizer)
+    for number, before, after in zip(numbers, before_texts, after_texts, strict=True):
+        found[number].append((before, after))
+    return found

@@ -1,0 +1,153 @@
+"""The training blocks of several sources, each cut by itself.
+
+Without weights an epoch takes all blocks of all sources. With them each source gives its share of an epoch's blocks,
+and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources go on in
+the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what an
+epoch takes. A stream does not know its length: each block comes from the source that is most behind its share.
+
+T: tokens in a block, n: blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from train_loop.data.blocks import Split
+from train_loop.data.row_files import digest_of
+from train_loop.data.streaming import BEGINNING, Stream
+from train_loop.position import Place
+from train_loop.settings import Settings
+
+WEIGHTS = "weights of the sources"  # in a checkpoint's identity
+
+
+class JoinedBlocks:
+    """Blocks [n, T] of several arrays, read where they lie: those with the numbers `chosen` among all blocks, one array
+    after the other. Of numpy it has what a function of blocks needs: len, shape, indices, np.asarray."""
+
+    def __init__(self, parts: Sequence[np.ndarray], chosen: np.ndarray | None = None) -> None:
+        self.parts, self.begins = parts, np.cumsum([0, *map(len, parts)])
+        self.chosen = np.arange(self.begins[-1]) if chosen is None else chosen
+        self.shape, self.dtype = (len(self.chosen), parts[0].shape[1]), parts[0].dtype
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: Any) -> np.ndarray:
+        numbers = np.asarray(self.chosen[index])
+        found = np.empty((*numbers.shape, self.shape[1]), dtype=self.dtype)
+        for begin, part in zip(self.begins, self.parts, strict=False):
+            own = (numbers >= begin) & (numbers < begin + len(part))
+            found[own] = part[numbers[own] - begin]
+        return found
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return self[:].astype(dtype or self.dtype, copy=False)
+
+
+def blocks_of_shares(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """How many blocks each source gives to an epoch, at least one: as many as there are together until the first source
+    of `sizes` blocks is used up. `shares` are 1 together."""
+    num_blocks = min(size / share for size, share in zip(sizes, shares, strict=True))
+    return [max(1, round(num_blocks * share)) for share in shares]
+
+
+def blocks_of_epoch(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
+    """The numbers [n] of the blocks that an epoch takes, among those of all sources one after the other: `counts` of
+    each source's `sizes`. A source's blocks have an order, made of the seed, and each epoch takes the next ones in it,
+    from the first again after the last."""
+    found, begin = [], 0
+    for i, (size, count) in enumerate(zip(sizes, counts, strict=True)):
+        order = np.random.Generator(np.random.PCG64([seed, i, size])).permutation(size)
+        found.append(begin + order[(epoch * count + np.arange(count)) % size])
+        begin += size
+    return np.concatenate(found)
+
+
+class Mixture(Split):
+    """The prepared blocks of several sources: a `TrainingData`. `blocks` are those of all sources, and `num_blocks` as
+    many as an epoch takes."""
+
+    def __init__(self, splits: Mapping[str, Split], shares: Mapping[str, float] | None) -> None:
+        self.splits, self.shares = splits, shares
+        self.sizes = [split.num_blocks for split in splits.values()]
+        self.counts_in_epoch = blocks_of_shares(self.sizes, list(shares.values())) if shares else self.sizes
+        joined: Any = JoinedBlocks([split.blocks for split in splits.values()])
+        apart = any(split.documents_apart for split in splits.values())
+        super().__init__("training", joined, documents_apart=apart)
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(self.counts_in_epoch)
+
+    def order(self, seed: int, epoch: int) -> np.ndarray:
+        """The numbers of an epoch's blocks, [n], in the order that `block_order` gives them. Raises ValueError as
+        `Split.order` does."""
+        taken = blocks_of_epoch(self.sizes, self.counts_in_epoch, seed, epoch) if self.shares else None
+        part: Any = JoinedBlocks(self.blocks.parts, taken)  # type: ignore[attr-defined]
+        return part.chosen[Split(self.name, part).order(seed, epoch)]
+
+    def identity(self) -> dict[str, Any]:
+        digests = [split.digest() for split in self.splits.values()]
+        return {"training blocks": digest_of(digests), WEIGHTS: self.shares and list(self.shares.values())}
+
+    def summary(self) -> str:
+        block_size, lines = self.blocks.shape[1], []
+        for (name, split), count in zip(self.splits.items(), self.counts_in_epoch, strict=True):
+            share = f"an epoch takes {count:,} blocks = {count * block_size:,} tokens, {count / self.num_blocks:.1%}"
+            lines.append(f"{name}: {split.summary()}; {share}")
+        return "\n".join(lines)
+
+
+class MixedStream(Stream):
+    """The blocks of several streams, in turn by their shares: a `TrainingData`.
+
+    `Place.stream` holds {"sources": the place in each source, and how many times it was gone through before, "taken":
+    blocks of each in this epoch, "last": the source whose end is the epoch's, None while it is not known}.
+    """
+
+    def __init__(self, streams: Mapping[str, Stream], shares: Mapping[str, float], settings: Settings) -> None:
+        self.streams, self.shares, self.settings = streams, list(shares.values()), settings
+        self.blocks = next(iter(streams.values())).blocks
+        self.documents_apart = any(stream.documents_apart for stream in streams.values())
+        identities = [stream.identity() for stream in streams.values()]
+        self._identity = {name: digest_of([each[name] for each in identities]) for name in identities[0]}
+        self._identity |= {"shuffle_buffer_size": settings.shuffle_buffer_size, WEIGHTS: self.shares}
+
+    def summary(self) -> str:
+        parts = zip(self.streams.items(), self.shares, strict=True)
+        return "\n".join(f"{name}: {share:.1%} of the blocks; {stream.summary()}" for (name, stream), share in parts)
+
+    def blocks_from(self, start: Place, settings: Settings, W: int, rank: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """(block, the value of `Place.stream` after it) of each block from `start` to the end of its epoch."""
+        streams, num = list(self.streams.values()), len(self.streams)
+        state = start.stream or {"sources": [{**BEGINNING, "round": 0}] * num, "taken": [0] * num, "last": None}
+        places, taken, last = list(state["sources"]), list(state["taken"]), state["last"]
+        if start.stream and not start.window:  # of the epoch before: it ended with the source that was to come next
+            last = self._next(taken)
+            places[last] = {**BEGINNING, "round": places[last]["round"] + 1}
+            taken = [0] * num
+
+        def read(i: int) -> Iterator[tuple[np.ndarray, Any]]:
+            return streams[i].blocks_at(places[i], settings.seed, places[i]["round"], W, rank)
+
+        readers = [read(i) for i in range(num)]
+        while True:
+            i = self._next(taken)
+            found = next(readers[i], None)
+            if found is None and last in (None, i):
+                return
+            if found is None:
+                places[i] = {**BEGINNING, "round": places[i]["round"] + 1}
+                readers[i] = read(i)
+                found = next(readers[i])
+            block, place = found
+            places[i], taken[i] = {**place, "round": places[i]["round"]}, taken[i] + 1
+            yield block, {"sources": list(places), "taken": list(taken), "last": last}
+
+    def _next(self, taken: Sequence[int]) -> int:
+        """The source that is most behind its share, after `taken` blocks of each."""
+        return min(range(len(taken)), key=lambda i: ((taken[i] + 0.5) / self.shares[i], i))
