@@ -40,7 +40,7 @@ from train_loop.checkpoint.identity import FORMAT, refusal, remarks
 from train_loop.checkpoint.mirror import Mirror
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, saved_tensors, write_share
-from train_loop.errors import UserError, one_line, tell, warn
+from train_loop.errors import UserError, num_of, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.process import Clock, code_version
 from train_loop.report import BLOCK_NATS, Metrics, block_nats_as_bytes, read_block_nats
@@ -274,7 +274,9 @@ class Checkpoints:
         else:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
-                tell(f"the checkpoint is of {len(state['rng'])} processes: dropout draws new random numbers")
+                new = self.accelerator.num_processes
+                old = num_of(len(state["rng"]), "process")
+                tell(f"the checkpoint is of {old}, this run has {new}: dropout draws new random numbers")
         self.resumed_step = position.step
         if self.mirror:
             self.mirror.resumed = True

@@ -28,7 +28,7 @@ from train_loop.data.prompts import PLAIN, Counts, Marking, documents_apart, mar
 from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError, tell
+from train_loop.errors import UserError, num_of, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
@@ -148,18 +148,20 @@ class Split:
     def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        cut, rest = f"{num_of(num_blocks, 'block')} of {block_size}", f"; {num_of(self.num_dropped, 'token')} dropped"
         if self.num_blocks < num_blocks:
             cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
         elif len(self.tail):
-            rest = f" and {len(self.tail):,} tokens"
+            rest = f" and {num_of(len(self.tail), 'token')}"
         if self.marking == PLAIN:
-            return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
-        targets = f"{cut} with {self.num_targets:,} targets"
-        told = [f"{self.num_rows:,} rows ({self.marking.kind}) -> {self.counts.num_tokens:,} tokens -> {targets}"]
+            return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
+        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
+        rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
+        told = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
         told += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
         if self.marking.rows:
-            told.append(f"{int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum()):,} blocks begin within a row")
+            num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
+            told.append(f"blocks that begin within a row: {num_within:,}")
         return "; ".join(told + self.counts.remarks(self.marking))
 
 
