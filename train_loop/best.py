@@ -12,7 +12,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 
 from train_loop.checkpoint import Checkpoints, damage, load_weights, name_of
-from train_loop.errors import tell
+from train_loop.errors import num_of, tell
 from train_loop.position import Position
 from train_loop.settings import Settings
 
@@ -46,8 +46,8 @@ def say_why_it_ended(position: Position, num_steps: int) -> str:
     """A sentence about a run that stopped early."""
     best = f" (best: {position.best['eval_loss']:.4f} at step {position.best_step:,})" if position.best else ""
     return (
-        f"stopped early after step {position.step:,} of {num_steps:,}: the last {position.num_worse} evaluations did "
-        f"not lower the validation loss{best}"
+        f"stopped early after step {position.step:,} of {num_steps:,}: the last "
+        f"{num_of(position.num_worse, 'evaluation')} did not lower the validation loss{best}"
     )
 
 

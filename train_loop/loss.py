@@ -3,7 +3,7 @@
 B: blocks in a micro-batch, T: tokens of a block, N: rows, the positions that predict a token, V: vocabulary.
 """
 
-from functools import partial
+import functools
 from typing import Any
 
 import torch
@@ -51,7 +51,8 @@ def plain_next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     block), whatever is trained, so that its exponential is a perplexity. Extras: the objective's sum as "objective",
     its own extras, those of `plain`, and "token_nats" [B, T - 1], the nats of each target, 0 where there is none."""
     rows: list[Tensor] = []
-    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, partial(plain, nats_of_rows=rows), objective)
+    kept = functools.partial(plain, nats_of_rows=rows)
+    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, kept, objective)
     labels = batch["labels"]
     token_nats = torch.cat(rows).view(len(labels), -1)
     return nll_sum, count_targets(labels), {"objective": total, **extras, **of_text, "token_nats": token_nats}

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Split, TrainingData, all_rows, load_sources, load_training, load_validation
-from train_loop.errors import UserError
+from train_loop.errors import UserError, num_of
 from train_loop.evaluate import evaluate_splits
 from train_loop.machine import (
     after_restart,
@@ -113,7 +113,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             if is_done and damage:
                 accelerator.print(f"the model in {settings.output_dir} is exported again: {damage}")
             elif is_done:
-                accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
+                accelerator.print(f"the run in {settings.output_dir} is finished: {num_of(position.step, 'step')}")
                 if position.step < num_steps:
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True

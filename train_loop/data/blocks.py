@@ -28,7 +28,7 @@ from train_loop.data.prompts import PLAIN, Counts, Marking, documents_apart, mar
 from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
 from train_loop.data.tokens import tokenize_rows
-from train_loop.errors import UserError, tell
+from train_loop.errors import UserError, num_of, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
 
@@ -148,27 +148,29 @@ class Split:
     def summary(self) -> str:
         block_size = self.blocks.shape[1]
         num_blocks = self.num_tokens // block_size
-        cut, rest = f"{num_blocks:,} blocks of {block_size}", f"; {self.num_dropped:,} tokens dropped"
+        cut, rest = f"{num_of(num_blocks, 'block')} of {block_size}", f"; {num_of(self.num_dropped, 'token')} dropped"
         if self.num_blocks < num_blocks:
             cut, rest = f"the first {self.num_blocks:,} of {cut}", ""
         elif len(self.tail):
-            rest = f" and {len(self.tail):,} tokens"
+            rest = f" and {num_of(len(self.tail), 'token')}"
         if self.marking == PLAIN:
-            return f"{self.num_rows:,} rows -> {self.num_tokens:,} tokens -> {cut}{rest}"
-        targets = f"{cut} with {self.num_targets:,} targets"
-        told = [f"{self.num_rows:,} rows ({self.marking.kind}) -> {self.counts.num_tokens:,} tokens -> {targets}"]
+            return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
+        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
+        rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
+        told = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
         told += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
         if self.marking.rows:
-            told.append(f"{int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum()):,} blocks begin within a row")
+            num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
+            told.append(f"blocks that begin within a row: {num_within:,}")
         return "; ".join(told + self.counts.remarks(self.marking))
 
 
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
-    """`rows` as a `Split`; `name` is "training" or "validation", with a source's or a set's own name before it where
-    there are several. Raises UserError where they are fewer tokens than one
-    block, or where documents are to end with a token that the tokenizer lacks."""
+    """`rows` as a `Split`; `name` is "training" or "validation", after the source's or the set's own name where there
+    are several. Raises UserError where the tokens do not fill a block, or where the tokenizer lacks the end-of-text
+    token that is asked for."""
     end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
     tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
@@ -214,8 +216,9 @@ def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray
 def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled.
 
-    It may leave blocks out, but must name none twice. Must be a pure function of what it is given: a run that is
-    resumed calls it again. The first epoch's length decides how many steps the run has.
+    It may leave blocks out, but must name none twice, and must be a pure function of what it is given: a resumed run
+    calls it again. The first epoch's length decides how many steps the run has. Of several sources `blocks` are those
+    of the epoch (mixture.py); np.asarray(blocks) reads them.
     """
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 

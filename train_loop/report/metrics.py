@@ -20,7 +20,7 @@ from tqdm import tqdm
 from train_loop.errors import warn
 from train_loop.position import Position
 from train_loop.report.curve import Line, draw_run, of_each_set
-from train_loop.report.evaluations import Evaluation, Kept, write_block_nats
+from train_loop.report.evaluations import Evaluation, Kept, keep, write_block_nats
 from train_loop.report.trackers import Trackers
 from train_loop.whole import cannot_be_written, write_whole
 
@@ -179,9 +179,7 @@ class Metrics:
         its set's name where there are several; the first one has the training loss up to here, too. `position`: where
         the evaluation was made, and whether it is the best. `samples`: {prompt: the text that continues it}."""
         step, epoch = position.step, position.in_epochs()
-        self.block_nats["last"] = Kept(step, evaluation.block_nats)
-        if position.best_step == step:
-            self.block_nats["best"] = self.block_nats["last"]
+        self.block_nats = keep(self.block_nats, step, evaluation, is_best=position.best_step == step)
         if self.is_main:
             write_block_nats(self.output_dir, self.block_nats)
         self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from train_loop.errors import UserError
+from train_loop.errors import UserError, num_of
 from train_loop.settings.choices import SCHEDULES, TRACKERS
 from train_loop.settings.field import FRACTION, Sources, above, at_least, one_of, setting
 
@@ -296,7 +296,8 @@ class Settings:
         steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]
         delay = self.eval_delay * (1 if self.eval_steps else per_epoch or 0)
         if delay > steps:
-            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but the run has {steps:,} steps")
+            ends = f"the run has {num_of(steps, 'step')}"
+            raise UserError(f"eval_delay {self.eval_delay:g} is {delay:,.0f} steps, but {ends}")
         return steps
 
 

@@ -45,6 +45,7 @@ def state_bytes(
     model: torch.nn.Module, num_processes: int = 1, sharded: bool = False, accumulates: bool = False, half: bool = False
 ) -> dict[str, int]:
     """{"weights", "gradients", "optimizer", "exchange"}: bytes of one process, for AdamW in the parameters' precision.
+    Muon has one moment of a hidden matrix, so a little less.
 
     `sharded`: FSDP, each process has a share by rows, rounded up; gradients are whole while they `accumulate`, and the
     exchange holds whole what is at work, in `half` precision if that is the launch config's: everything outside the
