@@ -232,6 +232,7 @@ VALUES = st.one_of(
 
 
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.example([("mirror", "\0")])
 @hypothesis.given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=5))
 def test_any_value_for_any_setting_is_taken_or_named(pairs):
     """Whatever stands on the command line: settings within their ranges, or a ValueError that names a flag."""

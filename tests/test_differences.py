@@ -115,7 +115,7 @@ def one(generator, loss, **values):
 def said(folders, capsys, *more):
     """What the command says, without the table of settings, on one line."""
     main([*folders, *more])
-    return " ".join(capsys.readouterr().out.split())
+    return " ".join(" ".join(capsys.readouterr()).split())
 
 
 def test_a_clear_difference_is_said_in_words_with_its_interval(runs, capsys):
@@ -126,7 +126,7 @@ def test_a_clear_difference_is_said_in_words_with_its_interval(runs, capsys):
     claim = (
         f"b is lower than a by {-found.value:.3f} +- {found.half_width:.3f} nats per token (95 % interval); lower in "
     )
-    assert claim + f"{found.share_lower:.0%} of 240 blocks." in output and "No difference" not in output
+    assert claim + f"{100 * found.share_lower:.0f} % of 240 blocks." in output and "No difference" not in output
     assert "train each recipe with several seeds" in output
     # and the other way round
     assert "a is higher than b by" in said(folders[::-1], capsys)

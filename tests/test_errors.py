@@ -216,7 +216,7 @@ def broken_model(folder, what):
         ("no weights", "holds no usable model: "),
         ("truncated", "holds no usable model: "),
         ("emptied", "holds no usable model: "),
-        ("a weight missing", "lacks 1 of its weights, e.g. transformer.h.1.mlp.c_fc.weight"),
+        ("a weight missing", "lacks 1 weight, e.g. transformer.h.1.mlp.c_fc.weight"),
         ("another shape", "holds no usable model: "),
         ("no tokenizer", "holds no usable tokenizer: it has no vocabulary"),
         ("tokenizer too large", "the tokenizer has tokens beyond the model's vocabulary of 200"),

@@ -77,7 +77,7 @@ def in_words(measured: Measured, first: str, second: str) -> str:
     share = found.share_lower if found.value < 0 else found.share_higher
     pieces = f"{len(measured.weights):,} {measured.pieces}"
     claim = (
-        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {share:.0%} of "
+        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {100 * share:.0f} % of "
         f"{pieces}."
     )
     if not found.is_clear:

@@ -168,9 +168,9 @@ class Split:
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
-    """`rows` as a `Split`; `name` is "training" or "validation", with a source's or a set's own name before it where
-    there are several. Raises UserError where they are fewer tokens than one
-    block, or where documents are to end with a token that the tokenizer lacks."""
+    """`rows` as a `Split`; `name` is "training" or "validation", after the source's or the set's own name where there
+    are several. Raises UserError where the tokens do not fill a block, or where the tokenizer lacks the end-of-text
+    token that is asked for."""
     end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
     tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
@@ -216,8 +216,9 @@ def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray
 def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
     """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled.
 
-    It may leave blocks out, but must name none twice. Must be a pure function of what it is given: a run that is
-    resumed calls it again. The first epoch's length decides how many steps the run has.
+    It may leave blocks out, but must name none twice, and must be a pure function of what it is given: a resumed run
+    calls it again. The first epoch's length decides how many steps the run has. Of several sources `blocks` are those
+    of the epoch (mixture.py); np.asarray(blocks) reads them.
     """
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 

@@ -45,6 +45,8 @@ def convert(value: Any, kind: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
+        if "\0" in str(value):  # no path has it
+            raise ValueError
         return str(value)
     if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         number = float(value)
