@@ -336,7 +336,7 @@ def test_a_mixed_run_that_is_resumed_ends_as_if_left_alone(step, arguments, trai
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.66"),
+        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.666667, 0.333333]"),
         (lambda items: [item.pop("weight") for item in items], "weights of the sources: [0.7, 0.3] -> None"),
         (lambda items: items[0].update(max_train_samples=300), "training blocks: "),
         (lambda items: items.reverse(), "training blocks: "),
@@ -353,7 +353,7 @@ def test_another_mixture_is_refused(change, said, texts, arguments, trained, tmp
     copy_until(8, trained, tmp_path / "run")
     assert main([*words[:-1], f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]) == 1
     error = capsys.readouterr().err
-    assert "belongs to another run" in error and said in error
+    assert "belongs to a different run" in error and said in error
 
 
 def test_settings_with_sources_are_read_back_the_same(trained, arguments):
@@ -366,7 +366,7 @@ def test_settings_with_sources_are_read_back_the_same(trained, arguments):
 
 @pytest.mark.parametrize("how", ["prepared", "streamed"])
 def test_two_processes_train_on_the_mixture_of_one(how, arguments, texts, tmp_path):
-    """Without dropout, equal to rounding; the second epoch is in it."""
+    """Without dropout, equal to rounding; the second epoch is in it. Resumed by two, bit for bit."""
     arguments = [*arguments, NO_DROPOUT, "--per_device_train_batch_size=4"]
     if how == "streamed":
         arguments += ["--streaming", "--shuffle_buffer_size=20", "--max_train_steps=22", "--eval_steps=11"]
@@ -378,6 +378,11 @@ def test_two_processes_train_on_the_mixture_of_one(how, arguments, texts, tmp_pa
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert max(line["epoch"] for line in without_timings(tmp_path / "one")) > 1
     assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
+    copy_until(8, tmp_path / "two", tmp_path / "resumed")
+    more = [f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]
+    done = forked(PROGRAMS / "small_chunks.py", *arguments, *more, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "resumed", tmp_path / "two")
 
 
 def test_a_streamed_mixture_that_is_resumed_ends_as_if_left_alone(arguments, texts, tmp_path, monkeypatch):
@@ -475,6 +480,14 @@ def test_streams_without_weights_are_refused(texts):
     words = [*MODEL, "--streaming", "--max_train_steps=3", f"--validation_file={texts}/valid.txt"]
     with pytest.raises(UserError, match="streaming several sources needs a weight for each, in a recipe"):
         read_settings([*words, "--train_file", f"{texts}/long.txt", f"{texts}/short.txt"])
+
+
+def test_files_and_data_sets_stand_in_one_list_and_each_has_rows_held_out(texts, tmp_path):
+    items = [f"{texts}/long.txt", {"dataset_name": "python_docs"}]
+    train, validation, note = load_sources(read_recipe({"train_file": items}, tmp_path))
+    assert {name: len(rows) for name, rows in train.items()} == {"long": 1140, "python_docs": 76}
+    assert {name: len(rows) for name, rows in validation.items()} == {"long": 60, "python_docs": 3}
+    assert note.startswith("long: the last 60 of 1,200 training rows") and "python_docs: the last 3 of 79" in note
 
 
 def test_a_data_set_may_have_a_validation_file(texts):

@@ -74,11 +74,10 @@ def in_words(measured: Measured, first: str, second: str) -> str:
     """Sentences: how the second recipe's loss differs from the first's, and what makes the interval wide."""
     found = measured.difference(first, second)
     way = "lower" if found.value < 0 else "higher"
-    share = found.share_lower if found.value < 0 else found.share_higher
-    pieces = f"{len(measured.weights):,} {measured.pieces}"
+    percent = 100 * (found.share_lower if found.value < 0 else found.share_higher)
     claim = (
-        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {100 * share:.0f} % of "
-        f"{pieces}."
+        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {percent:.0f} % "
+        f"of {len(measured.weights):,} {measured.pieces}."
     )
     if not found.is_clear:
         claim = f"No difference can be told from these: {claim}"

@@ -67,6 +67,10 @@ def blocks_of_epoch(sizes: Sequence[int], counts: Sequence[int], seed: int, epoc
     return np.concatenate(found)
 
 
+def _rounded(shares: Mapping[str, float] | None) -> list[float] | None:
+    return [round(share, 6) for share in shares.values()] if shares else None
+
+
 class Mixture(Split):
     """The prepared blocks of several sources: a `TrainingData`. `blocks` are those of all sources, and `num_blocks` as
     many as an epoch takes."""
@@ -92,7 +96,7 @@ class Mixture(Split):
 
     def identity(self) -> dict[str, Any]:
         digests = [split.digest() for split in self.splits.values()]
-        return {"training blocks": digest_of(digests), WEIGHTS: self.shares and list(self.shares.values())}
+        return {"training blocks": digest_of(digests), WEIGHTS: _rounded(self.shares)}
 
     def summary(self) -> str:
         block_size, lines = self.blocks.shape[1], []
@@ -115,7 +119,7 @@ class MixedStream(Stream):
         self.documents_apart = any(stream.documents_apart for stream in streams.values())
         identities = [stream.identity() for stream in streams.values()]
         self._identity = {name: digest_of([each[name] for each in identities]) for name in identities[0]}
-        self._identity |= {"shuffle_buffer_size": settings.shuffle_buffer_size, WEIGHTS: self.shares}
+        self._identity |= {"shuffle_buffer_size": settings.shuffle_buffer_size, WEIGHTS: _rounded(shares)}
 
     def summary(self) -> str:
         parts = zip(self.streams.items(), self.shares, strict=True)

@@ -64,7 +64,7 @@ def _twice(names: list[str]) -> list[str]:
 
 def _split_name(text: Any) -> tuple[str | None, Any]:
     """(name, rest) of NAME=FILE; (None, text) of what is a file as it stands, or has no name."""
-    found = re.fullmatch(rf"({NAME})=(.+)", text) if isinstance(text, str) else None
+    found = re.fullmatch(rf"({NAME})=([^\0]+)", text) if isinstance(text, str) else None
     if not found or any(path.exists() for path in data_files(text).paths):
         return None, text
     return found[1], found[2]

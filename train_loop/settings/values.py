@@ -22,7 +22,7 @@ def read_value(f: dataclasses.Field, value: Any, where: str, problems: list[str]
         wanted = ", ".join(filter(None, [type_name(f.type), f.metadata["wanted"]]))
         shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
         problems.append(
-            f"{where} needs a value: {wanted}" if value == "" else f"{where} is {shown}, but must be {wanted}"
+            f"{where} needs a value: {wanted}" if value in ("", [""]) else f"{where} is {shown}, but must be {wanted}"
         )
         return f.default
 
