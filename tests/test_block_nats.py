@@ -119,6 +119,16 @@ def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
         assert_same_run(tmp_path / f"{step}", reference)
 
 
+def test_the_best_goes_where_the_validation_data_are_others(run_folder, tmp_path):
+    """Which a resume allows: the best of a run is of the blocks that its last evaluation was made on, or missing."""
+    arguments, reference = run_folder
+    copy_until(15, reference, tmp_path / "run")
+    changed = ["--max_eval_samples=20", "--resume_with_changes", "--resume_from_checkpoint=auto"]
+    assert main([*arguments, f"--output_dir={tmp_path}/run", *changed, "--eval_steps=99"]) == 0
+    kept = read_block_nats(tmp_path / "run" / BLOCK_NATS)
+    assert [(when, len(found.sets["validation"].nats)) for when, found in kept.items()] == [("last", 20)]
+
+
 def test_a_finished_run_that_lost_the_file_writes_it_again(run_folder, tmp_path, capsys):
     arguments, reference = run_folder
     shutil.copytree(reference, tmp_path / "run")
@@ -139,7 +149,7 @@ def test_overwriting_removes_it_and_nothing_else(run_folder, tmp_path, capsys):
             assert main([*arguments, *more]) == 1
     assert not (tmp_path / "run" / "evaluations").exists()
     assert [path.name for path in (tmp_path / "mine" / "evaluations").iterdir()] == ["notes.txt"]
-    assert "what no run made stays" in capsys.readouterr().err
+    assert "that no run made are kept: evaluations" in capsys.readouterr().err
 
 
 def test_an_evaluation_alone_leaves_its_nats_too(run_folder, text_file, tmp_path):

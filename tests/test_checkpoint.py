@@ -132,7 +132,7 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
     for path in interrupted.glob("checkpoints/*/state.json"):
         path.write_text("{}")
     assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 1
-    assert "is complete. --overwrite_output_dir starts again from the beginning" in capsys.readouterr().err
+    assert "is complete. To start again: --overwrite_output_dir" in capsys.readouterr().err
     assert len(steps_in(interrupted / "checkpoints")) == 3
 
 
@@ -262,7 +262,7 @@ def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tm
     assert main([*arguments, *more, f"--output_dir={tmp_path}/one"]) == 0
     said = capsys.readouterr().err
     assert (
-        "the checkpoint is of 2 processes, this run has 1: dropout draws new random numbers" in said
+        "the checkpoint is of 2 processes: dropout draws new random numbers" in said
         and "gradient_accumulation_steps: 1 -> 2" in said
     )
     assert_lines_agree(without_timings(tmp_path / "one"), without_timings(tmp_path / "two"))

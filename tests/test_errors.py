@@ -5,6 +5,7 @@ import os
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from conftest import ONLINE, PROGRAMS, TINY, TINY_CONFIGS, parquet, run
@@ -12,6 +13,8 @@ from forks import forked
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import generate
+from train_loop.data import Split
+from train_loop.errors import num_of
 from train_loop.main import main
 
 
@@ -59,14 +62,14 @@ BAD_FILES = {
     "header.csv": (b"text\n", "header.csv"),
     "list.json": (b'["a", "b"]', "less than one block"),
     "nulls.jsonl": (b'{"text": null}\n' * 5, "line 1: 'text' is null"),
-    "no_ending": (b"text", "its kind is not known"),
+    "no_ending": (b"text", "this kind of file is unknown"),
     "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "text_column may be one of: a, b"),
     "null.jsonl": (
         b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
         "null.jsonl cannot be read as json: line 2: 'text' is null",
     ),
-    "unknown.docx": (b"text", "its kind is not known"),
+    "unknown.docx": (b"text", "this kind of file is unknown"),
 }
 
 
@@ -213,7 +216,7 @@ def broken_model(folder, what):
         ("no weights", "holds no usable model: "),
         ("truncated", "holds no usable model: "),
         ("emptied", "holds no usable model: "),
-        ("a weight missing", "lacks 1 of its weights, e.g. transformer.h.1.mlp.c_fc.weight"),
+        ("a weight missing", "lacks 1 weight, e.g. transformer.h.1.mlp.c_fc.weight"),
         ("another shape", "holds no usable model: "),
         ("no tokenizer", "holds no usable tokenizer: it has no vocabulary"),
         ("tokenizer too large", "the tokenizer has tokens beyond the model's vocabulary of 200"),
@@ -239,3 +242,9 @@ def test_an_output_dir_where_nothing_can_be_made_is_refused(output_dir, folder, 
     assert main(arguments) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: output_dir {output_dir} ") and "Errno" not in line
+
+
+def test_one_block_is_not_one_blocks():
+    split = Split("validation", np.zeros((1, 8), dtype=np.int32), 1, 9, 1)
+    assert split.summary() == "1 row -> 9 tokens -> 1 block of 8; 1 token dropped"
+    assert [num_of(n, "process") for n in (0, 1, 2000)] == ["0 processes", "1 process", "2,000 processes"]

@@ -182,7 +182,8 @@ def test_a_name_that_is_not_utf8_is_written_with_its_byte_escaped(arguments, tex
     text = tmp_path / os.fsdecode(b"caf\xe9.txt")
     shutil.copy(text_file, text)
     assert main([*arguments, f"--train_file={text}", f"--output_dir={tmp_path}/run"]) == 0
-    assert r"on caf\xe9.txt." in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    assert r"on caf\xe9.txt." in card and r"name: caf\xe9.txt" in card and "udc" not in card.lower()
     assert yaml.safe_load((tmp_path / "run" / "train_config.yaml").read_text())["train_file"] == str(text)
     output_dir = str(tmp_path / os.fsdecode(b"r\xe9sum\xe9"))
     assert main([*arguments, f"--output_dir={output_dir}"]) == 1  # safetensors could not read it

@@ -74,7 +74,7 @@ def test_a_prompt_that_ends_within_a_token_gives_that_token_to_the_completion(tm
     tokenizer = byte_tokenizer(merges=[("Ġ", "I"), ("ĠI", "t")])
     split = prepared(write(tmp_path, ROWS), tokenizer, block_size=32)
     assert shown(split.blocks[0], tokenizer).startswith("¦What is 0+0?« It is 0.<|endoftext|>»")
-    assert "40 prompts end within a token: move white space" in split.summary()
+    assert "prompts that end within a token: 40; move white space" in split.summary()
     rows = [{"prompt": row["prompt"].strip(), "completion": " " + row["completion"]} for row in ROWS]
     split = prepared(write(tmp_path, rows), tokenizer, block_size=32)
     assert shown(split.blocks[0], tokenizer).startswith("¦What is 0+0?« It is 0.<|endoftext|>»")
@@ -170,8 +170,8 @@ def test_without_packing_each_row_has_a_block_of_its_own(tmp_path):
     assert [shown(b, TOKENIZER) for b in split.blocks] == [f"ab«cd{end}»{end * 3}", "abc«01234»"]
     summary = split.summary()
     assert "3 rows (prompt + completion) -> 13 tokens -> 2 blocks of 8 with 8 targets" in summary
-    assert "1 rows are longer and lose 6 tokens" in summary
-    assert "1 rows are left out: their first 8 tokens have no target" in summary
+    assert "longer rows, which are cut: 1, by 6 tokens" in summary
+    assert "rows left out, without a target in their first 8 tokens: 1" in summary
     assert prepared(path, block_size=8, packing=False).summary() == summary, "what the cache says of it"
     stream, settings = stream_of(path, block_size=8, packing=False)
     windows = [window.tensors["labels"][0, 0] for window in stream.windows(Place(0, 0), settings, ALONE)]
@@ -279,9 +279,9 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
     "arguments, said",
     [
         (["--text_column", "a", "b", "c"], "--text_column is ['a', 'b', 'c'], but must be text, one column, or two"),
-        (["--packing", "false", "--document_attention"], "document_attention goes with packing"),
-        (["--packing", "false", "--eval_stride", "8"], "eval_stride goes with packing"),
-        (["--packing", "false", "--named_perplexities"], "named_perplexities goes with packing"),
+        (["--packing", "false", "--document_attention"], "document_attention needs packing"),
+        (["--packing", "false", "--eval_stride", "8"], "eval_stride needs packing"),
+        (["--packing", "false", "--named_perplexities"], "named_perplexities needs packing"),
         (
             ["--named_perplexities"],
             "named_perplexities are of rows of text, and the validation data has rows of",

@@ -8,6 +8,7 @@ import sys
 import time
 
 from train_loop.data import cached_tokens, clear_cached_tokens, token_folder
+from train_loop.errors import num_of
 
 
 def main(arguments: list[str]) -> int:
@@ -16,11 +17,13 @@ def main(arguments: list[str]) -> int:
         entries = list(cached_tokens())
         for path, size, used in entries:
             print(f"{size / 1e6:10,.1f} MB  {time.strftime('%Y-%m-%d', time.localtime(used))}  {path}")
-        print(f"{len(entries):,} files, {sum(size for _, size, _ in entries) / 1e6:,.1f} MB in {token_folder()}")
+        print(
+            f"{num_of(len(entries), 'file')}, {sum(size for _, size, _ in entries) / 1e6:,.1f} MB in {token_folder()}"
+        )
         return 0
     if arguments == ["clear"]:
         sizes = clear_cached_tokens()
-        print(f"{len(sizes):,} files, {sum(sizes) / 1e6:,.1f} MB removed from {token_folder()}")
+        print(f"{num_of(len(sizes), 'file')}, {sum(sizes) / 1e6:,.1f} MB removed from {token_folder()}")
         return 0
     print(__doc__.strip(), file=sys.stderr)
     return 2

@@ -29,5 +29,6 @@ def one_line(error: BaseException) -> str:
 
 
 def num_of(number: int, noun: str) -> str:
-    """`1 block`, `2,000 blocks`."""
-    return f"{number:,} {noun}{'s' if number != 1 else ''}"
+    """`1 block`, `2,000 blocks`, `2 processes`."""
+    plural = "es" if noun.endswith("s") else "s"
+    return f"{number:,} {noun}{plural if number != 1 else ''}"

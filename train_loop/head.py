@@ -29,7 +29,7 @@ Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> tuple[Tensor, Tensor] | None:
-    """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None where its config
+    """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None if its config
     does not ask for it. `output` is what the model's forward returned."""
     causal_lm: Any = getattr(model, "module", model)
     weight = head_of(causal_lm).auxiliary_weight

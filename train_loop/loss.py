@@ -3,7 +3,7 @@
 B: blocks in a micro-batch, T: tokens of a block, N: rows, the positions that predict a token, V: vocabulary.
 """
 
-from functools import partial
+import functools
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ def objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum to be minimised, {name: further sum to be logged}) over some rows of a micro-batch, scalars.
 
-    `logits` [N, V] are float32, `targets` [N] the tokens that came; a target of -100 is none, and must count nothing.
-    Return sums, not means: the loop divides by the number of targets of the whole optimizer step. Any differentiable
-    function will do, autograd differentiates it. `of_rows`: "positions" [N] in the block, from 0; the run's "step";
-    each "target_..." [N] of the batch. Name in the signature what you need, with a default: evaluation has no step.
+    `logits` [N, V] are float32, `targets` [N] the tokens that follow; a target of -100 is not one, and must add
+    nothing. Return sums, not means: the loop divides by the number of targets of the whole optimizer step. Any
+    differentiable function will do, autograd differentiates it. `of_rows`: "positions" [N] in the block, from 0; the
+    run's "step"; each "target_..." [N] of the batch. Name in the signature what you need, with a default: evaluation
+    has no step.
     """
     # inplace takes less time and memory; drop it where `logits` are used once more, as a z-loss does
     nats = cross_entropy(logits, targets, label_smoothing, inplace=True)
@@ -51,7 +52,8 @@ def plain_next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tenso
     block), whatever is trained, so that its exponential is a perplexity. Extras: the objective's sum as "objective",
     its own extras, those of `plain`, and "token_nats" [B, T - 1], the nats of each target, 0 where there is none."""
     rows: list[Tensor] = []
-    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, partial(plain, nats_of_rows=rows), objective)
+    kept = functools.partial(plain, nats_of_rows=rows)
+    [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, kept, objective)
     labels = batch["labels"]
     token_nats = torch.cat(rows).view(len(labels), -1)
     return nll_sum, count_targets(labels), {"objective": total, **extras, **of_text, "token_nats": token_nats}

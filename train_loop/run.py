@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from train_loop import best, loop, output_dir
 from train_loop.checkpoint import Checkpoints, run_identity
 from train_loop.data import Split, TrainingData, all_rows, load_sources, load_training, load_validation
-from train_loop.errors import UserError
+from train_loop.errors import UserError, num_of
 from train_loop.evaluate import evaluate_splits
 from train_loop.machine import (
     after_restart,
@@ -43,7 +43,7 @@ from train_loop.tuning import sharing_cores
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
     """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
 
-    Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
+    Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None if it is not
     pushed. Raises UserError for what the user can mend, and Stopped.
     """
     accelerator = build_accelerator(settings)
@@ -113,7 +113,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             if is_done and damage:
                 accelerator.print(f"the model in {settings.output_dir} is exported again: {damage}")
             elif is_done:
-                accelerator.print(f"the run in {settings.output_dir} is finished: {position.step:,} steps")
+                accelerator.print(f"the run in {settings.output_dir} is finished: {num_of(position.step, 'step')}")
                 if position.step < num_steps:
                     accelerator.print(best.say_why_it_ended(position, num_steps))
                 return True

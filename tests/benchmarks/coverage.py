@@ -32,6 +32,7 @@ RECIPE = [
     "--eval_delay=200",
     "--eval_steps=200",
     "--checkpointing_steps=none",
+    "--overwrite_output_dir",
     "--num_threads=1",
 ]
 

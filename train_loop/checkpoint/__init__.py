@@ -1,8 +1,8 @@
-"""Checkpoints: what is needed to continue a run, whole or not there.
+"""Checkpoints: what a run needs to resume. A checkpoint is either complete or absent.
 
-checkpoint.py   save, find, restore          durable.py       folders that are whole or not there
-identity.py     does it belong to this run   sharded.py       state of which each process holds a part
-random_state.py random states of a process       mirror.py        copies at another place
+checkpoint.py    save, find, restore             durable.py  folders that are complete or absent
+identity.py      does it belong to this run      sharded.py  state that is sharded over the processes
+random_state.py  random states of a process      mirror.py   copies in a different place
 """
 
 from train_loop.checkpoint.checkpoint import Checkpoints

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the way back from them.
+"""Checkpoints: save them, find them, restore a run from them. A checkpoint is either complete or absent.
 
     output_dir/checkpoints/step-000500/
         model.safetensors       every trained parameter and buffer by its name; a tied weight once
@@ -8,9 +8,8 @@
         state.json              format, position, metrics, random states of every process, scaler, settings, versions
         manifest.json           size and digest of each file and of itself, written last
 
-A checkpoint is written to a folder of another name, flushed to the disk, and renamed; only then are older ones removed.
-So a kill at any instant leaves the one before it whole. The learning rate needs no place in it: it is a function of the
-step.
+A checkpoint is written to a folder with a temporary name, flushed to the disk, and renamed. Only then are older ones
+removed. So a kill at any instant leaves the previous one complete. The learning rate follows from the step.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ from train_loop.checkpoint.identity import FORMAT, refusal, remarks
 from train_loop.checkpoint.mirror import Mirror
 from train_loop.checkpoint.random_state import rng_state, set_rng_state
 from train_loop.checkpoint.sharded import Tensors, is_sharded, load_optimizer, load_weights, saved_tensors, write_share
-from train_loop.errors import UserError, one_line, tell, warn
+from train_loop.errors import UserError, num_of, one_line, tell, warn
 from train_loop.position import Position
 from train_loop.process import Clock, code_version
 from train_loop.report import BLOCK_NATS, Metrics, block_nats_as_bytes, read_block_nats
@@ -50,8 +49,8 @@ from train_loop.whole import remove
 
 
 class Checkpoints:
-    """The checkpoints of one run. Every process has one and calls the same methods; the main process writes, and under
-    FSDP each process its share of the tensors, to a disk that all must see."""
+    """The checkpoints of one run. Every process has this object and calls the same methods. The main process writes;
+    under FSDP each process writes its shard of the tensors, to a disk that all processes must see."""
 
     def __init__(
         self,
@@ -66,8 +65,8 @@ class Checkpoints:
         self.mirror: Mirror | None = None
         if settings.mirror and accelerator.is_main_process:
             self.mirror = Mirror(settings.mirror, self.folder, lambda state: refusal(state, self.identity, settings))
-        self.latest: Path | None = None  # the last one that this process saved or resumed from
-        self.resumed_step = math.inf  # what is newer than it goes with the first save: the run takes another way
+        self.latest: Path | None = None  # the checkpoint that was saved last or resumed from
+        self.resumed_step = math.inf  # the first save removes what is newer: those steps are run anew
         self.seconds = 0.0  # spent on saving
 
     def is_due(self, position: Position, last_step: int) -> bool:
@@ -83,8 +82,8 @@ class Checkpoints:
     def save(
         self, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
     ) -> Path:
-        """Returns the checkpoint's folder. Raises UserError on every process where it cannot be written; the
-        checkpoints before it stay."""
+        """Returns the checkpoint's folder. Raises UserError on every process if it cannot be written; earlier
+        checkpoints stay."""
         began = time.perf_counter()
         tensors, optimizer_tensors, scalars = self._snapshot(model, optimizer)
         rng = gather_object([rng_state()])
@@ -136,15 +135,14 @@ class Checkpoints:
             except OSError as error:
                 problem = f"the checkpoint of step {step} cannot be written ({error}); {self.say_latest()}"
         outcomes = gather_object([(result, problem)])
-        for _, problem in outcomes:
-            if problem:
-                raise UserError(problem)
+        if problem := next((problem for _, problem in outcomes if problem), None):
+            raise UserError(problem)
         return [result for result, _ in outcomes if result is not None]
 
     def _snapshot(
         self, model: torch.nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[Tensors, Tensors, dict[str, Any]]:
-        """({name: tensor} of the model, the same of the optimizer, {name: number} of the optimizer), none copied."""
+        """(tensors of the model, tensors of the optimizer, its other values), each by name. Nothing is copied."""
         model = self.accelerator.unwrap_model(model)
         tensors, names = saved_tensors(model), {id(p): name for name, p in model.named_parameters()}
         optimizer_tensors: Tensors = {}
@@ -195,7 +193,7 @@ class Checkpoints:
         return {name_of(step) for step in steps_to_keep(self.folder, self.settings.checkpoints_total_limit)}
 
     def _rotate(self) -> None:
-        """Removes what need not be kept, but for the one that is being mirrored. Raises OSError."""
+        """Removes older checkpoints, except one that is being mirrored. Raises OSError."""
         kept = self._kept()
         for step, path in checkpoints_in(self.folder):
             if name_of(step) not in kept and not (self.mirror and self.mirror.is_reading(path)):
@@ -204,8 +202,8 @@ class Checkpoints:
             remove(path)
 
     def find(self) -> Path | None:
-        """The checkpoint to resume from, or None for a new run; the same on every process. Says on stderr which
-        damaged ones were skipped. Raises UserError where there are only damaged ones, or the one named is."""
+        """The checkpoint to resume from, or None for a new run; the same on every process. Prints which damaged ones
+        were skipped. Raises UserError if there are only damaged ones, or if the one given by name is damaged."""
         found, problem = None, None
         if self.accelerator.is_main_process:
             try:
@@ -235,13 +233,11 @@ class Checkpoints:
         if self.mirror and (fetched := self.mirror.fetch()):
             return str(fetched)
         if found:
-            raise UserError(
-                f"no checkpoint in {self.folder} is complete. --overwrite_output_dir starts again from the beginning"
-            )
+            raise UserError(f"no checkpoint in {self.folder} is complete. To start again: --overwrite_output_dir")
         return None
 
     def position_of(self, path: Path) -> Position:
-        """The `Position` of the checkpoint `path`. Raises UserError where the run would go another way from there than
+        """The `Position` of the checkpoint `path`. Raises UserError if this run would continue in a different way than
         the one that was interrupted."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if reason := refusal(state, self.identity, self.settings):
@@ -254,7 +250,7 @@ class Checkpoints:
     def restore(
         self, path: Path, position: Position, model: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Metrics
     ) -> None:
-        """Puts everything back as it was in the checkpoint `path`, on every process; `position` is its own."""
+        """Restores everything from the checkpoint `path`, on every process. `position`: that of the checkpoint."""
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if self.settings.load_best_model_at_end and position.best_step is not None:
             best = self.folder / name_of(position.best_step)
@@ -278,8 +274,9 @@ class Checkpoints:
         else:
             torch.manual_seed(self.settings.seed + position.step * 1000 + self.accelerator.process_index)
             if self.accelerator.is_main_process:
-                old, new = len(state["rng"]), self.accelerator.num_processes
-                tell(f"the checkpoint is of {old} processes, this run has {new}: dropout draws new random numbers")
+                new = self.accelerator.num_processes
+                old = num_of(len(state["rng"]), "process")
+                tell(f"the checkpoint is of {old}, this run has {new}: dropout draws new random numbers")
         self.resumed_step = position.step
         if self.mirror:
             self.mirror.resumed = True
@@ -287,7 +284,7 @@ class Checkpoints:
             self._rotate_or_warn()  # a kill may have come between a save and the removal of older ones
 
     def end(self) -> None:
-        """Waits for the mirror, and removes what was kept for it alone. Called when the run ends, however it does."""
+        """Waits for the mirror, and removes what was kept only for it. Call it whenever and however the run ends."""
         if self.mirror and self.mirror.path is not None and self.latest is not None:
             self.mirror.finish(self.latest, self._kept())
             self._rotate_or_warn()

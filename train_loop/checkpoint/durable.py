@@ -1,7 +1,7 @@
-"""Checkpoints' folders that are whole or not there, at whatever instant a process is killed.
+"""Folders of checkpoints that are either complete or absent, at whatever instant a process is killed.
 
-A checkpoint's folder must outlive the machine's power too: it is flushed to the disk, its manifest last, and then
-renamed. What is to be removed is renamed first.
+A checkpoint must survive a power cut too: it is flushed to the disk, its manifest last, and then renamed. A folder that
+is to be removed is renamed first.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from train_loop.whole import read_object, remove
 def flush(path: Path) -> None:
     """Waits until a file's or a folder's content is on the disk."""
     on_windows = sys.platform == "win32"
-    if on_windows and path.is_dir():  # it opens no folders; its NTFS keeps a journal of names
+    if on_windows and path.is_dir():  # Windows cannot open folders; NTFS keeps a journal of names
         return
     descriptor = os.open(path, os.O_RDWR if on_windows else os.O_RDONLY)
     try:
@@ -30,13 +30,13 @@ def flush(path: Path) -> None:
 
 
 def flushed(path: Path) -> dict:
-    """The manifest's entry for a file, when that is on the disk."""
+    """Flushes a file to the disk and returns its entry for the manifest."""
     flush(path)
     return {"size": path.stat().st_size, "blake2b": digest_of_file(path)}
 
 
 def write_manifest(folder: Path, entries: dict, files: dict) -> None:
-    """Writes the manifest of a checkpoint that is complete but for it. `files`: {name: what `flushed` gave}."""
+    """Writes the manifest, the last file of a checkpoint. `files`: {name: what `flushed` returned}."""
     manifest = {**entries, "files": files}
     manifest["blake2b"] = digest_of_manifest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
@@ -45,16 +45,17 @@ def write_manifest(folder: Path, entries: dict, files: dict) -> None:
 
 
 def put_in_place(partial: Path) -> None:
-    """Renames a folder `step-000500.partial` to what it is to be called."""
+    """Renames a folder `step-000500.partial` to `step-000500`."""
     final = partial.with_suffix("")
-    if final.exists():  # left from a run that went another way; no promise is on it
+    if final.exists():  # left by an earlier run that continued differently; it may go
         discard(final)
     os.rename(partial, final)
     flush(final.parent)
 
 
 def discard(path: Path) -> None:
-    """Renames a checkpoint that will be removed: a kill while its files go leaves nothing that looks like one."""
+    """Renames a checkpoint that will be removed: if a kill comes in the middle, the rest does not look like a
+    checkpoint."""
     discarded = path.with_name(f"{path.name}.discarded")
     remove(discarded)
     os.rename(path, discarded)
@@ -65,8 +66,8 @@ def name_of(step: int) -> str:
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, path) of each checkpoint in `folder`, oldest first, whole or not. The step is the manifest's, where that
-    can be read: a folder may have been renamed."""
+    """(step, path) of each checkpoint in `folder`, oldest first, complete or damaged. The step comes from the manifest
+    if that can be read, because a folder may have been renamed."""
     paths = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
     return sorted((manifest_of(path).get("step", int(path.name.removeprefix("step-"))), path) for path in paths)
 
@@ -77,13 +78,13 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def steps_in(folder: Path) -> list[int]:
-    """The steps of the checkpoints in a folder, oldest first, whole or not."""
+    """The steps of the checkpoints in a folder, oldest first, complete or damaged."""
     return [step for step, _ in checkpoints_in(folder)]
 
 
 def steps_to_keep(folder: Path, limit: int | None) -> set[int]:
-    """The steps of the `limit` newest checkpoints in `folder` (None: of all), of the best that each of them goes back
-    to, and of the best of all."""
+    """The steps of the checkpoints to keep: the `limit` newest in `folder` (None: all), the best one that each of them
+    refers to, and the best of all."""
     manifests = {step: manifest_of(path) for step, path in checkpoints_in(folder)}
     losses = {step: manifest.get("eval_loss") for step, manifest in manifests.items()}
     best = [(loss, step) for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
@@ -93,7 +94,7 @@ def steps_to_keep(folder: Path, limit: int | None) -> set[int]:
 
 
 def manifest_of(path: Path) -> dict:
-    """The manifest of a checkpoint as it was written; {} if it is missing or damaged. The other files are not read."""
+    """The manifest of a checkpoint; {} if it is missing or damaged. The other files are not read."""
     try:
         return _verified_manifest(path)
     except (UserError, OSError):
@@ -105,7 +106,7 @@ def _verified_manifest(path: Path) -> dict:
 
 
 def verified(manifest: Any) -> dict:
-    """`manifest` itself. Raises UserError where it is not as `write_manifest` wrote it."""
+    """`manifest` itself. Raises UserError if it is not as `write_manifest` wrote it."""
     if not isinstance(manifest, dict) or manifest.get("blake2b") != digest_of_manifest(manifest):
         raise UserError("manifest.json is not as it was written")
     optional = [manifest.get(name) for name in ("eval_loss", "best_step")]
@@ -116,7 +117,7 @@ def verified(manifest: Any) -> dict:
 
 
 def damage(path: Path) -> str | None:
-    """Why the folder `path` is no whole checkpoint, or None. Reads every file that the manifest names."""
+    """Why the folder `path` is not a complete checkpoint, or None. Reads every file that the manifest names."""
     try:
         return damage_of_files(path, _verified_manifest(path)["files"])
     except FileNotFoundError:
@@ -126,8 +127,8 @@ def damage(path: Path) -> str | None:
 
 
 def damage_of_files(folder: Path, files: dict) -> str | None:
-    """Which of `files`, {name: its size and digest}, is not in `folder` as it was written, in a clause; None if all
-    are. Reads every file."""
+    """What is wrong with the first of `files`, {name: size and digest}, that is not in `folder` as it was written; None
+    if all are. Reads every file."""
     for name, entry in files.items():
         try:
             size = (folder / name).stat().st_size

@@ -1,4 +1,4 @@
-"""What decides about the weights of a run, and whether a checkpoint belongs to it."""
+"""What determines the weights of a run, and whether a checkpoint belongs to it."""
 
 import dataclasses
 import hashlib
@@ -18,7 +18,7 @@ from train_loop.settings import Settings
 
 FORMAT = 2  # of state.json and of the names of tensors; one more with each change that an older reader does not know
 
-# what may differ from a checkpoint when the user asks for it; the rest of an identity may not
+# what may differ from a checkpoint with --resume_with_changes; the rest of an identity may not
 CHANGEABLE = {
     "num_steps",
     "learning_rate",
@@ -39,10 +39,10 @@ CHANGEABLE = {
     "optimizer's options",
 }
 FIXED = {"seed", "lora_r", "lora_alpha", "lora_target_modules", "lora_dropout"}  # settings that may not
-# what decides about the model that is exported, where it need not be the last of all steps
+# what determines which model is exported, where that need not be the last one
 SELECTING = {"load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold"}
 CHANGEABLE |= SELECTING | {"eval_delay", "eval_steps", "eval_stride", "validation blocks"}
-# what a resumed run is bit for bit equal under: told where it differs, never refused
+# a resumed run is equal bit for bit only if these are the same: a difference is reported, never refused
 PACKAGES = ("torch", "transformers", "accelerate", "tokenizers", "numpy")
 CODE = (
     "loss.py",
@@ -59,7 +59,7 @@ CODE_OF = "code of "
 
 
 def same_bits(settings: Settings) -> dict:
-    """By name, what decides about the last bits of a result: threads, tuning, versions, and the code of the step."""
+    """By name, what determines the last bits of a result: threads, tuning, versions, and the code of the step."""
     folder = Path(__file__).parent.parent
     code = {name: folder / name for name in CODE}
     return {
@@ -71,7 +71,8 @@ def same_bits(settings: Settings) -> dict:
 
 
 def optimizer_identity(optimizer: torch.optim.Optimizer) -> dict:
-    """The class of an optimizer, and the options that its groups have: a state of another class means other things."""
+    """The class of an optimizer and the options of its groups: the state of a different class means different
+    things."""
     options = sorted({name for group in optimizer.param_groups for name in group} - {"params", "initial_lr"})
     kind = type(optimizer)
     return {"optimizer": f"{kind.__module__}.{kind.__qualname__}", "optimizer's options": ", ".join(options)}
@@ -86,9 +87,9 @@ def run_identity(
     accelerator: Accelerator,
     optimizer: torch.optim.Optimizer,
 ) -> dict:
-    """What decides about the weights of a run, by name: a checkpoint can be resumed only under the same. Paths and
-    names do not: the blocks themselves and the model's config do. `optimizer` is not prepared yet. "same bits" is told
-    where it differs, and not refused."""
+    """What determines the weights of a run, by name: a checkpoint can be resumed only with the same values. Paths and
+    names do not count; the blocks themselves and the model's config do. `optimizer` is not prepared yet. A
+    difference in "same bits" is reported and not refused."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     values = {name: getattr(settings, name) for name in sorted((CHANGEABLE | FIXED) & set(vars(settings)))}
     # of the main process: it alone may have read the weights, where FSDP sends the others their shares
@@ -114,9 +115,10 @@ def run_identity(
 def differences(
     state: dict[str, Any], new: dict[str, Any], settings: Settings
 ) -> tuple[list[str], list[str], list[str], list[str], list[str]]:
-    """(fixed, changed, code, bits, others) between a checkpoint's `state` and a run that would resume from it, a clause
-    each: what makes it a different run, what changes its result and may be wanted, the code of the step, what may
-    change the last bits of its result, and settings that have no effect on it."""
+    """(fixed, changed, code, bits, others): the differences between a checkpoint's `state` and a run that would resume
+    from it, a clause each. fixed: they make it a different run. changed: they change the result, and may be wanted.
+    code: the files of the step that changed. bits: they may change the last bits. others: settings without effect on
+    the result."""
     old = state["identity"]
     old_bits, new_bits = old.get("same bits", {}), new.get("same bits", {})
     other_bits = [name for name in {**old_bits, **new_bits} if old_bits.get(name) != new_bits.get(name)]
@@ -136,8 +138,8 @@ def differences(
 
 
 def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings) -> str | None:
-    """Why a run must not resume from a checkpoint with this `state`, in a clause that begins after the checkpoint's
-    name; None where it may. It would go another way from there than the run that was interrupted."""
+    """Why a run must not resume from a checkpoint with this `state`, as a clause that follows the checkpoint's name;
+    None if it may. A run that is refused would continue in a different way than the interrupted one."""
     if state.get("format") != FORMAT:
         return (
             f"is a checkpoint of format {state.get('format', 1)}, and this version of train_loop reads format {FORMAT}"
@@ -157,7 +159,7 @@ def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings)
 
 
 def remarks(state: dict[str, Any], identity: dict[str, Any], settings: Settings) -> list[str]:
-    """What differs from the run that made a checkpoint and is no reason to refuse it, a sentence each."""
+    """The differences from the run that made a checkpoint which are no reason to refuse it, a sentence each."""
     _, changed, code, bits, others = differences(state, identity, settings)
     found = {
         "settings differ from the checkpoint's, and the new ones are used": "; ".join(changed + others),

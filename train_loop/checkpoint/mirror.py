@@ -1,8 +1,9 @@
-"""Copies of whole checkpoints at another place: a disk, or any store that fsspec knows (s3://, gs://, sftp://, ...).
+"""Copies of complete checkpoints in a different place: a disk, or any store that fsspec knows (s3://, gs://, sftp://,
+...).
 
-    ADDRESS/step-000500/    the files of the checkpoint, its manifest last: without it a copy does not count
+    ADDRESS/step-000500/    the files of the checkpoint; the manifest comes last, and a copy without it does not count
 
-A store need not be able to rename. While a copy is made, an empty file `unfinished` lies beside its files.
+The store need not support renaming. While a copy is being made, an empty file `unfinished` lies beside its files.
 """
 
 import contextlib
@@ -25,21 +26,21 @@ from train_loop.checkpoint.durable import (
 from train_loop.errors import UserError, one_line, tell, warn
 from train_loop.whole import remove
 
-WAIT_SECONDS, WAIT_BYTES_PER_SECOND = 60, 10_000_000  # at its end a run waits so long for a copy, longer by its size
+WAIT_SECONDS, WAIT_BYTES_PER_SECOND = 60, 10_000_000  # at its end a run waits at most this long for a copy
 
 
 class Mirror:
     """The copies of one run's checkpoints at `address`. Only the main process has one.
 
-    `folder`: of the run's own checkpoints. `refusal`: of the content of a state.json, says why this run does not resume
-    from it; None where it does. A mirror that fails is a warning: training goes on, and does not wait.
+    `folder`: where the run's own checkpoints are. `refusal`: takes the content of a state.json and returns why this run
+    cannot resume from it, or None. A mirror that fails is a warning: training continues and does not wait.
     """
 
     def __init__(self, address: str, folder: Path, refusal: Callable[[dict[str, Any]], str | None]) -> None:
         self.address, self.folder, self.refusal = address, folder, refusal
-        self.path: Path | None = None  # the checkpoint that is copied, or was copied last
+        self.path: Path | None = None  # the checkpoint that is being copied, or was copied last
         self.thread: threading.Thread | None = None
-        self.resumed = False  # then newer copies are of the way that the run took before
+        self.resumed = False  # if so, newer copies come from steps that are run anew
         self.is_off = False
 
     def is_reading(self, path: Path) -> bool:
@@ -49,8 +50,8 @@ class Mirror:
         return self.thread is not None and self.thread.is_alive()
 
     def begin(self, path: Path, kept: set[str]) -> None:
-        """Begins to copy the checkpoint `path` in the background, and then to remove older copies but for those that
-        are to be `kept`. Leaves it out while the copy before it is made."""
+        """Starts to copy the checkpoint `path` in the background, and then to remove older copies, except those in
+        `kept`. Skips it, with a warning, while the copy before it is being made."""
         if self.is_off:
             return
         if self.path is not None and self._is_busy():
@@ -62,7 +63,7 @@ class Mirror:
     def finish(self, latest: Path, kept: set[str]) -> None:
         """Waits until `latest`, the run's last checkpoint, is copied, for a limited time."""
         self._wait()
-        if latest != self.path and not self._is_busy():  # it was left out
+        if latest != self.path and not self._is_busy():  # it was skipped
             self.begin(latest, kept)
             self._wait()
         if self._is_busy() and self.path is not None:
@@ -80,7 +81,7 @@ class Mirror:
             warn(f"{path.name} is not mirrored to {self.address}: {one_line(error)}")
 
     def _open(self) -> None:
-        from fsspec.core import url_to_fs  # half a second, for those who ask for it
+        from fsspec.core import url_to_fs  # imported only if asked for: it takes half a second
 
         self.store, root = url_to_fs(self.address)
         self.root = root.rstrip("/")
@@ -95,7 +96,7 @@ class Mirror:
         return [name for name in names if re.fullmatch(r"step-\d{6,}", name)]
 
     def _whole(self) -> dict[str, dict]:
-        """{name: manifest} of the copies that were finished, oldest first."""
+        """{name: manifest} of the complete copies, oldest first."""
         found = {}
         for name in self._names():
             with contextlib.suppress(FileNotFoundError, ValueError, RecursionError):  # there is none, or a damaged one
@@ -103,7 +104,7 @@ class Mirror:
         return dict(sorted(found.items(), key=lambda item: item[1]["step"]))
 
     def _state(self, name: str, manifest: dict) -> dict[str, Any] | None:
-        """The content of a copy's state.json; None where it is damaged."""
+        """The content of a copy's state.json; None if it is damaged."""
         try:
             content = self.store.cat_file(f"{self.root}/{name}/state.json")
         except FileNotFoundError:
@@ -120,7 +121,7 @@ class Mirror:
         for name, other in whole.items():
             state = self._state(name, other)
             if state is not None and (reason := self.refusal(state)):
-                self.is_off = True  # it would be overwritten, or removed
+                self.is_off = True  # a copy of a different run would be overwritten or removed
                 return warn(f"nothing is mirrored: {self.address}/{name} {reason}. Give --mirror a different address")
         if whole.get(path.name) != manifest:
             self._remove(path.name)
@@ -144,14 +145,14 @@ class Mirror:
             return self.store.size(address) == entry["size"] and digest_of(file) == entry["blake2b"]
 
     def _remove(self, name: str) -> None:
-        """Removes a copy, its manifest first: what is left if that is cut short does not count."""
+        """Removes a copy, its manifest first: if this is interrupted, the rest does not count as a copy."""
         for address in (f"{self.root}/{name}/manifest.json", f"{self.root}/{name}"):
             with contextlib.suppress(FileNotFoundError):
                 self.store.rm(address, recursive=True)
 
     def fetch(self) -> Path | None:
-        """Copies the newest whole checkpoint of the mirror to the run's folder, with the best that it goes back to, and
-        returns its path; None where there is none. Raises UserError where the run must not resume from it."""
+        """Copies the newest complete checkpoint of the mirror to the run's folder, with the best one that it refers to.
+        Returns its path, or None if there is none. Raises UserError if the run must not resume from it."""
         try:
             self._open()
             whole = self._whole()
@@ -173,13 +174,13 @@ class Mirror:
         return None
 
     def _download(self, name: str, manifest: dict) -> Path | None:
-        """The path of a checkpoint that was fetched whole; None where the copy is damaged."""
+        """The path of the fetched checkpoint; None if the copy is damaged."""
         partial = self.folder / f"{name}.partial"
         remove(partial)
         partial.mkdir(parents=True)
         try:
             for file in [*manifest["files"], "manifest.json"]:
-                if not re.fullmatch(r"\w[\w.-]*", file):  # it would be written somewhere else
+                if not re.fullmatch(r"\w[\w.-]*", file):  # such a name could lead out of the folder
                     raise FileNotFoundError(file)
                 self.store.get_file(f"{self.root}/{name}/{file}", str(partial / file))
             reason = damage(partial)

@@ -1,4 +1,4 @@
-"""The random states of a process, which a checkpoint keeps: of Python, NumPy, torch, and its device."""
+"""The random states of a process that a checkpoint keeps: of Python, NumPy, torch and the device."""
 
 import random
 from typing import Any
@@ -10,7 +10,7 @@ from train_loop.errors import UserError
 
 
 def rng_state() -> dict[str, Any]:
-    """The random states of this process, as JSON takes them."""
+    """The random states of this process, as values that JSON can hold."""
     kind, keys, *rest = np.random.get_state(legacy=True)
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return {
@@ -22,7 +22,8 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Raises UserError where a state does not fit: going on with other random numbers would be another run."""
+    """Restores the random states. Raises UserError if one does not fit: with different random numbers the run would be
+    a different one."""
     try:
         version_, keys, gauss = state["python"]
         random.setstate((version_, tuple(keys), gauss))

@@ -14,7 +14,7 @@ from train_loop.compare.differences import Measured, in_words, loss_table, measu
 from train_loop.compare.picture import draw
 from train_loop.compare.runs import read_run, recipes, short_names
 from train_loop.compare.settings_table import COLUMNS, settings_table
-from train_loop.errors import UserError
+from train_loop.errors import UserError, tell
 from train_loop.process import printable, safe_console
 
 
@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
     print(settings_table(groups))
-    if measured or problem:
-        print(f"\n{said(measured) if measured else wrapped(f'no interval: {problem}')}")
+    if measured:
+        print(f"\n{said(measured)}")
+    if problem:
+        tell(f"no interval: {problem}")
     print(f"\nlosses drawn to {os.path.relpath(output)}")
 
 
@@ -52,10 +54,6 @@ def said(measured: Measured) -> str:
     """What the losses say, in at most 80 columns."""
     lines, names = [loss_table(measured)], list(measured.losses)
     if len(names) == 2:
-        lines += ["", *map(wrapped, in_words(measured, *names).splitlines())]
+        wrap = textwrap.TextWrapper(COLUMNS, break_long_words=False, break_on_hyphens=False)
+        lines += ["", *map(wrap.fill, in_words(measured, *names).splitlines())]
     return "\n".join(lines)
-
-
-def wrapped(text: str) -> str:
-    """`text` in at most 80 columns; paths and numbers stay whole."""
-    return textwrap.fill(text, COLUMNS, break_long_words=False, break_on_hyphens=False)

@@ -17,7 +17,7 @@ from train_loop.data.chats import assistants_tokens, rendered
 from train_loop.data.columns import CHAT, PROMPT, TEXT
 from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark
 from train_loop.data.token_ids import token_ids
-from train_loop.errors import UserError
+from train_loop.errors import UserError, num_of
 from train_loop.settings import Settings
 
 
@@ -59,13 +59,13 @@ class Counts:
         if length:
             found.append("each row has a block of its own")
         if self.num_cut:
-            found.append(f"{self.num_cut:,} rows are longer and lose {self.num_lost:,} tokens")
+            found.append(f"longer rows, which are cut: {self.num_cut:,}, by {num_of(self.num_lost, 'token')}")
         if self.num_left_out:
-            found.append(f"{self.num_left_out:,} rows are left out: their first {length:,} tokens have no target")
+            found.append(f"rows left out, without a target in their first {length:,} tokens: {self.num_left_out:,}")
         if self.num_merged:
             found.append(
-                f"{self.num_merged:,} prompts end within a token: move white space from their end to the completion's "
-                "beginning"
+                f"prompts that end within a token: {self.num_merged:,}; move white space from their end to the "
+                "completion's beginning"
             )
         return found
 
@@ -77,7 +77,7 @@ class Counts:
 
 
 def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings) -> tuple[int | None, Marking]:
-    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError where the
+    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError if the
     tokenizer lacks the token, and for settings that do not go with the kind."""
     if kind == CHAT and settings.add_eos_token:
         raise UserError("add_eos_token is for rows of text: a chat ends as the chat template ends it")

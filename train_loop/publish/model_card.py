@@ -13,20 +13,22 @@ from accelerate import Accelerator
 from huggingface_hub import DatasetCard, EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from train_loop.errors import num_of
 from train_loop.files import file_kind
 from train_loop.hub import is_hub_name
 from train_loop.lora import ADAPTER, num_parameters
 from train_loop.process import code_version
 from train_loop.report import Line, of_each_set
 from train_loop.settings import Settings, sources_of, validation_sets_of, weights_of
+from train_loop.whole import utf8
 
 
 class Published(Protocol):
-    """What a card says of a run: `Publisher` has it."""
+    """What a card needs to know about a run; `Publisher` provides it."""
 
     settings: Settings
     accelerator: Accelerator
-    repository: str | None  # on the hub, None where it is not pushed
+    repository: str | None  # on the hub, None if it is not pushed
     held_out: str  # which training rows are the validation data, in words
     optimizer: str  # its class
     eval_names: Sequence[str]  # of the validation sets
@@ -43,13 +45,13 @@ METRICS = {  # of an evaluation line: the name that people know it by
 
 
 def inherited_metadata(settings: Settings) -> dict[str, Any]:
-    """What the cards on the hub say that holds for the new model too: the license of the model that it is made from,
-    the language of the data. Empty where there are no cards, or they do not say."""
+    """What the new card inherits from cards on the hub: the license of the base model, the language of the data. Empty
+    if there are no such cards or entries."""
     found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
     data_sets = [source.dataset_name for source in sources_of(settings).values()]
-    if len(data_sets) == 1 and is_hub_name(data_sets[0]):  # of several nobody knows what holds for all
+    if len(data_sets) == 1 and is_hub_name(data_sets[0]):  # with several, no single language holds
         found |= _card_data(DatasetCard, data_sets[0], ("language",))
     return found
 
@@ -57,7 +59,7 @@ def inherited_metadata(settings: Settings) -> dict[str, Any]:
 def _card_data(kind: type[ModelCard] | type[DatasetCard], name: str, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         data = kind.load(name, ignore_metadata_errors=True).data
-    except Exception:  # no card, no hub, no metadata: nothing is known
+    except Exception:  # no card, no hub, or no metadata
         return {}
     return {key: value for key in keys if (value := data.get(key)) is not None}
 
@@ -77,7 +79,7 @@ def model_card(
     if results and exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
         after = f"after the last step, {results['step']:,}, it was {results['last_eval_loss']:.4f}"
-        choice = f"\nThis is the model with the lowest validation loss of {num} evaluations; {after}."
+        choice = f"\nThis is the model with the lowest validation loss of {num_of(num, 'evaluation')}; {after}."
     metrics = {METRICS[name]: last[name] for name in METRICS if name in last}
     digits = {"perplexity": 2, "word_perplexity": 2, "word_eos_perplexity": 2}
     shown = ", ".join(f"{n.replace('_', ' ')} {value:,.{digits.get(n, 4)}f}" for n, value in metrics.items())
@@ -98,7 +100,7 @@ def model_card(
 {num_trained:,} parameters were trained: LoRA matrices of rank {s.lora_r}, which are merged into this model. They stand
 alone in the folder `{ADAPTER}`, for [peft](https://github.com/huggingface/peft).
 """
-    most = f"at most {s.max_eval_samples:,} blocks (max_eval_samples)" if s.max_eval_samples else ""
+    most = f"at most {num_of(s.max_eval_samples, 'block')} (max_eval_samples)" if s.max_eval_samples else ""
     validated = "".join(f" {part}," for part in (publisher.held_out, most) if part)
     validated = f" on{validated}" if validated else ""
     first, *others = publisher.eval_names
@@ -114,10 +116,14 @@ Special tokens that stand for no text are not counted in them."""
     validation = "There is no record of an evaluation."
     if last:
         steps, tokens = last["step"], last["eval_tokens"]
-        validation = f"Validation{validated} after {steps:,} optimizer steps: {shown}, over {tokens:,} tokens."
+        validation = (
+            f"Validation{validated} after {num_of(steps, 'optimizer step')}: {shown}, over {num_of(tokens, 'token')}."
+        )
         for name, (loss, perplexity) in list(of_each_set(last, publisher.eval_names).items())[1:]:
             tokens = last.get(f"eval_{name}_tokens", 0)
-            validation += f"\nOn {name}: loss {loss:,.4f}, perplexity {perplexity:,.2f}, over {tokens:,} tokens."
+            validation += (
+                f"\nOn {name}: loss {loss:,.4f}, perplexity {perplexity:,.2f}, over {num_of(tokens, 'token')}."
+            )
     context = f"begins anew every {s.block_size} tokens"
     if s.eval_stride:
         context = f"is of up to {s.block_size} tokens, in a window that moves by {s.eval_stride}"
@@ -188,7 +194,7 @@ def _metadata(publisher: Published, title: str, metrics: dict[str, float], last:
     found = []
     for name, values in results.items():
         one = evaluated.get(name, s)
-        file = str(one.validation_file or one.train_file or "")
+        file = utf8(str(one.validation_file or one.train_file or "")).decode()  # YAML would escape it in another way
         found += [
             EvalResult(
                 task_type="text-generation",
@@ -250,12 +256,14 @@ def _how_it_was_made(publisher: Published, results: dict[str, Any] | None) -> st
     }
     W, device = accelerator.num_processes, accelerator.device
     num_blocks = s.blocks_per_step(W)
-    made["optimizer"] = f"{publisher.optimizer}, {num_blocks:,} blocks = {num_blocks * s.block_size:,} tokens in a step"
+    made["optimizer"] = (
+        f"{publisher.optimizer}, {num_of(num_blocks, 'block')} = {num_blocks * s.block_size:,} tokens in a step"
+    )
     made["precision"] = accelerator.mixed_precision.replace("no", "float32")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    made["hardware"] = f"{W} process{'es' if W > 1 else ''} on {name}"
+    made["hardware"] = f"{num_of(W, 'process')} on {name}"
     if results:
-        made["time"] = f"{results['train_runtime']:,.0f} seconds for {results['train_tokens']:,} target tokens"
+        made["time"] = f"{results['train_runtime']:,.0f} seconds for {num_of(results['train_tokens'], 'target token')}"
     packages = "torch", "transformers", "accelerate", "datasets"
     versions = [f"train_loop {code_version()}", *(f"{package} {version(package)}" for package in packages)]
     made["versions"] = ", ".join(versions)

@@ -57,6 +57,15 @@ class Kept:
     sets: dict[str, BlockNats]
 
 
+def keep(kept: dict[str, Kept], step: int, evaluation: Evaluation, is_best: bool) -> dict[str, Kept]:
+    """What is kept after one more evaluation. The best before it goes where it was of other blocks: a run may be
+    resumed with other validation data."""
+    last = Kept(step, evaluation.block_nats)
+    best = last if is_best else kept.get("best")
+    blocks = [{name: nats.blocks for name, nats in one.sets.items()} for one in (last, best) if one]
+    return {"last": last, "best": best} if best and blocks[0] == blocks[1] else {"last": last}
+
+
 def block_nats_as_bytes(kept: dict[str, Kept]) -> bytes:
     """The file, of {"last" or "best": evaluation}. Both are of the same blocks."""
     tensors: dict[str, np.ndarray] = {}
@@ -73,7 +82,7 @@ def block_nats_as_bytes(kept: dict[str, Kept]) -> bytes:
 
 
 def write_block_nats(output_dir: Path, kept: dict[str, Kept]) -> None:
-    """Writes the file into output_dir, flushed to the disk. Raises UserError where it cannot be written."""
+    """Writes the file into output_dir, flushed to the disk. Raises UserError if it cannot be written."""
     path = output_dir / BLOCK_NATS
     try:
         path.parent.mkdir(exist_ok=True)
@@ -83,7 +92,7 @@ def write_block_nats(output_dir: Path, kept: dict[str, Kept]) -> None:
 
 
 def read_block_nats(path: Path) -> dict[str, Kept]:
-    """{"last" or "best": evaluation} of a file. Raises UserError where it cannot be read; {} where there is none."""
+    """{"last" or "best": evaluation} of a file. Raises UserError if it cannot be read; {} where there is none."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what is kept of it: progress bar, table on the console, metrics.jsonl,
+"""What a run shows and records: progress bar, table on the console, metrics.jsonl,
 all_results.json, loss_curve.png.
 
 Losses are nats per target token. `seconds` count training alone: evaluation and what comes before are left out.
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from train_loop.errors import warn
 from train_loop.position import Position
 from train_loop.report.curve import Line, draw_run, of_each_set
-from train_loop.report.evaluations import Evaluation, Kept, write_block_nats
+from train_loop.report.evaluations import Evaluation, Kept, keep, write_block_nats
 from train_loop.report.trackers import Trackers
 from train_loop.whole import cannot_be_written, write_whole
 
@@ -87,7 +87,7 @@ class Metrics:
         assert step > self.latest["step"], f"step {step} is counted again: is position.step += 1 missing in loop.py?"
         for name, value in values.items():
             if name in (*COUNTED, *sums):
-                raise ValueError(f"a line of metrics has its own {name}: give the value another name")
+                raise ValueError(f"a line of metrics already has {name}: give the value a different name")
             if not hasattr(value, "__float__") or getattr(value, "numel", lambda: 1)() != 1:
                 raise ValueError(f"{name} must be a number or a tensor of one number to stand in a line of metrics")
         for name, value in sums.items():
@@ -179,9 +179,7 @@ class Metrics:
         its set's name where there are several; the first one has the training loss up to here, too. `position`: where
         the evaluation was made, and whether it is the best. `samples`: {prompt: the text that continues it}."""
         step, epoch = position.step, position.in_epochs()
-        self.block_nats["last"] = Kept(step, evaluation.block_nats)
-        if position.best_step == step:
-            self.block_nats["best"] = self.block_nats["last"]
+        self.block_nats = keep(self.block_nats, step, evaluation, is_best=position.best_step == step)
         if self.is_main:
             write_block_nats(self.output_dir, self.block_nats)
         self._write({"step": step, "epoch": round(epoch, 6), **evaluation, **({"samples": samples} if samples else {})})

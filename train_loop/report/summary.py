@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from train_loop.errors import num_of
 from train_loop.settings import Settings
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def banner(
     num_steps: int | None = None,
 ) -> str:
     """The arithmetic of the run, a line each. Without a `train_split`, it is of an evaluation."""
-    import torch  # loaded long ago by whoever has a model; whoever only draws need not wait for it
+    import torch  # imported here: `compare`, which only draws, need not wait for it
 
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())
@@ -55,14 +56,14 @@ def banner(
             lines.append(f"epoch       {num_taken:,} of {train_split.num_blocks:,} blocks (block_order), none twice")
         lines += [
             f"batch       micro-batch {s.per_device_train_batch_size} x accumulation {s.gradient_accumulation_steps} x "
-            f"processes {world_size} = {blocks:,} blocks = {blocks * s.block_size:,} tokens",
+            f"processes {world_size} = {num_of(blocks, 'block')} = {blocks * s.block_size:,} tokens",
             f"steps       {steps_per_epoch:,} per epoch x {num_steps / steps_per_epoch:.2f} epochs = {num_steps:,}"
             if steps_per_epoch
             else f"steps       {num_steps:,} (max_train_steps); the length of an epoch is known at its end",
         ]
     lines.append(
         f"device      {accelerator.device.type}, precision {accelerator.mixed_precision.replace('no', 'float32')}, "
-        f"world size {world_size}, {torch.get_num_threads()} CPU threads each"
+        f"world size {world_size}, {num_of(torch.get_num_threads(), 'CPU thread')} each"
     )
     wrap = textwrap.TextWrapper(80, subsequent_indent=" " * 12, break_long_words=False, break_on_hyphens=False)
     return "\n".join(map(wrap.fill, lines))
