@@ -284,7 +284,7 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
         (["--packing", "false", "--named_perplexities"], "named_perplexities needs packing"),
         (
             ["--named_perplexities"],
-            "named_perplexities are of rows of text, and the validation data has rows of",
+            "named_perplexities needs rows of text, but the validation data has rows of",
         ),
     ],
 )
