@@ -2,10 +2,9 @@
 
     1. rows      rows.py         a line of a file, a file of a folder, an entry of a data set
     2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
-                                 on request with the end-of-text token after each row that is not empty. Prompts and
-                                 chats: with marks that say which tokens are no targets (prompts.py, marks.py)
-    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped.
-                                 Without `packing` each row has a block of its own
+                                 on request with the end-of-text token after each row that is not empty; with marks
+                                 on tokens that are no targets (prompts.py, marks.py)
+    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
     4. order     block_order     which blocks an epoch takes, and in which order
     5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
@@ -155,9 +154,8 @@ class Split:
             rest = f" and {num_of(len(self.tail), 'token')}"
         if self.marking == PLAIN:
             return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
-        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
         rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
-        parts = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
+        parts = [f"{rows} ({self.marking.kind}) -> {tokens} -> {cut} with {num_of(self.num_targets, 'target')}"]
         parts += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
         if self.marking.rows:
             num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())

@@ -90,11 +90,6 @@ class Stream:
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
-        if kind != TEXT and "strftime_now" in str(tokenizer.chat_template or ""):
-            raise UserError(
-                "the chat template writes today's date into each row: a run that resumes on a different day would read "
-                "different tokens. Prepare the data (streaming false), or write a fixed date into the template"
-            )
         self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
@@ -172,6 +167,12 @@ class Stream:
         """The tokens of a chunk's rows, with their marks."""
         if self.marking == PLAIN:
             return encode(rows, self.tokenizer, self.end_of_text)
+        are_chats = self.marking.kind != TEXT and rows and not isinstance(rows[0][0], str)
+        if are_chats and "strftime_now" in str(self.tokenizer.chat_template or ""):
+            raise UserError(
+                "the chat template writes today's date into each row: a run that is resumed on another day would read "
+                "other tokens. Prepare the data (streaming false), or write a fixed date into the template"
+            )
         try:
             tokens, counts = encode_marked(rows, self.tokenizer, self.end_of_text, self.marking)
         except RowProblem as problem:
