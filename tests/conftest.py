@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from chat_templates import CHATML
 from filelock import FileLock
 from forks import forked
 from hub_server import HubServer
@@ -183,6 +184,8 @@ def hub(text_file, tmp_path_factory):
     aliases = {"distilgpt2": "distilbert/distilgpt2"}
     with HubServer(folder / "hub", {TOKEN: "write", READ_TOKEN: "read"}, aliases) as server:
         server.add("models", "distilbert/distilgpt2", {path.name: path.read_bytes() for path in model.iterdir()})
+        chats = {path.name: path.read_bytes() for path in model.iterdir()} | {"chat_template.jinja": CHATML.encode()}
+        server.add("models", "HuggingFaceTB/SmolLM2-135M-Instruct", chats)
         server.add("datasets", "Salesforce/wikitext", {"README.md": DATA_CARD.encode(), **files})
         yield server
 

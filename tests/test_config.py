@@ -163,18 +163,21 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         ([*MODEL, "--eval_only"], "eval_only needs data"),
         ([*MODEL, "--train_file", "no/such.txt", "--output_dir", "o"], "no/such.txt: no such file"),
         ([*MODEL, "--train_file", "no/*.txt", "--output_dir", "o"], "no/*.txt: there is no text file in it"),
-        (["--gguf_file", "m.gguf", "--config_name", "c", *DATA], "gguf_file goes with model_name_or_path"),
+        (["--gguf_file", "m.gguf", "--config_name", "c", *DATA], "gguf_file needs model_name_or_path"),
         (["--model_name_or_path", "some/m.gguf", *DATA], "give its folder, and its name as gguf_file"),
         (["--model_name_or_path", ".", "--gguf_file", "m.gguf", *DATA], "gguf_file m.gguf: no such file in ."),
-        ([*MODEL, "--train_file", __file__, "--output_dir", "o"], "kind is not known"),
+        ([*MODEL, "--train_file", __file__, "--output_dir", "o"], "kind of file is unknown"),
         (["--config_name", "c", "--tokenizer_name", "t", "--tokenizer_vocab_size", "300", *DATA], "not both"),
-        (["--model_type", "gpt2", "--model_revision", "r", *DATA], "model_revision goes with"),
+        (["--model_type", "gpt2", "--model_revision", "r", *DATA], "model_revision needs"),
         ([*MODEL, *DATA, "--train_file", "x.txt"], "give dataset_name or train_file, not both"),
         ([*MODEL, *DATA, "--dry_run", "--eval_only"], "give dry_run or eval_only, not both"),
         ([*MODEL, *DATA, "--eval_stride", "65", "--block_size", "64"], "eval_stride is 65, more than block_size 64"),
-        ([*MODEL, *DATA, "--dataset_name", "python_docs", "--streaming"], "not with python_docs"),
+        ([*MODEL, *DATA, "--dataset_name", "python_docs", "--streaming"], "cannot read python_docs"),
         ([*MODEL, "--train_file", __file__, "--streaming", "--eval_only"], "streaming needs validation_file"),
-        ([*MODEL, *DATA, "--sample_prompt", "p", "--eval_only"], "sample_prompt goes with training, not with"),
+        (
+            [*MODEL, *DATA, "--sample_prompt", "p", "--eval_only"],
+            "sample_prompt is for training: it has no effect with",
+        ),
         ([*MODEL, "--dataset_config_name", "c", "--train_file", "x.txt", "--output_dir", "o"], "dataset_config_name"),
     ],
 )
@@ -229,6 +232,7 @@ VALUES = st.one_of(
 
 
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
+@hypothesis.example([("mirror", "\0")])
 @hypothesis.given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=5))
 def test_any_value_for_any_setting_is_taken_or_named(pairs):
     """Whatever stands on the command line: settings within their ranges, or a ValueError that names a flag."""

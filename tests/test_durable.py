@@ -54,7 +54,14 @@ def resume(arguments):
 
 
 def exported(folder):
-    names = EXPORTED - {"README.md", "all_results.json", "loss_curve.png", "metrics.jsonl", "train_config.yaml"}
+    names = EXPORTED - {
+        "README.md",
+        "all_results.json",
+        "evaluations",
+        "loss_curve.png",
+        "metrics.jsonl",
+        "train_config.yaml",
+    }
     return {name: (folder / name).read_bytes() for name in names if (folder / name).exists()}
 
 

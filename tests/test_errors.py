@@ -62,14 +62,14 @@ BAD_FILES = {
     "header.csv": (b"text\n", "header.csv"),
     "list.json": (b'["a", "b"]', "less than one block"),
     "nulls.jsonl": (b'{"text": null}\n' * 5, "line 1: 'text' is null"),
-    "no_ending": (b"text", "its kind is not known"),
+    "no_ending": (b"text", "this kind of file is unknown"),
     "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "text_column may be one of: a, b"),
     "null.jsonl": (
         b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
         "null.jsonl cannot be read as json: line 2: 'text' is null",
     ),
-    "unknown.docx": (b"text", "its kind is not known"),
+    "unknown.docx": (b"text", "this kind of file is unknown"),
 }
 
 
@@ -216,7 +216,7 @@ def broken_model(folder, what):
         ("no weights", "holds no usable model: "),
         ("truncated", "holds no usable model: "),
         ("emptied", "holds no usable model: "),
-        ("a weight missing", "lacks 1 of its weights, e.g. transformer.h.1.mlp.c_fc.weight"),
+        ("a weight missing", "lacks 1 weight, e.g. transformer.h.1.mlp.c_fc.weight"),
         ("another shape", "holds no usable model: "),
         ("no tokenizer", "holds no usable tokenizer: it has no vocabulary"),
         ("tokenizer too large", "the tokenizer has tokens beyond the model's vocabulary of 200"),

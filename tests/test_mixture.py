@@ -12,6 +12,7 @@ import yaml
 from conftest import (
     NO_DROPOUT,
     PROGRAMS,
+    ROOT,
     TINY,
     assert_lines_agree,
     assert_same_run,
@@ -31,8 +32,9 @@ from train_loop.errors import UserError
 from train_loop.main import main
 from train_loop.model import load_tokenizer
 from train_loop.position import Place
-from train_loop.settings import Settings, sources_of, weights_of
+from train_loop.settings import Settings, sources_of, validation_sets_of, weights_of
 from train_loop.settings.command_line import read_settings
+from train_loop.settings.sources import OF_TRAINING
 
 plain_order = data.block_order
 T = 8
@@ -262,6 +264,27 @@ def test_from_each_place_in_a_mixed_stream_come_the_windows_that_are_left(size, 
     assert streamed(stream, settings, end) == []
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+def test_text_and_prompts_are_mixed_and_each_keeps_its_targets(streaming, texts, tmp_path):
+    """Of text each token is a target, but for a block's first; of prompts only the completions."""
+    rows = [json.dumps({"prompt": "uuuu", "completion": "zz"}) for _ in range(60)]
+    (tmp_path / "asked.jsonl").write_text("\n".join(rows))
+    items = [{"train_file": f"{texts}/long.txt", "weight": 1}, {"train_file": f"{tmp_path}/asked.jsonl", "weight": 1}]
+    items = [{"name": name, **item} for name, item in zip(("long", "asked"), items, strict=True)]
+    settings = listed(texts, train_file=items, **({"streaming": True, "max_train_steps": 9} if streaming else {}))
+    split, seen = training_data(settings), set()
+    for window in split.windows(Place(), settings, ALONE):
+        ids, labels, positions = (window.tensors[n].flatten(0, 1) for n in ("input_ids", "labels", "position_ids"))
+        is_text = torch.from_numpy(is_of_long(ids, texts))
+        is_filler = (labels == -100).all(1)
+        assert (labels[is_text & ~is_filler][:, 1:] != -100).all()
+        assert (positions[is_text] == torch.arange(T)).all()
+        asked = labels[~is_text & ~is_filler]
+        assert ((asked == -100).sum(1) > 2).all() and (asked != -100).any(1).all()
+        seen |= set(is_text[~is_filler].tolist())
+    assert seen == {True, False}
+
+
 # a run
 
 
@@ -313,7 +336,7 @@ def test_a_mixed_run_that_is_resumed_ends_as_if_left_alone(step, arguments, trai
 @pytest.mark.parametrize(
     "change, said",
     [
-        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.66"),
+        (lambda items: items[0].update(weight=6), "weights of the sources: [0.7, 0.3] -> [0.666667, 0.333333]"),
         (lambda items: [item.pop("weight") for item in items], "weights of the sources: [0.7, 0.3] -> None"),
         (lambda items: items[0].update(max_train_samples=300), "training blocks: "),
         (lambda items: items.reverse(), "training blocks: "),
@@ -330,7 +353,7 @@ def test_another_mixture_is_refused(change, said, texts, arguments, trained, tmp
     copy_until(8, trained, tmp_path / "run")
     assert main([*words[:-1], f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]) == 1
     error = capsys.readouterr().err
-    assert "belongs to another run" in error and said in error
+    assert "belongs to a different run" in error and said in error
 
 
 def test_settings_with_sources_are_read_back_the_same(trained, arguments):
@@ -343,7 +366,7 @@ def test_settings_with_sources_are_read_back_the_same(trained, arguments):
 
 @pytest.mark.parametrize("how", ["prepared", "streamed"])
 def test_two_processes_train_on_the_mixture_of_one(how, arguments, texts, tmp_path):
-    """Without dropout, equal to rounding; the second epoch is in it."""
+    """Without dropout, equal to rounding; the second epoch is in it. Resumed by two, bit for bit."""
     arguments = [*arguments, NO_DROPOUT, "--per_device_train_batch_size=4"]
     if how == "streamed":
         arguments += ["--streaming", "--shuffle_buffer_size=20", "--max_train_steps=22", "--eval_steps=11"]
@@ -354,7 +377,12 @@ def test_two_processes_train_on_the_mixture_of_one(how, arguments, texts, tmp_pa
     two = forked(PROGRAMS / "small_chunks.py", *arguments, f"--output_dir={tmp_path}/two", processes=2)
     assert one.returncode == two.returncode == 0, one.stderr + two.stderr
     assert max(line["epoch"] for line in without_timings(tmp_path / "one")) > 1
-    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"), rel=1e-4)
+    assert_lines_agree(without_timings(tmp_path / "two"), without_timings(tmp_path / "one"))
+    copy_until(8, tmp_path / "two", tmp_path / "resumed")
+    more = [f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]
+    done = forked(PROGRAMS / "small_chunks.py", *arguments, *more, processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_same_run(tmp_path / "resumed", tmp_path / "two")
 
 
 def test_a_streamed_mixture_that_is_resumed_ends_as_if_left_alone(arguments, texts, tmp_path, monkeypatch):
@@ -430,7 +458,7 @@ def test_a_source_has_the_runs_settings_but_for_its_own(texts, tmp_path):
         ([{"weight": 1}], "item 1: needs train_file or dataset_name, one of them"),
         (
             [{"train_file": "{}/long.txt", "dataset_config_name": "c"}],
-            "item 1: dataset_config_name goes with dataset_name",
+            "item 1: dataset_config_name needs dataset_name",
         ),
         (["{}/long.txt", "{}/long.txt"], "long is the name of two items"),
         (["{}/long.txt", "{}/none.txt"], "none.txt: no such file"),
@@ -454,7 +482,28 @@ def test_streams_without_weights_are_refused(texts):
         read_settings([*words, "--train_file", f"{texts}/long.txt", f"{texts}/short.txt"])
 
 
+def test_files_and_data_sets_stand_in_one_list_and_each_has_rows_held_out(texts, tmp_path):
+    items = [f"{texts}/long.txt", {"dataset_name": "python_docs"}]
+    train, validation, note = load_sources(read_recipe({"train_file": items}, tmp_path))
+    assert {name: len(rows) for name, rows in train.items()} == {"long": 1140, "python_docs": 76}
+    assert {name: len(rows) for name, rows in validation.items()} == {"long": 60, "python_docs": 3}
+    assert note.startswith("long: the last 60 of 1,200 training rows") and "python_docs: the last 3 of 79" in note
+
+
 def test_a_data_set_may_have_a_validation_file(texts):
     settings = read_settings([*MODEL, "--dataset_name=python_docs", f"--validation_file={texts}/valid.txt"])
     train, validation, note = load_sources(settings)
     assert len(train["training"]) == 79 and len(validation["validation"]) == 40 and note == ""
+
+
+def test_the_recipe_on_the_page_is_valid(texts, tmp_path, monkeypatch):
+    page = (ROOT / "train_loop" / "data" / "README.md").read_text(encoding="utf-8")
+    (recipe,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    for name in ("my.txt", "other.txt", "valid.jsonl", "recipe.yaml"):
+        (tmp_path / name).write_text(recipe)
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings(["--config=recipe.yaml"])
+    assert weights_of(settings) == {"my": 0.7, "wiki": 0.3}
+    assert list(sources_of(settings)) == ["my", "wiki"] and list(validation_sets_of(settings)) == ["mine", "log"]
+    said = re.search(r"all the keys of a source: (.*?)\. What", page, re.DOTALL)[1]
+    assert set(re.findall(r"`(\w+)`", said)) == {"name", "weight", *OF_TRAINING}

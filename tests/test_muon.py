@@ -8,7 +8,7 @@ from conftest import TINY, TINY_CONFIGS, VOCAB, assert_same_run, copy_until, mak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop.main import main
-from train_loop.optim import build_optimizer, orthogonal
+from train_loop.optim import Muon, build_optimizer, orthogonal
 from train_loop.settings import Settings
 
 MUON = Settings(optimizer="muon", learning_rate=1e-2, weight_decay=0.1)
@@ -24,8 +24,15 @@ def test_singular_values_become_about_one():
 
 def test_a_transposed_matrix_takes_the_transposed_step():
     """GPT-2 stores its matrices the other way round."""
-    matrix = torch.randn(32, 96, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(orthogonal(matrix.T), orthogonal(matrix).T)
+    generator, ends = torch.Generator().manual_seed(0), []
+    matrix, gradient = torch.randn(2, 32, 96, generator=generator)
+    for value, slope in ((matrix, gradient), (matrix.T, gradient.T)):
+        parameter = torch.nn.Parameter(value.clone(memory_format=torch.contiguous_format))
+        parameter.grad = slope.contiguous()
+        Muon([parameter], 0.1, 0.1, torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])).step()
+        ends.append(parameter.detach())
+    assert (ends[0] - matrix).abs().mean() > 0.01
+    torch.testing.assert_close(ends[1].T, ends[0])
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "llama"])

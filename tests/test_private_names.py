@@ -4,7 +4,7 @@ import datasets
 import numpy as np
 import pytest
 
-from train_loop.data import row_files, tokens
+from train_loop.data import row_files, token_ids, tokens
 from train_loop.data.row_files import Rows
 from train_loop.model import load_tokenizer
 from train_loop.settings import Settings
@@ -14,10 +14,10 @@ TEXTS = ["one two three", "", "four five", "six"]
 
 def test_a_tokenizer_without_the_private_methods_gives_the_same_tokens(monkeypatch):
     tokenizer = load_tokenizer(Settings(tokenizer_vocab_size=300), Rows.of(TEXTS))
-    assert tokens.is_plain(tokenizer)
+    assert token_ids.is_plain(tokenizer)
     fast = tokens.encode(TEXTS, tokenizer, None)
-    monkeypatch.setattr(tokens, "PreTrainedTokenizerFast", type("Moved", (), {}))
-    assert not tokens.is_plain(tokenizer)
+    monkeypatch.setattr(token_ids, "PreTrainedTokenizerFast", type("Moved", (), {}))
+    assert not token_ids.is_plain(tokenizer)
     assert len(fast) and np.array_equal(tokens.encode(TEXTS, tokenizer, None), fast)
 
 

@@ -1,6 +1,7 @@
 """The pages: their commands are run as they stand there; their links lead somewhere; the tests, the benchmarks and the
 files that they name are there."""
 
+import itertools
 import json
 import re
 import shlex
@@ -37,6 +38,12 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
         (tmp_path / name).write_text("".join(lines[:200]), encoding="utf-8")
+    answers = [pair for pair in itertools.pairwise(lines[:400]) if pair[1].strip()]
+    turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in answers]
+    rows = {"questions.jsonl": [{"prompt": a, "completion": b} for a, b in answers]}
+    rows["chats.jsonl"] = [{"messages": messages} for messages in turns]
+    for name, found in rows.items():
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")
     (tmp_path / "corpus").mkdir()
     for name in ("corpus/1.jsonl", "corpus/2.jsonl", "valid.jsonl"):
         (tmp_path / name).write_text("".join(json.dumps({"text": line}) + "\n" for line in lines), encoding="utf-8")

@@ -2,14 +2,15 @@
 
     python -m pip install trl
     PYTHONPATH=. python tests/benchmarks/chats.py labels                # labels and losses of some rows
-    PYTHONPATH=. python tests/benchmarks/chats.py preparation --rows 100000 --json out.json
+    PYTHONPATH=. python tests/benchmarks/chats.py preparation --rows 25000 100000
 
 `labels` compares every token and label of each row, and the losses of 20 steps of a tiny Llama without dropout, with
 the same rows in the same micro-batches (`packing` false here, padding there). TRL finds the assistant's turns of a chat
 by the template's generation marks alone; of the other templates it gets a chat as a prompt and its completion.
 
 `preparation` prepares chats of the same content with `load_rows` and `load_split`, and as SFTTrainer's constructor
-does, each in a fresh process with an empty cache, and in turn. Imports, the tokenizer and the model are not counted.
+does, each in a fresh process with an empty cache, and in turn. The tokenizer has 4,096 tokens, of the
+prose that comes with Python. Imports, the tokenizer and the model are not counted.
 Memory is the highest resident set of the process or of a child of it, less the process's own before.
 """
 
@@ -156,7 +157,10 @@ def resident(who=None):
 
 def prepare(kind, path, folder):
     """One measurement, in this process; prints the result as JSON."""
-    tokenizer = byte_tokenizer(CHATML if kind == "ours, by differences" else MARKED)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent / "tokenizer")
+    tokenizer.chat_template = CHATML if kind == "ours, by differences" else MARKED
     if kind == "trl":
         import datasets
 
@@ -179,14 +183,20 @@ def prepare(kind, path, folder):
 
 def compare_preparation(arguments):
     results = []
+    from train_loop.data import load_rows
+    from train_loop.model import load_tokenizer
+    from train_loop.settings.settings import Settings
+
     with tempfile.TemporaryDirectory() as folder:
-        for num_rows in (arguments.rows // 4, arguments.rows):
+        rows, _, _ = load_rows(Settings(dataset_name="python_docs"))
+        load_tokenizer(Settings(tokenizer_vocab_size=4096), rows).save_pretrained(Path(folder) / "tokenizer")
+        for num_rows in arguments.rows:
             path = Path(folder) / f"{num_rows}.jsonl"
             with open(path, "w", encoding="utf-8") as file:
                 for i, chat in enumerate(chats(num_rows, num_words=40)):
                     file.write(json.dumps({"id": i, "messages": chat}) + "\n")
             print(f"{num_rows:,} rows, {path.stat().st_size / 1e6:.1f} MB")
-            for _, kind in itertools.product(range(arguments.repetitions), KINDS):
+            for _, kind in itertools.product(range(arguments.repetitions), arguments.kinds):
                 with tempfile.TemporaryDirectory(dir=folder) as cache:
                     done = subprocess.run(
                         [sys.executable, __file__, "preparation", "--work", kind, "--file", path, "--folder", cache],
@@ -212,7 +222,8 @@ KINDS = ("ours, by marks", "ours, by differences", "trl")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("labels", "preparation"))
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--json", type=Path)
     for name in ("--work", "--file", "--folder"):

@@ -5,7 +5,8 @@
 Each attempt is a real process (two, joined by gloo, with --processes 2) of `train_loop.main`, forked from one that has
 the libraries loaded already, so that an attempt costs a second. Half of the kills are aimed at a save: the flushing of
 files is slowed, and the harness strikes at a random instant after a save began. With --streaming the training data is
-streamed, in chunks of 700 bytes and groups of 20 blocks. After a kill the same command runs
+streamed, in chunks of 700 bytes and groups of 20 blocks. With --mixture they come from two sources, 70 and 30 percent.
+After a kill the same command runs
 again, with --resume_from_checkpoint auto, until the run is finished; then weights and metrics.jsonl (but for its
 timings) must be those of the reference, bit for bit.
 """
@@ -33,7 +34,7 @@ from train_loop.data import sources  # noqa: E402
 TIMINGS = ("tokens_per_second",)
 
 
-def prepare(folder, streaming=False):
+def prepare(folder, streaming=False, mixture=False):
     """A text, and the arguments of a run of 39 steps with dropout: three epochs, a checkpoint every fifth step."""
     from pydoc_data.topics import topics
 
@@ -55,6 +56,15 @@ def prepare(folder, streaming=False):
         os.waitpid(pid, 0)
         data = [f"--tokenizer_name={folder}/tokenizer", f"--train_file={folder}/stream.txt"]
         data += [f"--validation_file={text}", "--streaming", "--shuffle_buffer_size=20", "--max_train_steps=39"]
+    if mixture:
+        (folder / "other.txt").write_text(prose[-3_000 if streaming else -20_000 :], encoding="utf-8")
+        train_file = data.pop(next(i for i, word in enumerate(data) if word.startswith("--train_file"))).split("=")[1]
+        items = [
+            {"train_file": train_file, "weight": 7},
+            {"train_file": f"{folder}/other.txt", "weight": 3, "max_train_samples": 30},
+        ]
+        (folder / "mixture.json").write_text(json.dumps({"train_file": items}))  # JSON is YAML
+        data.append(f"--config={folder}/mixture.json")
     return [
         *data,
         "--model_type=gpt2",
@@ -202,7 +212,7 @@ def run_with_kills(arguments, output_dir, processes, number, generator, seconds,
             return
 
 
-def harness(kills, processes, number, seed, folder, is_streamed):
+def harness(kills, processes, number, seed, folder, is_streamed, is_mixed):
     """Runs and kills until there were `kills`; returns the counts. Raises SystemExit at the first difference."""
     import torch  # noqa: F401  loaded before forking
     import transformers  # noqa: F401
@@ -210,7 +220,7 @@ def harness(kills, processes, number, seed, folder, is_streamed):
     from train_loop import run  # noqa: F401
 
     generator = random.Random(seed)
-    arguments, log = prepare(folder, is_streamed), folder / "log.txt"
+    arguments, log = prepare(folder, is_streamed, is_mixed), folder / "log.txt"
     began = time.monotonic()
     reference = Attempt([*arguments, f"--output_dir={folder}/reference"], processes, log)
     if not reference.wait(300) or set(reference.codes.values()) != {0}:
@@ -238,9 +248,11 @@ if __name__ == "__main__":
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "INT", "USR1"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--streaming", action="store_true")
+    parser.add_argument("--mixture", action="store_true")
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="kills_"))
     os.environ |= {"HF_HOME": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     number = getattr(signal, f"SIG{options.signal}")
-    print(json.dumps(harness(options.kills, options.processes, number, options.seed, folder, options.streaming)))
+    kinds = options.streaming, options.mixture
+    print(json.dumps(harness(options.kills, options.processes, number, options.seed, folder, *kinds)))
     shutil.rmtree(folder)

@@ -3,7 +3,11 @@
 Without weights an epoch takes all blocks of all sources. With them each source gives its share of an epoch's blocks,
 and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources go on in
 the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what an
-epoch takes. A stream does not know its length: each block comes from the source that is most behind its share.
+epoch takes.
+
+A stream does not know its length: each block comes from the source that is most behind its share. The end of the source
+that is used up first is the epoch's. A longer one goes on in the next epoch, and begins again, in another order, when
+all of it has come; only there, where one round follows another, a block may come twice in an epoch.
 
 T: tokens in a block, n: blocks.
 """
@@ -67,6 +71,10 @@ def blocks_of_epoch(sizes: Sequence[int], counts: Sequence[int], seed: int, epoc
     return np.concatenate(found)
 
 
+def _rounded(shares: Mapping[str, float] | None) -> list[float] | None:
+    return [round(share, 6) for share in shares.values()] if shares else None
+
+
 class Mixture(Split):
     """The prepared blocks of several sources: a `TrainingData`. `blocks` are those of all sources, and `num_blocks` as
     many as an epoch takes."""
@@ -83,6 +91,12 @@ class Mixture(Split):
     def num_blocks(self) -> int:
         return sum(self.counts_in_epoch)
 
+    @property
+    def num_targets(self) -> int:
+        """Target tokens of an epoch, about: epochs take other blocks of a source."""
+        counts = zip(self.splits.values(), self.counts_in_epoch, strict=True)
+        return round(sum(split.num_targets * count / split.num_blocks for split, count in counts))
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The numbers of an epoch's blocks, [n], in the order that `block_order` gives them. Raises ValueError as
         `Split.order` does."""
@@ -92,7 +106,7 @@ class Mixture(Split):
 
     def identity(self) -> dict[str, Any]:
         digests = [split.digest() for split in self.splits.values()]
-        return {"training blocks": digest_of(digests), WEIGHTS: self.shares and list(self.shares.values())}
+        return {"training blocks": digest_of(digests), WEIGHTS: _rounded(self.shares)}
 
     def summary(self) -> str:
         block_size, lines = self.blocks.shape[1], []
@@ -115,7 +129,7 @@ class MixedStream(Stream):
         self.documents_apart = any(stream.documents_apart for stream in streams.values())
         identities = [stream.identity() for stream in streams.values()]
         self._identity = {name: digest_of([each[name] for each in identities]) for name in identities[0]}
-        self._identity |= {"shuffle_buffer_size": settings.shuffle_buffer_size, WEIGHTS: self.shares}
+        self._identity |= {"shuffle_buffer_size": settings.shuffle_buffer_size, WEIGHTS: _rounded(shares)}
 
     def summary(self) -> str:
         parts = zip(self.streams.items(), self.shares, strict=True)

@@ -23,7 +23,7 @@ WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 def read_lines(path: Path | str) -> list[Line]:
     """The lines of a metrics.jsonl. A last one that is still being written is left out, and so is a damaged one, with a
-    warning. Raises UserError where no line can be read."""
+    warning. Raises UserError if no line can be read."""
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:
@@ -81,16 +81,17 @@ def draw_run(lines: list[Line], path: Path | str, eval_names: Sequence[str] = ("
     if smoothed:
         axes.plot(steps, smooth(losses), color="tab:blue", lw=1.8, label="training, smoothed")
     first, *others = eval_names
-    for i, name in enumerate(others):
-        steps, losses = points(lines, f"eval_{name}_loss")
-        colour = OTHER_COLOURS[i % len(OTHER_COLOURS)]
-        axes.plot(steps, losses, color=colour, lw=1.4, marker="o", ms=3, label=f"validation: {name}")
     steps, losses = points(lines, "eval_loss")
     label = f"validation: {first}" if others else "validation"
-    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label=label)
+    axes.plot(steps, losses, color="tab:orange", lw=1.8, marker="o", ms=4, label=label, zorder=3)
+    for i, name in enumerate(others):
+        colour = OTHER_COLOURS[i % len(OTHER_COLOURS)]
+        of_set = points(lines, f"eval_{name}_loss")
+        axes.plot(*of_set, color=colour, lw=1.4, marker="o", ms=3, label=f"validation: {name}")
     if len(losses):
         best = losses.argmin()
-        label = f"lowest {label} loss: {losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
+        lowest = f"{losses[best]:.3f} at step {steps[best]:,.0f} (perplexity {_ppl(losses[best])})"
+        label = f"lowest validation loss{f' of {first}' if others else ''}: {lowest}"
         axes.plot(steps[best], losses[best], "o", ms=9, mfc="none", mec="black", mew=1.2, ls="none", label=label)
     axes.set_ylabel("loss (nats per token)")
     axes.legend(frameon=False)

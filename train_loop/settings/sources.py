@@ -64,7 +64,7 @@ def _twice(names: list[str]) -> list[str]:
 
 def _split_name(text: Any) -> tuple[str | None, Any]:
     """(name, rest) of NAME=FILE; (None, text) of what is a file as it stands, or has no name."""
-    found = re.fullmatch(rf"({NAME})=(.+)", text) if isinstance(text, str) else None
+    found = re.fullmatch(rf"({NAME})=([^\0]+)", text) if isinstance(text, str) else None
     if not found or any(path.exists() for path in data_files(text).paths):
         return None, text
     return found[1], found[2]
@@ -90,7 +90,7 @@ def _read_item(f: dataclasses.Field, item: Any, where: str, problems: list[str])
     if len(problems) > before:
         return {}
     if "dataset_config_name" in found and "dataset_name" not in found:
-        problems.append(f"{where} dataset_config_name goes with dataset_name")
+        problems.append(f"{where} dataset_config_name needs dataset_name")
     name = found.pop("name", None) or _name_of(found[places[0]])
     if not re.fullmatch(NAME, name):
         problems.append(f"{where} {name!r} is no name: letters, digits, '.', '_' and '-'. Give one, as NAME=...")

@@ -22,7 +22,7 @@ def read_value(f: dataclasses.Field, value: Any, where: str, problems: list[str]
         wanted = ", ".join(filter(None, [type_name(f.type), f.metadata["wanted"]]))
         shown = repr(value) if len(repr(value)) <= 100 else f"{repr(value)[:100]}..."
         problems.append(
-            f"{where} needs a value: {wanted}" if value == "" else f"{where} is {shown}, but must be {wanted}"
+            f"{where} needs a value: {wanted}" if value in ("", [""]) else f"{where} is {shown}, but must be {wanted}"
         )
         return f.default
 
@@ -45,6 +45,8 @@ def convert(value: Any, kind: Any) -> Any:
     if kind is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     if kind is str and isinstance(value, (str, int)) and not isinstance(value, bool) and str(value):
+        if "\0" in str(value):  # no path has it
+            raise ValueError
         return str(value)
     if kind in (int, float) and not isinstance(value, bool) and isinstance(value, (int, float, str)):
         number = float(value)
