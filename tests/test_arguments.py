@@ -148,7 +148,7 @@ def test_an_unknown_flag_is_not_taken_for_one_that_looks_a_little_like_it(flag):
 
 def test_a_file_alone_is_answered_with_the_flag_for_it():
     assert problems_of("args.json") == [
-        "the command line: 'args.json' belongs to no flag; did you mean --config args.json?"
+        "the command line: 'args.json' is not the value of any flag; did you mean --config args.json?"
     ]
 
 
@@ -208,9 +208,7 @@ def test_the_flag_that_they_add_on_a_cpu_is_answered(names, tmp_path, capsys):
 def test_what_run_clm_does_otherwise_is_said_to_those_who_write_its_flags(capsys):
     read_settings(["--model_name_or_path=m", "--dataset_name=d", "--do_eval"])
     error = capsys.readouterr().err
-    assert (
-        error == "note: block_size is 128 where it is not given; run_clm takes the model's positions, at most 1,024\n"
-    )
+    assert error == "note: the default of block_size is 128; run_clm takes the model's positions, at most 1,024\n"
     read_settings(DATA)
     assert capsys.readouterr().err == ""
 

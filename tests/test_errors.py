@@ -62,14 +62,14 @@ BAD_FILES = {
     "header.csv": (b"text\n", "header.csv"),
     "list.json": (b'["a", "b"]', "less than one block"),
     "nulls.jsonl": (b'{"text": null}\n' * 5, "line 1: 'text' is null"),
-    "no_ending": (b"text", "its kind is not known"),
+    "no_ending": (b"text", "this kind of file is unknown"),
     "other.jsonl": (b'{"body": "a", "title": "b"}\n' * 5, "text_column may be one of: body, title"),
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "text_column may be one of: a, b"),
     "null.jsonl": (
         b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
         "null.jsonl cannot be read as json: line 2: 'text' is null",
     ),
-    "unknown.docx": (b"text", "its kind is not known"),
+    "unknown.docx": (b"text", "this kind of file is unknown"),
 }
 
 

@@ -217,9 +217,9 @@ def test_a_push_that_cannot_succeed_is_refused(
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--hub_model_id=me/x"], "hub_model_id goes with push_to_hub"),
-        (["--hub_private_repo"], "hub_private_repo goes with push_to_hub"),
-        (["--hub_strategy=every_save"], "hub_strategy goes with push_to_hub"),
+        (["--hub_model_id=me/x"], "hub_model_id needs push_to_hub"),
+        (["--hub_private_repo"], "hub_private_repo needs push_to_hub"),
+        (["--hub_strategy=every_save"], "hub_strategy needs push_to_hub"),
         (["--push_to_hub", "--hub_strategy=checkpoint"], "must be text, one of end, every_save"),
         (["--push_to_hub", "--hub_strategy=every_save", "--checkpointing_steps=none"], "checkpointing_steps is none"),
         (["--push_to_hub", "--eval_only"], "push_to_hub or eval_only"),

@@ -241,12 +241,15 @@ def test_the_adapter_of_a_run_without_a_record_goes_too(tmp_path):
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (["--model_name_or_path=m", "--lora_alpha=8"], "lora_alpha goes with lora_r"),
-        (["--model_name_or_path=m", "--lora_dropout=0.1"], "lora_dropout goes with lora_r"),
-        (["--model_name_or_path=m", "--lora_target_modules=c_attn"], "lora_target_modules goes with lora_r"),
+        (["--model_name_or_path=m", "--lora_alpha=8"], "lora_alpha needs lora_r"),
+        (["--model_name_or_path=m", "--lora_dropout=0.1"], "lora_dropout needs lora_r"),
+        (["--model_name_or_path=m", "--lora_target_modules=c_attn"], "lora_target_modules needs lora_r"),
         (["--model_name_or_path=m", "--lora_r=0"], "lora_r is '0', but must be a whole number, at least 1"),
-        (["--model_name_or_path=m", "--lora_r=8", "--eval_only"], "lora_r goes with training, not with eval_only"),
-        (["--model_type=gpt2", "--tokenizer_vocab_size=300", "--lora_r=8"], "lora_r goes with model_name_or_path"),
+        (
+            ["--model_name_or_path=m", "--lora_r=8", "--eval_only"],
+            "lora_r is for training: it has no effect with eval_only",
+        ),
+        (["--model_type=gpt2", "--tokenizer_vocab_size=300", "--lora_r=8"], "lora_r needs model_name_or_path"),
     ],
 )
 def test_settings_that_do_not_go_with_it_are_refused(arguments, said, text_file):

@@ -458,7 +458,7 @@ def test_a_source_has_the_runs_settings_but_for_its_own(texts, tmp_path):
         ([{"weight": 1}], "item 1: needs train_file or dataset_name, one of them"),
         (
             [{"train_file": "{}/long.txt", "dataset_config_name": "c"}],
-            "item 1: dataset_config_name goes with dataset_name",
+            "item 1: dataset_config_name needs dataset_name",
         ),
         (["{}/long.txt", "{}/long.txt"], "long is the name of two items"),
         (["{}/long.txt", "{}/none.txt"], "none.txt: no such file"),

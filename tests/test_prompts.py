@@ -279,9 +279,9 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
     "arguments, said",
     [
         (["--text_column", "a", "b", "c"], "--text_column is ['a', 'b', 'c'], but must be text, one column, or two"),
-        (["--packing", "false", "--document_attention"], "document_attention goes with packing"),
-        (["--packing", "false", "--eval_stride", "8"], "eval_stride goes with packing"),
-        (["--packing", "false", "--named_perplexities"], "named_perplexities goes with packing"),
+        (["--packing", "false", "--document_attention"], "document_attention needs packing"),
+        (["--packing", "false", "--eval_stride", "8"], "eval_stride needs packing"),
+        (["--packing", "false", "--named_perplexities"], "named_perplexities needs packing"),
         (
             ["--named_perplexities"],
             "named_perplexities are of rows of text, and the validation data has rows of",

@@ -54,8 +54,8 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     [
         ("seed: " + "[" * DEEP + "]" * DEEP, "its lists are nested too deep"),
         ("seed: " + "{a: " * DEEP + "}" * DEEP, "its lists are nested too deep"),
-        (BOMB, "line 2: a recipe takes no aliases"),
-        ("a: &a\n  seed: 1\n<<: *a\n", "a recipe takes no aliases"),
+        (BOMB, "line 2: aliases (*name) are not allowed"),
+        ("a: &a\n  seed: 1\n<<: *a\n", "aliases (*name) are not allowed"),
         ("seed: 1\nblock_size: 8\nseed: 2\n", "line 1: a name is given twice"),
         ("# " + "x" * 2**20 + "\nseed: 1\n", "it is larger than 1,048,576 characters"),
     ],

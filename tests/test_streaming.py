@@ -240,7 +240,7 @@ def test_a_null_in_a_table_is_an_error(texts, tokenizer, tmp_path):
         ("--max_train_steps=", "max_train_steps"),
         ("--tokenizer_vocab_size=300", "streaming needs a tokenizer"),
         ("--validation_file=", "streaming needs validation_file"),
-        ("--streaming=false", "shuffle_buffer_size goes with streaming"),
+        ("--streaming=false", "shuffle_buffer_size needs streaming"),
         ("--train_file=*.nothing", "*.nothing: there is no text file in it"),
     ],
 )

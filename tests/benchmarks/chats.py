@@ -2,7 +2,7 @@
 
     python -m pip install trl
     PYTHONPATH=. python tests/benchmarks/chats.py labels                # labels and losses of some rows
-    PYTHONPATH=. python tests/benchmarks/chats.py preparation --rows 100000 --json out.json
+    PYTHONPATH=. python tests/benchmarks/chats.py preparation --rows 25000 100000
 
 `labels` compares every token and label of each row, and the losses of 20 steps of a tiny Llama without dropout, with
 the same rows in the same micro-batches (`packing` false here, padding there). TRL finds the assistant's turns of a chat
@@ -190,13 +190,13 @@ def compare_preparation(arguments):
     with tempfile.TemporaryDirectory() as folder:
         rows, _, _ = load_rows(Settings(dataset_name="python_docs"))
         load_tokenizer(Settings(tokenizer_vocab_size=4096), rows).save_pretrained(Path(folder) / "tokenizer")
-        for num_rows in (arguments.rows // 4, arguments.rows):
+        for num_rows in arguments.rows:
             path = Path(folder) / f"{num_rows}.jsonl"
             with open(path, "w", encoding="utf-8") as file:
                 for i, chat in enumerate(chats(num_rows, num_words=40)):
                     file.write(json.dumps({"id": i, "messages": chat}) + "\n")
             print(f"{num_rows:,} rows, {path.stat().st_size / 1e6:.1f} MB")
-            for _, kind in itertools.product(range(arguments.repetitions), KINDS):
+            for _, kind in itertools.product(range(arguments.repetitions), arguments.kinds):
                 with tempfile.TemporaryDirectory(dir=folder) as cache:
                     done = subprocess.run(
                         [sys.executable, __file__, "preparation", "--work", kind, "--file", path, "--folder", cache],
@@ -222,7 +222,8 @@ KINDS = ("ours, by marks", "ours, by differences", "trl")
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("labels", "preparation"))
-    parser.add_argument("--rows", type=int, default=100_000)
+    parser.add_argument("--rows", type=int, nargs="+", default=[25_000, 100_000])
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     parser.add_argument("--repetitions", type=int, default=1)
     parser.add_argument("--json", type=Path)
     for name in ("--work", "--file", "--folder"):

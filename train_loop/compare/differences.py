@@ -34,7 +34,7 @@ class Measured:
 
 
 def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> Measured:
-    """Raises UserError where nats are missing, or where the runs were not evaluated on the same text."""
+    """Raises UserError if nats are missing, or where the runs were not evaluated on the same text."""
     found = {name: [run.block_nats(best, set_name) for run in runs] for name, runs in recipes.items()}
     steps = {name: [run.evaluation(best).step or 0 for run in runs] for name, runs in recipes.items()}
     all_found = [nats for several in found.values() for nats in several]
@@ -74,11 +74,10 @@ def in_words(measured: Measured, first: str, second: str) -> str:
     """Sentences: how the second recipe's loss differs from the first's, and what makes the interval wide."""
     found = measured.difference(first, second)
     way = "lower" if found.value < 0 else "higher"
-    share = found.share_lower if found.value < 0 else found.share_higher
-    pieces = f"{len(measured.weights):,} {measured.pieces}"
+    percent = 100 * (found.share_lower if found.value < 0 else found.share_higher)
     claim = (
-        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {100 * share:.0f} % of "
-        f"{pieces}."
+        f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {percent:.0f} % "
+        f"of {len(measured.weights):,} {measured.pieces}."
     )
     if not found.is_clear:
         claim = f"No difference can be told from these: {claim}"

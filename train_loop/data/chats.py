@@ -29,7 +29,7 @@ class RowProblem(UserError):
 
 
 def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template that is used for chats. Raises UserError where there is none."""
+    """The template that is used for chats. Raises UserError if there is none."""
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -57,17 +57,18 @@ def rendered(
 def assistants_tokens(
     chats: list[Messages], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem where that cannot be told."""
+    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem if that cannot be told."""
     if GENERATION.search(chat_template(tokenizer)):
         yield from _as_marked(chats, tokenizer)
         return
-    texts, spans = rendered(chats, range(len(chats)), tokenizer), _turns(chats, tokenizer)
+    texts = rendered(chats, range(len(chats)), tokenizer)
+    turns = _turns(chats, texts, tokenizer)
     encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
     assert encodings is not None  # of a fast tokenizer
     for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
         begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         is_target = np.zeros(len(begins), dtype=bool)
-        for before, after in spans[number]:
+        for before, after in turns[number]:
             if not (text.startswith(after) and after.startswith(before)):
                 raise RowProblem(
                     number,
@@ -93,8 +94,9 @@ def _as_marked(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> Ite
         yield ids, is_target
 
 
-def _turns(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[str, str]]]:
-    """Of each chat, of each turn of the assistant: the text up to before it, and up to after it."""
+def _turns(chats: list[Messages], texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[str, str]]]:
+    """Of each chat, of each turn of the assistant: the text up to before it, and up to after it. `texts`: of the whole
+    chats."""
     numbers, befores, afters = [], [], []
     for number, chat in enumerate(chats):
         for i, message in enumerate(chat):
@@ -110,7 +112,10 @@ def _turns(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> list[li
             afters.append(chat[: i + 1])
     found: list[list[tuple[str, str]]] = [[] for _ in chats]
     before_texts = rendered(befores, numbers, tokenizer, add_generation_prompt=True)
-    after_texts = rendered(afters, numbers, tokenizer)
-    for number, before, after in zip(numbers, before_texts, after_texts, strict=True):
-        found[number].append((before, after))
+    inner = [i for i, number in enumerate(numbers) if len(afters[i]) < len(chats[number])]
+    after_texts = dict(
+        zip(inner, rendered([afters[i] for i in inner], [numbers[i] for i in inner], tokenizer), strict=True)
+    )
+    for i, (number, before) in enumerate(zip(numbers, before_texts, strict=True)):
+        found[number].append((before, after_texts.get(i, texts[number])))  # after the last turn is the whole chat
     return found

@@ -91,6 +91,12 @@ class Mixture(Split):
     def num_blocks(self) -> int:
         return sum(self.counts_in_epoch)
 
+    @property
+    def num_targets(self) -> int:
+        """Target tokens of an epoch, about: epochs take other blocks of a source."""
+        counts = zip(self.splits.values(), self.counts_in_epoch, strict=True)
+        return round(sum(split.num_targets * count / split.num_blocks for split, count in counts))
+
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The numbers of an epoch's blocks, [n], in the order that `block_order` gives them. Raises ValueError as
         `Split.order` does."""

@@ -4,8 +4,8 @@ settings.py        every setting: name, type, default, what it means; field.py: 
                    choices.py: the schedules and trackers that there are
 sources.py         lists of sources and of validation sets      values.py   written values become values of a type
 command_line.py    defaults, then a recipe (YAML), then the command line
-contradictions.py  settings that do not go together, files that are not usable
-habits.py          what becomes of the arguments of transformers' scripts; README.md lists them
+contradictions.py  contradictions between settings, files that are not usable
+habits.py          the arguments of transformers' scripts; README.md lists them
 """
 
 from train_loop.settings.choices import SCHEDULES, TRACKERS

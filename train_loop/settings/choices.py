@@ -1,4 +1,4 @@
-"""What some settings may be chosen from."""
+"""The choices that some settings have."""
 
 # the schedules of the learning rate, and the parameters that lr_scheduler_kwargs may give to each, with their defaults
 SCHEDULES: dict[str, dict[str, float]] = {

@@ -1,4 +1,4 @@
-"""From words to `Settings`: defaults, then a recipe (YAML), then the command line.
+"""`Settings` from the defaults, then a recipe (YAML), then the command line.
 
 Nothing heavy is imported here, so that `--help` and a mistyped flag answer at once.
 """
@@ -22,10 +22,10 @@ from train_loop.settings.values import kind_of, read_value, type_name
 
 PACKAGE = Path(__file__).parent.parent
 RECIPES = PACKAGE / "recipes"
-# in an installed package they are inside it, in a clone beside it
+# inside the package if it is installed, beside it in a clone
 LAUNCH_CONFIGS = next((p for p in (PACKAGE / "launch_configs", PACKAGE.parent / "launch_configs") if p.is_dir()), None)
-RECIPE_BYTES = 2**20  # a larger file is no recipe
-# where none of these is given, and no recipe either, the run is the quickstart
+RECIPE_BYTES = 2**20  # a larger file is not a recipe
+# without any of these, and without a recipe, the run is the quickstart
 MODEL_OR_DATA = {
     "model_name_or_path",
     "config_name",
@@ -39,10 +39,9 @@ MODEL_OR_DATA = {
 def read_settings(argv: list[str]) -> Settings:
     """The settings that the command line `argv` (a list of words) asks for.
 
-    Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, settings that
-    contradict each other, files that are not there. `--help` prints what settings there are, `--print_config` prints
-    those that came out, as a recipe, `--print_launch_config NAME` prints a launch config. All three leave with
-    SystemExit.
+    Raises UserError with one line for each problem: unknown keys, wrong types, values out of range, contradictions,
+    missing files. `--help` prints all settings, `--print_config` prints the resulting ones as a recipe, and
+    `--print_launch_config NAME` prints a launch config. These three raise SystemExit.
     """
     problems: list[str] = []
     remarks: list[str] = []
@@ -77,14 +76,14 @@ def read_settings(argv: list[str]) -> Settings:
 def _take(
     entries: dict[str, Any], source: str, values: dict[str, Any], problems: list[str], remarks: list[str]
 ) -> None:
-    """Puts `entries`, {name: value as it was written}, into `values` as what they are to be. `source`: how a message
-    about one of them begins."""
+    """Converts `entries`, {name: value as it was written}, to the types of the settings and puts them into `values`.
+    `source`: the beginning of a message about one of them."""
     fields = {f.name: f for f in dataclasses.fields(Settings)}
     entries, written, refused = habits.translate(entries, remarks)
     problems += [f"{source}{name}: {instead}" for name, instead in refused]
     for name, value in entries.items():
         if name not in fields:
-            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)  # less takes any flag for a typo
+            close = difflib.get_close_matches(name, fields, n=1, cutoff=0.8)  # a lower cutoff takes any flag for a typo
             dashes = "--" * source.endswith("--")
             hint = f"; did you mean {dashes}{close[0]}?" if close else ""
             problems.append(f"{source}{name} is not a setting{hint}")
@@ -98,7 +97,7 @@ def _take(
 
 
 def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | None, dict[str, Any]]:
-    """(recipe or None, {flag: text}); what is neither a flag nor a flag's value goes to `problems`."""
+    """(recipe or None, {flag: text}). A word that is neither a flag nor the value of one goes to `problems`."""
     parser = argparse.ArgumentParser(
         prog="train_loop/main.py",
         usage="accelerate launch %(prog)s [--config RECIPE] [--NAME VALUE ...]",
@@ -113,7 +112,7 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
         "--print_launch_config",
         metavar="NAME",
         nargs="?",
-        help=f"print a file to start with, and stop; one of: {', '.join(_launch_configs())}",
+        help=f"print a launch config, and stop; one of: {', '.join(_launch_configs())}",
     )
     groups: dict[str, Any] = {}
     for f in dataclasses.fields(Settings):
@@ -141,19 +140,19 @@ def _split_command_line(argv: list[str], problems: list[str]) -> tuple[str | Non
             flags[word[2:].split("=")[0]] = ""
         elif not (unknown.index(word) and unknown[unknown.index(word) - 1].startswith("--")):
             hint = f"; did you mean --config {word}?" if word.endswith((".yaml", ".yml", ".json")) else ""
-            problems.append(f"the command line: {word!r} belongs to no flag{hint}")
+            problems.append(f"the command line: {word!r} is not the value of any flag{hint}")
     if "config" in flags and flags["config"] is None:
         problems.append("the command line: --config needs the name of a recipe or a YAML file")
     for name, value in flags.items():
         if name in habits.REFUSED or name in habits.NO_EFFECT:
             flags[name] = " ".join(value) or "true"
         elif value in (None, []) and name != "config":
-            flags[name] = ""  # a flag without its value: no type takes this
+            flags[name] = ""  # a flag without its value: every type refuses this
     return flags.pop("config", None), flags
 
 
 def _underscored(word: str) -> str:
-    """--block-size=64 as --block_size=64: both are taken, as in transformers' own parser."""
+    """--block-size=64 as --block_size=64: both work, as in transformers' own parser."""
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if word.startswith("--") else word
 
@@ -171,18 +170,20 @@ def _launch_configs() -> dict[str, Path]:
 def _print_launch_config(name: str) -> NoReturn:
     found = _launch_configs()
     if name not in found:
-        raise UserError(f"--print_launch_config {name}: there is no such file; there are {', '.join(found)}")
+        raise UserError(f"--print_launch_config {name}: there is no such file. Choose one of {', '.join(found)}")
     print(found[name].read_text(encoding="utf-8"), end="")
     sys.exit()
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML as recipes need it. A key stands once. There are no aliases: a few lines of them can mean billions of
-    values."""
+    """YAML for recipes: a key may appear once only, and aliases are refused, because a few lines of them can stand for
+    billions of values."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"line {self.peek_event().start_mark.line + 1}: a recipe takes no aliases (*name)")
+            raise yaml.YAMLError(
+                f"line {self.peek_event().start_mark.line + 1}: aliases (*name) are not allowed in a recipe"
+            )
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -193,7 +194,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _read_recipe(recipe: str, problems: list[str]) -> dict[str, Any]:
-    """The mapping in a recipe, by name or by path; {} and a problem if there is none."""
+    """The mapping in a recipe, given by name or path. If it cannot be read: {}, and a line in `problems`."""
     path = RECIPES / f"{recipe}.yaml"
     if not path.is_file():
         path = Path(recipe).expanduser()

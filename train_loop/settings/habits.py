@@ -1,11 +1,11 @@
-"""What those who come from transformers write: the arguments of TrainingArguments, run_clm and run_clm_no_trainer.
+"""The arguments that users of transformers know: those of TrainingArguments, run_clm and run_clm_no_trainer.
 
-    same       a setting has the name; SAME says where it is not quite the same
-    alias      another name for a setting, stored under the setting's own
-    no effect  taken, with a line that says why nothing depends on it here
-    refused    with a sentence that says what to give instead
+    same       a setting has this name; SAME says where it differs a little
+    alias      a different name for a setting
+    no effect  accepted; a line says why it has no effect here
+    refused    a sentence says what to give instead
 
-README.md beside this file lists them all, as `page` writes it.
+README.md beside this file lists them all; `page` writes it.
 """
 
 from typing import Any
@@ -25,11 +25,11 @@ SAME = {
     "dataset_config_name": "",
     "train_file": "also jsonl, parquet, .gz, folders, patterns; several files: a mixture",
     "validation_file": "likewise; several files: several validation sets",
-    "validation_split_percentage": "the last rows are held out; run_clm holds out the first",
+    "validation_split_percentage": "holds out the last rows; run_clm holds out the first",
     "max_train_samples": "blocks",
     "max_eval_samples": "blocks",
     "streaming": "needs max_train_steps and validation data",
-    "block_size": "default 128; run_clm's is the model's positions, at most 1,024. More than it has is an error",
+    "block_size": "default 128; run_clm takes the model's positions, at most 1,024. More than these is an error",
     "preprocessing_num_workers": "threads; the blocks do not depend on it",
     "output_dir": "a folder with a run in it is refused",
     "overwrite_output_dir": "",
@@ -87,22 +87,22 @@ ALIASES = {
 
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
 NO_EFFECT = {
-    "overwrite_cache": "cached tokens are found by the data's content, so changed data is never taken from the cache",
-    "low_cpu_mem_usage": "models are loaded so by today's transformers",
-    "ignore_data_skip": "resuming skips no data: it begins at the right block at once",
-    "prediction_loss_only": "evaluation works out the loss alone",
+    "overwrite_cache": "cached tokens are found by the data's content, so changed data is tokenised again",
+    "low_cpu_mem_usage": "transformers always loads models this way now",
+    "ignore_data_skip": "a resume skips no data: it starts at the right block",
+    "prediction_loss_only": "evaluation computes only the loss",
     "eval_on_start": "the model is evaluated before the first step anyway",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "log_level": "the console is plain; metrics.jsonl is the record",
-    "log_level_replica": "the main process alone prints",
-    "log_on_each_node": "the main process alone prints",
-    "disable_tqdm": "progress bars are shown in a terminal only",
-    "remove_unused_columns": "the text column alone is read",
+    "log_level_replica": "only the main process prints",
+    "log_on_each_node": "only the main process prints",
+    "disable_tqdm": "progress bars appear only in a terminal",
+    "remove_unused_columns": "only the columns of the rows are read",
     "include_num_input_tokens_seen": "tokens_seen is in metrics.jsonl anyway",
     "include_tokens_per_second": "tokens_per_second is in metrics.jsonl anyway",
-    "save_safetensors": "checkpoints are safetensors anyway",
-    "skip_memory_metrics": "peaks of memory are in all_results.json anyway",
-    "length_column_name": "blocks are equally long",
+    "save_safetensors": "checkpoints are always safetensors",
+    "skip_memory_metrics": "peak memory is always in all_results.json",
+    "length_column_name": "all blocks have the same length",
     "ddp_bucket_cap_mb": "torch's default is used",
     **dict.fromkeys(
         ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), "evaluation keeps sums only"
@@ -118,16 +118,16 @@ def _launch(flag: str) -> str:
 HALF = "weights are trained in float32; for lower precision in the passes: accelerate launch --mixed_precision bf16"
 COMPILE = _launch("--dynamo_backend inductor")
 SHARDING = _launch("--config_file launch_configs/fsdp.yaml")
-DDP = "DDP is set up by Accelerate; the place to change it is train_loop/machine/launch.py"
-METRIC = "this is code of one's own: change train_loop/evaluate.py"
-RECOMPUTED = "gradient_checkpointing takes torch's way without reentry, with dropout's masks drawn again as they were"
-Instead = tuple[str, str]  # (name, what to do in the place of it)
-# name: (what to do instead, values that ask for what is done anyway and are taken)
+DDP = "Accelerate sets up DDP; to change it, edit train_loop/machine/launch.py"
+METRIC = "a metric is code: edit `plain` in train_loop/loss.py"
+RECOMPUTED = "gradient_checkpointing always uses use_reentrant=False and restores dropout's masks"
+Instead = tuple[str, str]  # (name, what to do instead)
+# name: (what to do instead, values that are accepted because they ask for what is done anyway)
 REFUSED = {
     "bf16": (_launch("--mixed_precision bf16"), "false"),
     "fp16": (_launch("--mixed_precision fp16"), "false"),
-    "bf16_full_eval": ("evaluation takes the launcher's precision, and sums in float32", "false"),
-    "fp16_full_eval": ("evaluation takes the launcher's precision, and sums in float32", "false"),
+    "bf16_full_eval": ("evaluation uses the launcher's precision, and sums in float32", "false"),
+    "fp16_full_eval": ("evaluation uses the launcher's precision, and sums in float32", "false"),
     "dtype": (HALF, "float32"),
     "torch_dtype": (HALF, "float32"),
     "use_cpu": (_launch("--config_file launch_configs/cpu.yaml"), "false"),
@@ -148,17 +148,17 @@ REFUSED = {
     "ddp_static_graph": (DDP, "false"),
     "accelerator_config": (_launch("--config_file FILE"), ""),
     "parallelism_config": (SHARDING, ""),
-    "use_cache": ("keys and values are kept in generation alone, as the model's config says", "false"),
-    "use_liger_kernel": ("the loss already works without logits", "false"),
-    "liger_kernel_config": ("the loss already works without logits", ""),
+    "use_cache": ("keys and values are cached only in generation, as the model's config says", "false"),
+    "use_liger_kernel": ("the loss already works without full logits", "false"),
+    "liger_kernel_config": ("the loss already works without full logits", ""),
     "optim": ("give --optimizer adamw or muon; any other: train_loop/optim.py", "adamw_torch,adamw_torch_fused"),
-    "optim_args": ("the place to change the optimizer is train_loop/optim.py", ""),
-    "optim_target_modules": ("the place to change the optimizer is train_loop/optim.py", ""),
-    "neftune_noise_alpha": ("the place for noise on embeddings is train_loop/model.py", ""),
+    "optim_args": ("to change the optimizer, edit train_loop/optim.py", ""),
+    "optim_target_modules": ("to change the optimizer, edit train_loop/optim.py", ""),
+    "neftune_noise_alpha": ("for noise on embeddings, edit train_loop/model.py", ""),
     "average_tokens_across_devices": ("the loss is always the mean over the tokens of all processes", "true"),
-    "torch_empty_cache_steps": ("the place for it is train_loop/loop.py", ""),
-    "logging_strategy": ("a line comes every logging_steps steps: give --logging_steps N", "steps"),
-    "logging_dir": ("TensorBoard's files lie in output_dir/tensorboard", ""),
+    "torch_empty_cache_steps": ("to add it, edit train_loop/loop.py", ""),
+    "logging_strategy": ("the loss is logged every logging_steps steps: give --logging_steps N", "steps"),
+    "logging_dir": ("TensorBoard's files are in output_dir/tensorboard", ""),
     "project": ("for wandb set the environment variable WANDB_PROJECT", "huggingface"),
     "include_for_metrics": (METRIC, ""),
     "include_inputs_for_metrics": (METRIC, "false"),
@@ -166,23 +166,23 @@ REFUSED = {
     "label_names": ("labels are the tokens themselves", ""),
     "metric_for_best_model": ("the best model is that of the lowest validation loss", "loss,eval_loss"),
     "greater_is_better": ("the best model is that of the lowest validation loss", "false"),
-    "save_only_model": ("a checkpoint holds all that resuming needs; the model alone is exported at the end", "false"),
+    "save_only_model": ("a checkpoint always holds what a resume needs; the model is exported at the end", "false"),
     "save_on_each_node": ("checkpoints are written once: all machines must see output_dir", "false"),
     "enable_jit_checkpoint": ("SIGTERM saves a checkpoint anyway", "false"),
-    "hub_always_push": ("while a push is not over the next one is left out; the last one is not", "false"),
-    "hub_revision": ("the main branch is pushed to", "main"),
+    "hub_always_push": ("while a push is running, the next one is skipped; the last one is not", "false"),
+    "hub_revision": ("pushes go to the main branch", "main"),
     "restore_callback_states_from_checkpoint": ("there are no callbacks", "false"),
-    "data_seed": ("seed decides the order of blocks too: give --seed", ""),
-    "dataloader_drop_last": ("each block is seen exactly once an epoch, also those of a last short batch", "false"),
-    "train_sampling_strategy": ("the place to change the order of blocks is data/blocks.py", "random"),
-    "group_by_length": ("blocks are equally long", "false"),
-    "debug": ("--traceback shows where an error is from", ""),
-    "do_predict": ("to write text: python -m train_loop.generate FOLDER PROMPT", "false"),
-    "keep_linebreaks": ("line breaks are part of the text, and kept", "true"),
-    "no_keep_linebreaks": ("line breaks are part of the text, and kept", "false"),
-    "use_fast_tokenizer": ("fast tokenizers only", "true"),
-    "no_use_fast_tokenizer": ("fast tokenizers only", "false"),
-    "use_slow_tokenizer": ("fast tokenizers only", "false"),
+    "data_seed": ("seed also determines the order of blocks: give --seed", ""),
+    "dataloader_drop_last": ("each block is seen exactly once an epoch, also in a short last batch", "false"),
+    "train_sampling_strategy": ("to change the order of blocks, edit train_loop/data/blocks.py", "random"),
+    "group_by_length": ("all blocks have the same length", "false"),
+    "debug": ("--traceback shows where an error comes from", ""),
+    "do_predict": ("to generate text: python -m train_loop.generate FOLDER PROMPT", "false"),
+    "keep_linebreaks": ("line breaks are part of the text and are kept", "true"),
+    "no_keep_linebreaks": ("line breaks are part of the text and are kept", "false"),
+    "use_fast_tokenizer": ("only fast tokenizers work here", "true"),
+    "no_use_fast_tokenizer": ("only fast tokenizers work here", "false"),
+    "use_slow_tokenizer": ("only fast tokenizers work here", "false"),
     **dict.fromkeys(
         ("token", "hub_token", "use_auth_token"),
         ("set the environment variable HF_TOKEN, or log in: hf auth login", ""),
@@ -190,7 +190,7 @@ REFUSED = {
     **dict.fromkeys(("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"), (RECOMPUTED, "")),
     **dict.fromkeys(
         ("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-        ("trackers get their defaults; the place to change that is train_loop/report/trackers.py", ""),
+        ("trackers use their defaults; to change that, edit train_loop/report/trackers.py", ""),
     ),
 }
 
@@ -200,9 +200,9 @@ def is_habit(name: str) -> bool:
 
 
 def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, Any], dict[str, str], list[Instead]]:
-    """(settings, written, refused) of `entries`, {name: value as it was written}: the same with settings' names in the
-    place of aliases; {setting: the name that was written} of those; [(name, what to do instead)]. What has no effect
-    goes to `remarks`."""
+    """(settings, written, refused) of `entries`, {name: value as it was written}. settings: the same with the settings'
+    names instead of aliases. written: {setting: the alias that was written}. refused: [(name, what to do instead)].
+    Arguments without effect go to `remarks`."""
     problems = []
     settings = {name: value for name, value in entries.items() if not is_habit(name)}
     if str(settings.get("resume_from_checkpoint")).lower() == "true":
@@ -224,17 +224,17 @@ def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, An
 
 
 def remarks_on_defaults(values: dict[str, Any]) -> list[str]:
-    """What one who writes aliases may not expect of the settings `values`, {name: value}, that were given."""
+    """What users of transformers may not expect, given the settings `values`, {name: value}."""
     found = []
     if "block_size" not in values:
-        found.append("block_size is 128 where it is not given; run_clm takes the model's positions, at most 1,024")
+        found.append("the default of block_size is 128; run_clm takes the model's positions, at most 1,024")
     if values.get("train_file") and not values.get("validation_file") and not values.get("streaming"):
         found.append("without a validation_file the last rows are held out; run_clm holds out the first")
     return found
 
 
 def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[Instead]) -> tuple[str | None, Any]:
-    """(setting, value) that an alias stands for; (None, None) where nothing is to be set."""
+    """(setting, value) that an alias stands for; (None, None) if it sets nothing."""
     text, number, target = _text(value), _number(value), ALIASES[name][0]
     if name == "max_steps":
         return target, None if number is not None and number <= 0 else value
@@ -295,5 +295,5 @@ def page() -> str:
     rows += [(name, f"alias of `{target}`", note) for name, (target, note) in ALIASES.items()]
     rows += [(name, "no effect", why) for name, why in NO_EFFECT.items()]
     for name, (instead, taken) in REFUSED.items():
-        rows.append((name, f"refused, but for {taken.replace(',', ', ')}" if taken else "refused", instead))
+        rows.append((name, f"refused, except {taken.replace(',', ', ')}" if taken else "refused", instead))
     return "\n".join([*lines, *(f"| `{name}` | {kind} | {note} |" for name, kind, note in sorted(rows))]) + "\n"

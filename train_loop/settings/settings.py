@@ -1,5 +1,5 @@
 # ruff: noqa: RUF009
-"""The settings of a run: one dataclass, which `command_line.py` fills and `contradictions.py` looks through.
+"""The settings of a run: one dataclass, which `command_line.py` fills and `contradictions.py` checks.
 
 Names and defaults are those of `transformers.TrainingArguments` and its `run_clm` scripts where they have one.
 """
@@ -18,7 +18,7 @@ from train_loop.settings.field import FRACTION, Sources, above, at_least, one_of
 
 @dataclass
 class Settings:
-    """Every setting of a run. A value is None where the setting is off or is worked out from the others."""
+    """Every setting of a run. None means: the setting is off, or follows from the others."""
 
     model_name_or_path: str | None = setting(
         "model", None, "model to fine-tune: a name on the hub or a folder", is_path=True
@@ -35,15 +35,15 @@ class Settings:
         "model", None, "name of a GGUF file in model_name_or_path: weights, config and tokenizer come from it"
     )
     tokenizer_name: str | None = setting(
-        "model", None, "tokenizer's hub name or folder; else the model's own", is_path=True
+        "model", None, "tokenizer: a name on the hub or a folder; default: the model's own", is_path=True
     )
     tokenizer_vocab_size: int | None = setting(
         "model", None, "train a byte-level BPE tokenizer of this many tokens on the training rows", **at_least(257)
     )
     cache_dir: str | None = setting(
-        "model", None, "folder for what is downloaded from the hub and for prepared data; else the cache", is_path=True
+        "model", None, "folder for downloads from the hub and prepared data; default: the usual caches", is_path=True
     )
-    trust_remote_code: bool = setting("model", False, "run Python code that comes with the model: only if you read it")
+    trust_remote_code: bool = setting("model", False, "run Python code that comes with the model. Read it first")
 
     dataset_name: Sources = setting(
         "data", None, "data set: a hub name, a folder, or python_docs (comes with Python); or several", is_path=True
@@ -52,40 +52,40 @@ class Settings:
     train_file: Sources = setting(
         "data",
         None,
-        "training rows: txt (a line is a row), jsonl, json, csv, parquet; .gz; or a folder or pattern of text files, "
-        "each of which is a row; or several, as NAME=FILE, to which a recipe gives weights",
+        "training rows: txt (a line is a row), jsonl, json, csv, parquet, also as .gz; or a folder or pattern of text "
+        "files (a file is a row); or several, as NAME=FILE (a recipe can give them weights)",
         is_path=True,
     )
     validation_file: Sources = setting(
-        "data", None, "validation rows, likewise; of several sets the first decides about the best model", is_path=True
+        "data", None, "validation rows, likewise; the first of several sets decides which model is best", is_path=True
     )
     validation_split_percentage: int = setting(
         "data",
         5,
-        "percent of the training rows, the last ones, held out where no validation data is given",
+        "without validation data, this percentage of the training rows is held out: the last ones",
         check=lambda value: 1 <= value <= 99,
         wanted="from 1 to 99",
     )
     text_column: list[str] | None = setting(
         "data",
         None,
-        "one column: of texts, or of chats (lists of messages); two: of prompts and completions. Else text, prompt and "
-        "completion, messages, or the only column of text",
+        "one column: texts or chats (lists of messages); two: prompts and completions. Default: text, or prompt "
+        "and completion, or messages, or the only column of text",
         check=lambda names: 1 <= len({*names}) == len(names) <= 2,
         wanted="one column, or two",
     )
     completion_only_loss: bool = setting(
-        "data", True, "of prompts and chats, only completions and the assistant's turns are targets"
+        "data", True, "prompts and chats: only completions and the assistant's turns are targets"
     )
     packing: bool = setting(
-        "data", True, "false: each row has a block of its own; it is cut at block_size, or filled up without targets"
+        "data", True, "false: each row gets a block of its own, cut at block_size or padded without targets"
     )
     add_eos_token: bool = setting("data", False, "put the end-of-text token after each row: rows are documents")
     document_attention: bool | None = setting(
         "data",
         None,
-        "attention and positions begin anew with each row in a block; else so for prompts and chats if the model can, "
-        "and not for text. For text it goes with add_eos_token",
+        "attention and positions begin anew with each row in a block. Default: on for prompts and chats if the model "
+        "supports it, off for text. For text it needs add_eos_token",
     )
     streaming: bool = setting(
         "data",
@@ -96,14 +96,14 @@ class Settings:
     shuffle_buffer_size: int = setting(
         "data",
         10_000,
-        "with streaming: blocks are shuffled within groups of so many, twice of which are in memory; 0: not shuffled",
+        "with streaming: blocks are shuffled within groups of this size; two groups are in memory; 0: not shuffled",
         **at_least(0),
     )
     block_size: int = setting("data", 128, "tokens in a block, the model's context in training", **at_least(2))
     max_train_samples: int | None = setting("data", None, "use only this many training blocks", **at_least(1))
     max_eval_samples: int | None = setting("data", None, "use only this many validation blocks", **at_least(1))
     preprocessing_num_workers: int | None = setting(
-        "data", None, "tokenizer threads; else all cores; does not change the result", **at_least(1)
+        "data", None, "tokenizer threads; default: all cores; no effect on the result", **at_least(1)
     )
 
     num_train_epochs: float = setting("training", 3.0, "passes over the training blocks", **above(0))
@@ -115,13 +115,10 @@ class Settings:
         "training", 1, "micro-batches in an optimizer step, on each process", **at_least(1)
     )
     gradient_checkpointing: bool = setting(
-        "training",
-        False,
-        "keep each layer's input alone for the backward pass and compute the rest again: less memory, about a third "
-        "more time, the same losses",
+        "training", False, "keep only each layer's input, recompute the rest: less memory, a third more time"
     )
     auto_micro_batch: bool = setting(
-        "training", False, "where memory runs out, halve the micro-batch and double the accumulation: the same losses"
+        "training", False, "if memory runs out, halve the micro-batch and double the accumulation: the same losses"
     )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))
@@ -133,7 +130,7 @@ class Settings:
     )
     num_warmup_steps: int = setting("training", 0, "optimizer steps of linear warm-up", **at_least(0))
     warmup_ratio: float = setting(
-        "training", 0.0, "linear warm-up as a share of all optimizer steps, in place of num_warmup_steps", **FRACTION
+        "training", 0.0, "linear warm-up as a share of all optimizer steps, instead of num_warmup_steps", **FRACTION
     )
     optimizer: str = setting("training", "adamw", "muon: faster than adamw from scratch", **one_of("adamw", "muon"))
     weight_decay: float = setting("training", 0.0, "decay of the weights, on matrices only", **at_least(0))
@@ -155,34 +152,31 @@ class Settings:
     )
     seed: int = setting("training", 42, "seed of weights, dropout and the order of blocks", **at_least(0))
     num_threads: int | None = setting(
-        "training", None, "CPU threads of each process; else the cores, shared by its processes", **at_least(1)
+        "training", None, "CPU threads of each process; default: its share of the cores", **at_least(1)
     )
 
     lora_r: int | None = setting("training", None, "rank of LoRA's matrices beside the frozen weights", **at_least(1))
-    lora_alpha: int = setting("training", 32, "LoRA's product counts lora_alpha / lora_r times", **at_least(1))
-    lora_dropout: float = setting("training", 0.0, "dropout of what goes into LoRA's matrices", **FRACTION)
+    lora_alpha: int = setting("training", 32, "LoRA's product is scaled by lora_alpha / lora_r", **at_least(1))
+    lora_dropout: float = setting("training", 0.0, "dropout on the input of LoRA's matrices", **FRACTION)
     lora_target_modules: list[str] | None = setting(
-        "training", None, "names of the linear layers that get LoRA's matrices; else all but the head"
+        "training", None, "names of the linear layers that get LoRA's matrices; default: all except the head"
     )
-    tf32: bool = setting("training", False, "float32 products of a GPU in TF32: faster, with 10 bits of mantissa")
+    tf32: bool = setting("training", False, "a GPU computes float32 products in TF32: faster, with 10 bits of mantissa")
     deterministic: bool = setting(
-        "training", False, "on a GPU, only kernels that give the same bits each time: slower; on a CPU they all do"
+        "training", False, "on a GPU, use only kernels that give the same bits each time: slower. A CPU always does"
     )
     peak_tflops: float | None = setting(
-        "training",
-        None,
-        "dense TFLOP/s of a device at the run's precision, for mfu in metrics.jsonl; some NVIDIA GPUs are known",
-        **above(0),
+        "training", None, "dense TFLOP/s of a device, for mfu; known for some NVIDIA GPUs", **above(0)
     )
     tuning: bool = setting(
-        "training", True, "allocator, huge pages, threads and lean modules that make a run faster and change no number"
+        "training", True, "allocator, huge pages, threads and lean modules: faster, with no effect on the numbers"
     )
 
     per_device_eval_batch_size: int = setting(
         "evaluation", 8, "validation blocks at once, on each process", **at_least(1)
     )
     eval_steps: int | None = setting(
-        "evaluation", None, "optimizer steps between evaluations; else each epoch", **at_least(1)
+        "evaluation", None, "optimizer steps between evaluations; default: one evaluation per epoch", **at_least(1)
     )
     eval_delay: float = setting(
         "evaluation",
@@ -191,21 +185,18 @@ class Settings:
         **at_least(0),
     )
     eval_stride: int | None = setting(
-        "evaluation",
-        None,
-        "evaluate with a sliding window that moves by this many tokens; else by block_size: no overlap",
-        **at_least(1),
+        "evaluation", None, "slide the window by this many tokens; default: block_size, no overlap", **at_least(1)
     )
     named_perplexities: bool = setting(
         "evaluation", False, "also bits_per_byte and perplexities per word, comparable between tokenizers"
     )
     sample_prompt: list[str] | None = setting(
-        "evaluation", None, "with each evaluation, show how the model goes on from this text; several: several texts"
+        "evaluation", None, "with each evaluation, show how the model continues this text, or these texts"
     )
     eval_only: bool = setting("evaluation", False, "evaluate the model and stop")
 
     dry_run: bool = setting(
-        "output", False, "print what the run will take in memory and time, from a few steps, and leave nothing"
+        "output", False, "print how much memory and time the run will need, measured in a few steps, and stop"
     )
     output_dir: str | None = setting("output", None, "folder for the model and the records of the run", is_path=True)
     overwrite_output_dir: bool = setting("output", False, "delete what an earlier run left in output_dir")
@@ -214,11 +205,11 @@ class Settings:
     report_to: list[str] | None = setting(
         "output",
         None,
-        "trackers that get the lines of metrics.jsonl too",
+        "trackers that also get the lines of metrics.jsonl",
         check=lambda names: names in (["all"], ["none"]) or set(names) <= set(TRACKERS),
         wanted=f"all, none (the default), or some of {', '.join(TRACKERS)}",
     )
-    run_name: str | None = setting("output", None, "the run's name in trackers; else that of output_dir")
+    run_name: str | None = setting("output", None, "the run's name in trackers; default: the name of output_dir")
     checkpointing_steps: str = setting(
         "checkpoints",
         "epoch",
@@ -227,32 +218,32 @@ class Settings:
         wanted="a number, epoch or none",
     )
     save_minutes: float | None = setting(
-        "checkpoints", None, "also save when the last checkpoint is so old; alone: checkpointing_steps none", **above(0)
-    )
-    max_minutes: float | None = setting(
         "checkpoints",
         None,
-        "from the start of the program: then save, evaluate, export and end; resume goes on",
+        "also save when the last checkpoint is this old (checkpointing_steps none: only then)",
         **above(0),
+    )
+    max_minutes: float | None = setting(
+        "checkpoints", None, "time budget, from the program's start: then save, evaluate, export and stop", **above(0)
     )
     mirror: str | None = setting(
         "checkpoints",
         None,
-        "folder or fsspec address (s3://...) for a copy of each checkpoint, made in the background; auto resumes from "
-        "it where output_dir has none",
+        "folder or fsspec address (s3://...) for a copy of each checkpoint, made in the background. auto resumes from "
+        "it if output_dir has none",
         is_path=True,
     )
     checkpoints_total_limit: int | None = setting(
-        "checkpoints", 2, "newest checkpoints to keep, beside the one with the best validation loss", **at_least(1)
+        "checkpoints", 2, "newest checkpoints to keep; the one with the best validation loss is kept too", **at_least(1)
     )
     resume_from_checkpoint: str | None = setting(
         "checkpoints",
         None,
-        "auto: resume from output_dir's newest whole checkpoint, or start; or a checkpoint's folder",
+        "auto: the newest complete one in output_dir, if any; or a checkpoint's folder",
         is_path=True,
     )
     resume_with_changes: bool = setting(
-        "checkpoints", False, "go on although settings changed that change the result: more epochs, another rate"
+        "checkpoints", False, "resume with new settings that change the result: more epochs, a new learning rate"
     )
     ddp_timeout: int = setting(
         "checkpoints", 600, "seconds that a process waits for its peers before it gives up", **at_least(1)
@@ -263,13 +254,13 @@ class Settings:
         "publishing", False, "push the exported model to the hub; the token comes from HF_TOKEN or `hf auth login`"
     )
     hub_model_id: str | None = setting(
-        "publishing", None, "repository to push to, owner/name or name; else the name of output_dir, under your own"
+        "publishing", None, "repository to push to, owner/name or name; default: that of output_dir, under yours"
     )
-    hub_private_repo: bool = setting("publishing", False, "make the repository private where it is a new one")
+    hub_private_repo: bool = setting("publishing", False, "make a new repository private")
     hub_strategy: str = setting(
         "publishing",
         "end",
-        "when to push: when all is done, or also, in the background, the model of each checkpoint",
+        "when to push: at the end, or also the model of each checkpoint, in the background",
         **one_of("end", "every_save"),
     )
 
@@ -284,13 +275,13 @@ class Settings:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps * world_size
 
     def steps_per_epoch(self, num_blocks: int | None, world_size: int) -> int | None:
-        """Optimizer steps in an epoch of `num_blocks` blocks; the last step may be a short one. None for a stream, of
-        which nobody knows the number of blocks (None)."""
+        """Optimizer steps in an epoch of `num_blocks` blocks; the last step may be a short one. None for a stream,
+        whose number of blocks is unknown (None)."""
         return None if num_blocks is None else math.ceil(num_blocks / self.blocks_per_step(world_size))
 
     def num_steps(self, num_blocks: int | None, world_size: int) -> int:
-        """Optimizer steps of the whole run, of epochs of `num_blocks` blocks. Raises UserError where the first
-        evaluation would come after its end."""
+        """Optimizer steps of the run, with epochs of `num_blocks` blocks. Raises UserError if the first evaluation
+        would come after its end."""
         per_epoch = self.steps_per_epoch(num_blocks, world_size)
         # a stream has no length of an epoch, and needs max_train_steps (`contradictions`)
         steps = self.max_train_steps or math.ceil(self.num_train_epochs * per_epoch)  # type: ignore[operator]

@@ -90,7 +90,7 @@ def _read_item(f: dataclasses.Field, item: Any, where: str, problems: list[str])
     if len(problems) > before:
         return {}
     if "dataset_config_name" in found and "dataset_name" not in found:
-        problems.append(f"{where} dataset_config_name goes with dataset_name")
+        problems.append(f"{where} dataset_config_name needs dataset_name")
     name = found.pop("name", None) or _name_of(found[places[0]])
     if not re.fullmatch(NAME, name):
         problems.append(f"{where} {name!r} is no name: letters, digits, '.', '_' and '-'. Give one, as NAME=...")
