@@ -274,6 +274,13 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
         prepared(path, block_size=8)
 
 
+def test_a_tokenizer_without_an_end_of_text_cannot_end_a_completion(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="a completion ends with the end-of-text token, and the tokenizer has none"):
+        prepared(write(tmp_path, ROWS), tokenizer)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments, said",
