@@ -181,10 +181,10 @@ def measure(
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
 
-    def seconds_of(deed: Callable[[], Any]) -> float:
-        deed()
+    def seconds_of(action: Callable[[], Any]) -> float:
+        action()
         began = time.perf_counter()
-        deed()
+        action()
         accelerator.wait_for_everyone()
         return time.perf_counter() - began
 
