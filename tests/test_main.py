@@ -148,7 +148,7 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
         assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     assert main(arguments) == 1
-    assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
+    assert "delete it with --overwrite_output_dir" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert (tmp_path / "precious.txt").read_text() == "kept"
     assert f"files in {tmp_path} that no run made are kept: precious.txt\n" in capsys.readouterr().err
