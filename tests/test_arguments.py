@@ -208,9 +208,7 @@ def test_the_flag_that_they_add_on_a_cpu_is_answered(names, tmp_path, capsys):
 def test_what_run_clm_does_otherwise_is_said_to_those_who_write_its_flags(capsys):
     read_settings(["--model_name_or_path=m", "--dataset_name=d", "--do_eval"])
     error = capsys.readouterr().err
-    assert (
-        error == "note: the default of block_size is 128; run_clm takes the model's positions, at most 1,024\n"
-    )
+    assert error == "note: the default of block_size is 128; run_clm takes the model's positions, at most 1,024\n"
     read_settings(DATA)
     assert capsys.readouterr().err == ""
 

@@ -1,5 +1,6 @@
 """Lean modules against those that they stand for."""
 
+import collections
 import sys
 import types
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import TINY, largest_difference, lines_of, make_model, train
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.integrations import sdpa_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -39,13 +41,15 @@ def test_lean_modules_train_as_the_ones_they_stand_for(apart, blocks, tmp_path):
     assert torch.equal(dropout.train()(x), expected) and torch.equal(dropout.eval()(x), x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_scores", [1, 2 * 3 * 12 * 12, 2**18])
-def test_attention_with_dropout_equals_torchs_in_groups_of_any_size(num_scores, monkeypatch):
-    """Output and gradients. Tolerance: float32 rounding; the scale is multiplied in elsewhere."""
+def test_attention_with_dropout_equals_torchs_in_groups_of_any_size(num_scores, dtype, monkeypatch):
+    """Output and gradients. Tolerance: rounding; the scale is multiplied in elsewhere."""
     monkeypatch.setattr(lean, "NUM_SCORES", num_scores)
     generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(5, 12, 3, 8, generator=generator).transpose(1, 2).requires_grad_() for _ in range(3)]
-    grad_output = torch.randn(5, 12, 3, 8, generator=generator)
+    random = lambda: torch.randn(5, 12, 3, 8, generator=generator).to(dtype)  # noqa: E731
+    inputs = [random().transpose(1, 2).requires_grad_() for _ in range(3)]
+    grad_output = random()
     seen = torch.ones(12, 12, dtype=torch.bool).tril().expand(5, 1, 12, 12).clone()
     seen[2, :, 6:, :6] = False  # a second document in one of the blocks
     both = []
@@ -56,11 +60,13 @@ def test_attention_with_dropout_equals_torchs_in_groups_of_any_size(num_scores, 
         else:
             output = F.scaled_dot_product_attention(*inputs, attn_mask=seen, dropout_p=0.25).transpose(1, 2)
         both.append([output.detach(), *torch.autograd.grad(output, inputs, grad_output)])
+    tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 5e-2}
     for a, b in zip(*both, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(a, b, **tolerance)
 
 
-def test_lean_modules_keep_less_than_two_thirds_for_the_backward_pass(blocks):
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_lean_modules_keep_less_than_two_thirds_for_the_backward_pass(autocast, blocks):
     ids = torch.from_numpy(blocks.astype("int64"))
     kept = []
     for make_lean in (False, True):
@@ -73,12 +79,90 @@ def test_lean_modules_keep_less_than_two_thirds_for_the_backward_pass(blocks):
             storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast), hooks:
             hidden = model.transformer(ids, use_cache=False).last_hidden_state
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
         kept.append(sum(size for pointer, size in storages.items() if pointer not in weights))
         del hidden
     assert kept[1] < 2 / 3 * kept[0]
+
+
+class Calls(TorchDispatchMode):
+    """Counts what torch is asked for: matrix products, and conversions to bfloat16 of each shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.products, self.rounded = 0, collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.products += function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm)
+        self.rounded[tuple(args[0].shape) if function is torch.ops.aten._to_copy.default else None] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_lean_modules_repeat_no_product_and_round_a_weight_once_in_a_step(autocast, blocks):
+    """The backward pass has another conversion, of the weight's gradient."""
+    ids, seen = torch.from_numpy(blocks.astype("int64")), []
+    for make_lean in (False, True):
+        model = make_model(dropout=True)
+        if make_lean:
+            use_lean_modules(model)
+        with Calls() as calls:
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                hidden = model.transformer(ids, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+        seen.append(calls)
+    assert seen[1].products == seen[0].products
+    for name in ("c_fc", "c_proj"):
+        shape = tuple(getattr(model.transformer.h[0].mlp, name).weight.shape)
+        assert seen[1].rounded[shape] == (2 * len(model.transformer.h) if autocast else 0)
+
+
+def test_the_gradient_of_a_tied_embedding_is_dense_and_the_same_bit_for_bit(blocks):
+    ids, gradients = torch.from_numpy(blocks.astype("int64")), []
+    for lean_embedding in (False, True):
+        model = make_model()
+        use_lean_modules(model)
+        if not lean_embedding:
+            del model.transformer.wte.forward
+        next_token_loss(model, {"input_ids": ids, "labels": ids})[0].backward()
+        gradients.append(model.lm_head.weight.grad)
+        model.zero_grad()
+        model.transformer(ids, use_cache=False).last_hidden_state.square().sum().backward()  # not through the head
+        gradients.append(model.lm_head.weight.grad)
+    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
+
+
+def test_beside_the_heads_gradient_that_of_a_tied_embedding_holds_the_rows_that_were_looked_up():
+    model, ids = make_model(), torch.tensor([[7, 3, 7], [7, 9, 3]])
+    use_lean_modules(model)
+    embedded = model.transformer.wte(ids)
+    model.lm_head.weight.head_gave_gradient = True
+    grad = torch.autograd.grad(embedded.sum(), model.lm_head.weight)[0]
+    assert grad.is_sparse and grad.values().shape == (3, model.config.n_embd)
+    assert model.lm_head.weight.head_gave_gradient is False
+
+
+@pytest.mark.parametrize("change", ["untied", "padding"])
+def test_an_embedding_of_another_kind_stays_as_it_is(change):
+    model = make_model()
+    if change == "untied":
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    else:
+        model.transformer.wte.padding_idx = 0
+    use_lean_modules(model)
+    assert "forward" not in model.transformer.wte.__dict__
+
+
+def test_a_projection_with_a_hook_is_called():
+    model, called = make_model(), []
+    use_lean_modules(model)
+    mlp = model.transformer.h[0].mlp
+    mlp.c_proj.register_forward_hook(lambda *arguments: called.append(True))
+    mlp(torch.randn(2, 3, mlp.c_fc.weight.shape[0]))
+    assert called
 
 
 def test_evaluation_is_the_same_to_rounding(blocks):

@@ -22,8 +22,9 @@ pytestmark = pytest.mark.quick
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks of 8 rows, so that a few blocks are several chunks and the last one is short."""
+    """Chunks of 8 rows, so that a few blocks are several chunks and the last one is short; two make a group."""
     monkeypatch.setitem(head.ROWS_PER_CHUNK, "cpu", 8)
+    monkeypatch.setattr(head, "ROWS_PER_LOW_GROUP", 16)
 
 
 def make_model(model_type="gpt2", **change):
@@ -262,6 +263,15 @@ def test_the_gradient_of_bfloat16_weights_is_summed_up_in_float32(small_chunks):
         next_token_loss(model, {"input_ids": labels, "labels": labels})[0].backward()
         gradients.append(model.lm_head.weight.grad.double())
     assert (gradients[0] - gradients[1]).norm() < 0.01 * gradients[1].norm()
+
+
+def test_a_product_is_added_to_all_rows_of_the_gradient():
+    """Some thousand rows at a time. Tolerance: the product is rounded to bfloat16."""
+    left, right = torch.randn(9000, 5).bfloat16(), torch.randn(5, 3).bfloat16()
+    total = torch.full((8999, 3), torch.nan)
+    for times in (1, 2):
+        head._add_product(total, left, right, is_first=times == 1)
+        torch.testing.assert_close(total, times * (left.float() @ right.float())[:8999], rtol=1e-2, atol=1e-2)
 
 
 def test_no_tensor_is_as_large_as_the_logits(small_chunks):

@@ -1,8 +1,8 @@
-"""Which evaluation was the best, when patience has run out, and the way back to the best weights.
+"""Which evaluation was the best, whether patience has run out, and the best weights at the end.
 
-The best so far and the count of evaluations that did not beat it are part of `Position`, and so of each checkpoint.
-They follow from the validation loss, which is the same number on every process: all of them decide alike. The
-evaluation of the untrained model, at step 0, takes no part.
+The best evaluation so far and the number of evaluations that did not beat it are part of `Position`, and so of each
+checkpoint. They follow from the validation loss, which is the same number on every process, so all processes decide
+alike. The evaluation of the untrained model, at step 0, does not count.
 """
 
 import math
@@ -18,7 +18,7 @@ from train_loop.settings import Settings
 
 
 def evaluation_is_due(position: Position, last_step: int, settings: Settings) -> bool:
-    """Whether an evaluation belongs here, and was not made yet. The last one is never left out."""
+    """Whether an evaluation is due at `position` and was not made yet. The last step is always evaluated."""
     step, every = position.step, settings.eval_steps
     due = step == 0 or (step % every == 0 if every else position.ends_epoch())
     too_early = (step if every else position.in_epochs()) < settings.eval_delay
@@ -26,7 +26,7 @@ def evaluation_is_due(position: Position, last_step: int, settings: Settings) ->
 
 
 def take_evaluation(position: Position, evaluation: dict[str, Any], settings: Settings) -> None:
-    """Takes note in `position` of the evaluation that was made there. Its `eval_loss` is finite."""
+    """Records in `position` the evaluation that was made there. Its `eval_loss` is finite."""
     position.evaluated_step, position.evaluation = position.step, evaluation
     if position.step == 0:
         return
@@ -37,13 +37,13 @@ def take_evaluation(position: Position, evaluation: dict[str, Any], settings: Se
 
 
 def last_step(position: Position, num_steps: int, settings: Settings) -> int:
-    """The step at which the run ends: here, if patience has run out, else after all of its `num_steps`."""
+    """The step at which the run ends: the present one if patience has run out, else `num_steps`."""
     patience = settings.early_stopping_patience
     return position.step if patience and position.num_worse >= patience else num_steps
 
 
 def say_why_it_ended(position: Position, num_steps: int) -> str:
-    """A sentence about a run that stopped early."""
+    """The message of a run that stopped early."""
     best = f" (best: {position.best['eval_loss']:.4f} at step {position.best_step:,})" if position.best else ""
     return (
         f"stopped early after step {position.step:,} of {num_steps:,}: the last "
@@ -52,8 +52,8 @@ def say_why_it_ended(position: Position, num_steps: int) -> str:
 
 
 def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Module) -> tuple[int, dict[str, Any]]:
-    """(step, evaluation) of the weights that are to be exported, which are in `model` then: the best, if that is asked
-    for and they are whole, else the last. Called on every process."""
+    """Loads the weights to export into `model` and returns their (step, evaluation): the best ones if asked for and not
+    damaged, else the last. Call it on every process."""
     assert position.evaluation is not None  # the last step is always evaluated
     last = position.step, position.evaluation
     if not checkpoints.settings.load_best_model_at_end or position.best_step == position.step:
@@ -62,7 +62,7 @@ def load_best(checkpoints: Checkpoints, position: Position, model: torch.nn.Modu
     path = checkpoints.folder / name_of(position.best_step or 0)
     if position.best:
         reason = broadcast_object_list([damage(path) if is_main else None])[0]
-        problem = reason and f"the best, {path}, is damaged ({reason})"
+        problem = reason and f"the best checkpoint, {path}, is damaged ({reason})"
     if problem or position.best_step is None or position.best is None:
         if is_main:
             tell(f"{problem}: the model of the last step is exported")

@@ -1,4 +1,4 @@
-"""The loss of a model on the whole validation split, the same number for any batch size and number of processes.
+"""The loss of a model on a validation split: the same number for any batch size and number of processes.
 
 T: tokens in a block, B: windows in a batch, n: tokens that are evaluated, those of all blocks one after the other.
 """
@@ -134,7 +134,7 @@ def evaluate(
     it windows of T tokens move on by the stride, over the tokens after the last block too; each target sees at least
     T - stride tokens of context, except in the first window. This is the sliding window of transformers' guide
     "Perplexity of fixed-length models", with each target counted once.
-    Returns None where `stop`, a `StopSignal`, comes in between.
+    Returns None if `stop`, a `StopSignal`, comes in between.
     The nats and the targets of every process are summed once, at the end, in float64. Those of each window come with
     the numbers, as `block_nats` under the split's name. Training is left as it was: the model's mode is put back, and
     no random number is drawn.
@@ -184,7 +184,7 @@ def evaluate_splits(
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
     """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
-    None where a stop came in between."""
+    None if a stop came in between."""
     result = Evaluation()
     for name, split in splits.items():
         found = evaluate(model, split, settings, accelerator, show_progress, stop)

@@ -20,13 +20,16 @@ from train_loop.probes import Head, forward_replaced, head_of
 
 ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, and gain nothing
 ROWS_PER_CHUNK_ELSEWHERE = 2048
+# in a lower precision: rows whose share of the weight's gradient is one product. Each is added in float32, which reads
+# and writes the whole gradient
+ROWS_PER_LOW_GROUP = 1024
 
 Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what is named in `sum_over_rows`
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
 def auxiliary_loss(model: nn.Module, output: Any) -> tuple[Tensor, Tensor] | None:
-    """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None where its config
+    """(what a mixture of experts adds to its own loss, the same without its weight), scalars; None if its config
     does not ask for it. `output` is what the model's forward returned."""
     causal_lm: Any = getattr(model, "module", model)
     weight = head_of(causal_lm).auxiliary_weight
@@ -138,7 +141,8 @@ class _LinearInChunks(torch.autograd.Function):
 
     hidden [N, D], weight [V, D], bias [V] or None. The logits of a chunk become at once its share of the loss and of
     the gradients, which wait for the backward pass: logits are never held for more than a chunk nor computed twice.
-    Products are taken in autocast's precision, as a linear layer's would be; everything else is float32.
+    Products are taken in autocast's precision, as a linear layer's would be; everything else is float32. In a lower
+    precision the gradients of a few chunks' logits are kept in it, for one larger product.
     """
 
     @staticmethod
@@ -151,20 +155,29 @@ class _LinearInChunks(torch.autograd.Function):
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
 
-        V, num_rows = len(weight), ROWS_PER_CHUNK.get(kind, ROWS_PER_CHUNK_ELSEWHERE)
+        (N, V), num_rows = (len(hidden), len(weight)), ROWS_PER_CHUNK.get(kind, ROWS_PER_CHUNK_ELSEWHERE)
         # rows of logits begin on a cache line's boundary: matrix products are up to 1.4 times as fast there on a CPU
-        padded = torch.empty(min(num_rows, len(hidden)), -(-V // 64) * 64, device=hidden.device)
+        wide = -(-V // 64) * 64
+        padded = torch.empty(min(num_rows, N), wide, device=hidden.device)
+        is_exact = dtype == padded.dtype
+        group = max(num_rows, ROWS_PER_LOW_GROUP) if any(needs) and not is_exact else num_rows
         with torch.autocast(kind, enabled=False):
-            low = weight.to(dtype)
-            for first in range(0, len(hidden), num_rows):
+            if is_exact:
+                low = weight
+            else:  # rows of zeros follow the weight, so that all products have the padded width
+                low = weight.new_empty(wide, weight.shape[1], dtype=dtype)
+                low[:V], low[V:] = weight, 0
+                low_group = low.new_empty(min(group, N), wide)  # logits, then their gradients, of a group of chunks
+            for first in range(0, N, num_rows):
                 some = slice(first, first + num_rows)
                 x = hidden[some].to(dtype)
                 chunk = padded[: len(x)]
-                chunk[:, V:] = -torch.inf
-                if dtype == chunk.dtype:
+                if is_exact:
                     torch.mm(x, low.T, out=chunk[:, :V])
                 else:
-                    chunk[:, :V].copy_(x @ low.T)
+                    low_chunk = low_group[first % group :][: len(x)]
+                    chunk.copy_(torch.mm(x, low.T, out=low_chunk))
+                chunk[:, V:] = -torch.inf
                 if bias is not None:
                     chunk[:, :V] += bias
                 with torch.set_grad_enabled(any(needs)):
@@ -175,17 +188,20 @@ class _LinearInChunks(torch.autograd.Function):
                 if not any(needs):
                     continue
                 (grad_logits,) = torch.autograd.grad(total, leaf)
-                grad_logits = grad_logits.to(dtype)
-                if grad_hidden is not None:
-                    grad_hidden[some] = grad_logits @ low
-                if grad_weight is not None and dtype == grad_weight.dtype:  # beta 0: it is written, and not read
-                    grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
-                elif grad_weight is not None:
-                    product = grad_logits.T @ x
-                    grad_weight = grad_weight.add_(product) if first else grad_weight.copy_(product)
                 if grad_bias is not None:
                     grad_bias += grad_logits.sum(0)
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
+                if not is_exact:
+                    low_chunk[:, :V], low_chunk[:, V:] = grad_logits, 0
+                    grad_logits = low_chunk
+                if grad_hidden is not None:
+                    grad_hidden[some] = grad_logits @ low
+                if grad_weight is not None and is_exact:  # beta 0: it is written, and not read
+                    grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
+                elif grad_weight is not None and (first % group + num_rows == group or some.stop >= N):
+                    start = first - first % group
+                    x = hidden[start : some.stop].to(dtype)
+                    _add_product(grad_weight, low_group[: len(x)].T, x, is_first=start == 0)
+        ctx.gradients, ctx.weight = (grad_hidden, grad_weight, grad_bias), weight
         return rows.sums[0][""]
 
     @staticmethod
@@ -197,7 +213,17 @@ class _LinearInChunks(torch.autograd.Function):
         # scaled in place: a copy of the weight's gradient would be as large as the weight
         gradients = [gradient if gradient is None else gradient.mul_(grad_sum) for gradient in ctx.gradients]
         ctx.gradients = None
+        ctx.weight.head_gave_gradient = gradients[1] is not None  # lean.py's embedding asks for it
         return *gradients, None, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """`total` [V, D] float32 becomes left @ right, or is increased by it. left [at least V, n] and right [n, D] have a
+    lower precision. The product exists for some rows at a time, and stays in a CPU's cache."""
+    for rows in (slice(first, first + 4096) for first in range(0, len(total), 4096)):
+        some = total[rows]
+        product = left[rows][: len(some)] @ right
+        some.copy_(product) if is_first else some.add_(product)
 
 
 def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:

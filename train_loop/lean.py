@@ -51,6 +51,11 @@ def use_lean_modules(model: PreTrainedModel) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
             elif type(child) is torch.nn.Dropout and hasattr(torch, "native_dropout"):  # an undocumented name
                 setattr(module, name, Dropout(child.p).train(child.training))
+    table: Any = model.get_input_embeddings()  # transformers says Module
+    head: Any = model.get_output_embeddings()
+    plain = type(table) is torch.nn.Embedding and (table.padding_idx, table.max_norm) == (None, None)
+    if plain and head is not None and head.weight is table.weight and not (table.scale_grad_by_freq or table.sparse):
+        table.forward = functools.partial(_forward_of_embedding, table)
     # the name of the function in use is private; there is a public way to set it, none to ask for it
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return None
@@ -77,15 +82,81 @@ class Dropout(torch.nn.Dropout):
 
 
 def _forward_of_mlp(mlp: "GPT2MLP", hidden: torch.Tensor) -> torch.Tensor:
-    """Keeps what goes into the activation only, and works its result out again in the backward pass: a product of
-    matrices is not repeated, since the result is all that its gradient needs."""
+    """Keeps what goes into the activation only, and computes its result again in the backward pass."""
     hidden = mlp.c_fc(hidden)
     if not torch.is_grad_enabled() and isinstance(mlp.act, torch.nn.GELU):
         # in place: no public function is
         return mlp.dropout(mlp.c_proj(torch.ops.aten.gelu_(hidden, approximate=mlp.act.approximate)))
-    project = lambda hidden: mlp.c_proj(mlp.act(hidden))  # noqa: E731
-    draws = not isinstance(mlp.c_proj, Conv1D)  # LoRA's layer may drop: the same numbers must be dropped again
-    return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=draws))
+    projection = mlp.c_proj
+    if type(projection) is not Conv1D or projection._forward_hooks or projection._forward_pre_hooks:
+        project = lambda hidden: projection(mlp.act(hidden))  # noqa: E731
+        draws = not isinstance(projection, Conv1D)  # LoRA's layer may drop: the same numbers must be dropped again
+        return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=draws))
+    weight: torch.Tensor = projection.weight
+    bias: torch.Tensor = projection.bias
+    kind = hidden.device.type
+    if torch.is_autocast_enabled(kind):  # it does not look into a function of one's own
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
+    B, T, _ = hidden.shape
+    return mlp.dropout(ActivationAndProduct.apply(hidden.flatten(0, 1), weight, bias, mlp.act).view(B, T, -1))
+
+
+class ActivationAndProduct(torch.autograd.Function):
+    """act(hidden) @ weight + bias of hidden [B x T, D]. For the backward pass it keeps `hidden` and `weight` alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, act: torch.nn.Module
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight)
+        ctx.act = act
+        return torch.addmm(bias, act(hidden), weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        hidden, weight = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_(needs_hidden)
+            activated = ctx.act(hidden)
+        grad_weight = activated.detach().T @ grad if needs_weight else None
+        grad_hidden = torch.autograd.grad(activated, hidden, grad @ weight.T)[0] if needs_hidden else None
+        return grad_hidden, grad_weight, grad.sum(0) if needs_bias else None, None
+
+
+class TiedEmbedding(torch.autograd.Function):
+    """Rows `ids` of `weight`, which is the head's, too. After the head's gradient that of the rows is sparse.
+
+    The sum of both is dense. A dense gradient of the rows would be as large as the weight, almost all of it zeros, and
+    would cost up to a tenth of a step.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ids)
+        ctx.weight, weight.head_gave_gradient = weight, False  # type: ignore[attr-defined]  # ours, set by head.py
+        return torch.nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (ids,), weight, num_rows = ctx.saved_tensors, ctx.weight, len(ctx.weight)
+        dense_gradient = torch.ops.aten.embedding_dense_backward
+        if not weight.head_gave_gradient:
+            return dense_gradient(grad, ids, num_rows, -1, False), None
+        weight.head_gave_gradient = False
+        rows, row_of_token = torch.unique(ids, return_inverse=True)
+        values = dense_gradient(grad, row_of_token, len(rows), -1, False)  # torch's order of sums: the same bits
+        return torch.sparse_coo_tensor(
+            rows[None], values, weight.shape, is_coalesced=True, check_invariants=False
+        ), None
+
+
+def _forward_of_embedding(table: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
+    weight = table.weight
+    if weight.requires_grad and ids.device.type == "cpu" and not torch.compiler.is_compiling():
+        return TiedEmbedding.apply(weight, ids)
+    return torch.nn.functional.embedding(ids, weight)
 
 
 def _attention(
@@ -104,8 +175,10 @@ def _attention(
     # a mask of numbers is added to the scores; with neither a mask nor causality every token sees all
     takes_mask = is_causal if attention_mask is None else attention_mask.dtype == torch.bool
     same_shape = query.shape == key.shape == value.shape and kwargs.get("position_bias") is None
-    plain = query.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    ours = dropout and query.device.type == "cpu" and plain and same_shape and takes_mask
+    if torch.is_autocast_enabled("cpu"):  # as it does for torch's own attention
+        query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
+    known = query.dtype in (torch.float32, torch.bfloat16)
+    ours = dropout and query.device.type == "cpu" and known and same_shape and takes_mask
     if not ours or torch.compiler.is_compiling():  # torch has kernels that keep little: without dropout, or on a GPU
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None:
@@ -134,7 +207,7 @@ class DropoutAttention(torch.autograd.Function):
     ) -> torch.Tensor:
         B, H, T, D = query.shape
         kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the numbers that torch's dropout draws
-        output = torch.empty(B, T, H, D)
+        output = query.new_empty(B, T, H, D)
         for some in _groups(B, H * T * T):
             probs = _probabilities(query[some], key[some], hidden[some], scale).mul_(kept[some])
             output[some] = (probs @ value[some]).mul_(1 / (1 - p)).transpose(1, 2)

@@ -117,7 +117,7 @@ def forward_backward(
     named: dict[str, float],
 ) -> dict[str, torch.Tensor]:
     """Adds the gradient of (sum of nats / `num_targets`) to the parameters' gradients, and exchanges it between the
-    processes. Returns the sums over this process's targets: {"loss": nats, and whatever else the loss wants logged}.
+    processes. Returns the sums over this process's targets: {"loss": nats, and the loss's further sums to log}.
 
     `tensors`: of a window, each [M, B, T]. `num_targets`: of all processes. `named`: what the objective gets by name.
     """
@@ -138,7 +138,8 @@ def forward_backward(
 def windows_from(
     position: Position, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> Iterator[Window]:
-    """This process's windows from `position` on, epoch after epoch, without end. `position` is only looked at."""
+    """This process's windows from `position` on, epoch after epoch, without end. It reads `position` and does not
+    change it."""
     place = Place(position.epoch, position.window, position.per_epoch, position.stream)
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's

@@ -26,7 +26,7 @@ def add_lora(model: PreTrainedModel, settings: Settings, has_new_tokens: bool) -
     """Freezes `model`, and puts trained matrices into it, in place, drawn from `settings.seed`.
 
     Where the embedding has rows of new tokens, it is trained too, and the head with it: frozen rows would mean nothing.
-    Raises UserError where `lora_target_modules` names what is no linear layer.
+    Raises UserError if `lora_target_modules` names what is no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 

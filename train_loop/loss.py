@@ -19,10 +19,11 @@ def objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum to be minimised, {name: further sum to be logged}) over some rows of a micro-batch, scalars.
 
-    `logits` [N, V] are float32, `targets` [N] the tokens that came; a target of -100 is none, and must count nothing.
-    Return sums, not means: the loop divides by the number of targets of the whole optimizer step. Any differentiable
-    function will do, autograd differentiates it. `of_rows`: "positions" [N] in the block, from 0; the run's "step";
-    each "target_..." [N] of the batch. Name in the signature what you need, with a default: evaluation has no step.
+    `logits` [N, V] are float32, `targets` [N] the tokens that follow; a target of -100 is not one, and must add
+    nothing. Return sums, not means: the loop divides by the number of targets of the whole optimizer step. Any
+    differentiable function will do, autograd differentiates it. `of_rows`: "positions" [N] in the block, from 0; the
+    run's "step"; each "target_..." [N] of the batch. Name in the signature what you need, with a default: evaluation
+    has no step.
     """
     # inplace takes less time and memory; drop it where `logits` are used once more, as a z-loss does
     nats = cross_entropy(logits, targets, label_smoothing, inplace=True)

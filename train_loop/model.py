@@ -1,8 +1,8 @@
 """Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for a teacher or frozen
 weights.
 
-Weights are float32 whatever a checkpoint holds: half-precision weights would round most of an update away. Lower
-precision in the forward and backward passes is the launch config's affair (autocast).
+Weights are always float32, whatever the checkpoint holds: half precision would round most of an update away. The launch
+config sets a lower precision for the forward and backward passes (autocast).
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
-    """The model's config, with `config_overrides` in it. Raises UserError where there is none, where it is not that of
+    """The model's config, with `config_overrides` in it. Raises UserError if there is none, where it is not that of
     a causal language model, and where a block is longer than the positions that the model has."""
     for setting, package, oldest in (("gguf_file", "gguf", "0.19"), ("lora_r", "peft", "0.21")):
         if getattr(settings, setting) and importlib.util.find_spec(package) is None:
@@ -73,7 +73,7 @@ def load_tokenizer(
     """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`. The model's own
     gets the end-of-text token of the model's `config` where it has none.
 
-    Raises UserError where there is none, or it is a slow one.
+    Raises UserError if there is none, or it is a slow one.
     """
     if settings.tokenizer_vocab_size:
         assert isinstance(train_rows, Iterable)  # a stream trains no tokenizer (`contradictions`)
@@ -102,7 +102,7 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
 
     From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
     `config_overrides` says so. A pretrained model's vocabulary grows where the tokenizer has new tokens. Raises
-    UserError where weights are missing or do not fit, where the tokenizer is another model's, and where the model sees
+    UserError if weights are missing or do not fit, where the tokenizer is another model's, and where the model sees
     the tokens that it is to predict.
     """
     torch.manual_seed(settings.seed)
@@ -117,10 +117,14 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
             )
-        except Exception as error:  # whatever an architecture does with sizes that it cannot have
+        except Exception as error:  # architectures raise anything for sizes that they do not support
             raise UserError(
-                f"no {config.model_type} can be made "
-                + (f"with config_overrides {settings.config_overrides}" if settings.config_overrides else "so")
+                f"a {config.model_type} model cannot be made "
+                + (
+                    f"with config_overrides {settings.config_overrides}"
+                    if settings.config_overrides
+                    else "from its config"
+                )
                 + f": {type(error).__name__}: {one_line(error)}"
             ) from error
     if not is_causal(model):
@@ -162,9 +166,9 @@ def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any)
         if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name):
             raise UserError(f"{what} {name!r} cannot be loaded: there is no such folder") from error
         raise UserError(
-            f"{what} {name!r} cannot be loaded: it is no folder here, not in the cache, and cannot be downloaded from "
-            f"{hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache on a "
-            "machine that reaches it and set HF_HUB_OFFLINE=1"
+            f"{what} {name!r} cannot be loaded: it is not a folder here, not in the cache, and cannot be downloaded "
+            f"from {hub_address()} ({one_line(error)}). Without the hub: give the path of a folder, or fill the cache "
+            "on a machine that reaches it and set HF_HUB_OFFLINE=1"
         ) from error
 
 
@@ -202,7 +206,7 @@ def _pretrained_model(settings: Settings, config: PreTrainedConfig) -> PreTraine
 
 
 def _check_sizes(config: PreTrainedConfig, settings: Settings) -> None:
-    """Raises UserError where a block is longer than the positions that the model has, and where heads of attention
+    """Raises UserError if a block is longer than the positions that the model has, and where heads of attention
     cannot share keys and values: transformers would make such a model, and fail in its first pass."""
     text_config = config.get_text_config(decoder=True)
     num_heads, num_shared = (getattr(text_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))

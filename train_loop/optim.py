@@ -19,7 +19,7 @@ def build_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.O
 
     With `settings.optimizer` "muon", a third group comes first: the weights of the hidden linear layers, with Muon.
     Chosen by the type of the module, not by names. Tied weights are one parameter, and so come once. Raises UserError
-    where "muon" finds no hidden linear layer.
+    if "muon" finds no hidden linear layer.
     """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, MATRICES)}
     trained = [p for p in model.parameters() if p.requires_grad]

@@ -43,7 +43,7 @@ from train_loop.tuning import sharing_cores
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
     """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
 
-    Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None where it is not
+    Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None if it is not
     pushed. Raises UserError for what the user can mend, and Stopped.
     """
     accelerator = build_accelerator(settings)

@@ -37,8 +37,8 @@ def keep_memory() -> None:
 
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
-    """Within it no garbage is looked for, and what was made in it is never looked at again: importing torch and
-    transformers makes a million objects that stay, and a search through them each time that there are a tenth more."""
+    """Disables garbage collection inside it, and excludes the objects made inside it from later collections. Importing
+    torch and transformers makes a million objects that stay; Python would search through them again and again."""
     gc.disable()
     try:
         yield

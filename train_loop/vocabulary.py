@@ -23,7 +23,7 @@ def size_of_vocabulary(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, overrides: dict[str, str]) -> None:
     """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `overrides`
-    (`config_overrides` by name) does not name them. Raises UserError where they do not fit the tokenizer."""
+    (`config_overrides` by name) does not name them. Raises UserError if they do not fit the tokenizer."""
     text_config, needed = config.get_text_config(decoder=True), size_of_vocabulary(tokenizer)
     if "vocab_size" not in overrides:
         text_config.vocab_size = needed

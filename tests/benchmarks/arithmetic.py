@@ -26,42 +26,41 @@ NUM_QUESTIONS = 50
 
 
 def chats(num_rows, seed):
-    """Chats of one or two questions about sums."""
+    """Chats of one question about a sum."""
     generator = random.Random(seed)
-    for i in range(num_rows):
-        chat = []
-        for _ in range(1 + i % 2):
-            a, b = generator.randint(1, 49), generator.randint(1, 49)
-            question = generator.choice(["What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"])
-            chat.append({"role": "user", "content": question.format(a, b)})
-            chat.append({"role": "assistant", "content": f"{a} + {b} = {a + b}"})
-        yield chat
+    for _ in range(num_rows):
+        a, b = generator.randint(1, 49), generator.randint(1, 49)
+        question = generator.choice(["What is {} plus {}?", "Add {} and {}.", "How much is {} + {}?"])
+        answer = {"role": "assistant", "content": f"{a} + {b} = {a + b}"}
+        yield [{"role": "user", "content": question.format(a, b)}, answer]
 
 
 @torch.no_grad()
 def ask(model, tokenizer, questions):
     """(answers in the trained form, right answers, the answers)."""
     model.eval()
-    in_form, right, answers = 0, 0, []
-    for question, expected in questions:
-        ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        written = model.generate(**ids, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-        answers.append(tokenizer.decode(written[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
-        in_form += bool(re.fullmatch(r"\d+ \+ \d+ = \d+", answers[-1]))
-        right += bool(re.search(rf"\b{expected.split()[-1]}\b", answers[-1]))
+    options = {"padding": True, "return_tensors": "pt", "return_dict": True}
+    ids = tokenizer.apply_chat_template([q for q, _ in questions], add_generation_prompt=True, **options)
+    written = model.generate(**ids, max_new_tokens=16, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+    answers = tokenizer.batch_decode(written[:, ids["input_ids"].shape[1] :], skip_special_tokens=True)
+    answers = [answer.strip() for answer in answers]
+    in_form = sum(bool(re.fullmatch(r"\d+ \+ \d+ = \d+", answer)) for answer in answers)
+    pairs = zip(questions, answers, strict=True)
+    right = sum(bool(re.search(rf"\b{expected.split()[-1]}\b", answer)) for (_, expected), answer in pairs)
     return in_form, right, answers
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf", type=Path)
-    parser.add_argument("--rows", type=int, default=300)
-    parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--rows", type=int, default=200)
+    parser.add_argument("--epochs", type=float, default=1)
     arguments = parser.parse_args()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, name = arguments.gguf.parent, arguments.gguf.name
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     questions = [(chat[:-1], chat[-1]["content"]) for chat in chats(NUM_QUESTIONS, seed=2)]
 
     def report(what, model):
@@ -71,14 +70,14 @@ def main():
 
     report("before", AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32))
     with tempfile.TemporaryDirectory() as scratch:
-        for split, num_rows, seed in (("train", arguments.rows, 0), ("held_out", 50, 1)):
+        for split, num_rows, seed in (("train", arguments.rows, 0), ("held_out", 20, 1)):
             rows = [json.dumps({"messages": chat}) + "\n" for chat in chats(num_rows, seed)]
             Path(scratch, f"{split}.jsonl").write_text("".join(rows))
         for masked in ("true", "false"):
             command = [sys.executable, ROOT / "train_loop" / "main.py", f"--model_name_or_path={folder}"]
             command += [f"--gguf_file={name}", f"--train_file={scratch}/train.jsonl"]
             command += [f"--validation_file={scratch}/held_out.jsonl", f"--num_train_epochs={arguments.epochs}"]
-            command += ["--block_size=256", "--per_device_train_batch_size=4", "--learning_rate=1e-4"]
+            command += ["--block_size=256", "--per_device_train_batch_size=2", "--learning_rate=1e-4"]
             command += ["--logging_steps=10", "--checkpointing_steps=none", f"--output_dir={scratch}/{masked}"]
             start = time.perf_counter()
             done = subprocess.run([*command, f"--completion_only_loss={masked}"], capture_output=True, text=True)

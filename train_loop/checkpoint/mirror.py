@@ -104,7 +104,7 @@ class Mirror:
         return dict(sorted(found.items(), key=lambda item: item[1]["step"]))
 
     def _state(self, name: str, manifest: dict) -> dict[str, Any] | None:
-        """The content of a copy's state.json; None where it is damaged."""
+        """The content of a copy's state.json; None if it is damaged."""
         try:
             content = self.store.cat_file(f"{self.root}/{name}/state.json")
         except FileNotFoundError:

@@ -52,7 +52,7 @@ def saved_tensors(model: torch.nn.Module) -> Tensors:
 
 
 def digest_of_frozen(model: torch.nn.Module) -> str | None:
-    """A digest of the frozen weights of `model`, unsharded; None where all are trained. It is made of the sums of their
+    """A digest of the frozen weights of `model`, unsharded; None if all are trained. It is made of the sums of their
     bits as whole numbers: enough to tell one model from another, and as fast as memory is read."""
     frozen = {name: p.detach() for name, p in model.named_parameters() if not p.requires_grad}
     sums = {name: p.flatten().view(torch.int16).sum().item() for name, p in frozen.items()}

@@ -34,7 +34,7 @@ class Measured:
 
 
 def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> Measured:
-    """Raises UserError where nats are missing, or where the runs were not evaluated on the same text."""
+    """Raises UserError if nats are missing, or where the runs were not evaluated on the same text."""
     found = {name: [run.block_nats(best, set_name) for run in runs] for name, runs in recipes.items()}
     steps = {name: [run.evaluation(best).step or 0 for run in runs] for name, runs in recipes.items()}
     all_found = [nats for several in found.values() for nats in several]

@@ -29,7 +29,7 @@ class Run:
 
     def evaluation(self, best: bool) -> Kept:
         """The evaluation to compare: that of the exported model, or with `best` the one with the lowest loss. Raises
-        UserError where its nats are not there."""
+        UserError if its nats are not there."""
         when = "best" if best or self.settings.get("load_best_model_at_end") else "last"
         if self.settings.get("eval_only"):
             when = "last"
@@ -42,7 +42,7 @@ class Run:
         return self.kept[when]
 
     def block_nats(self, best: bool, name: str | None) -> BlockNats:
-        """Of the validation set `name`, or of the first. Raises UserError where there is none."""
+        """Of the validation set `name`, or of the first. Raises UserError if there is none."""
         sets = self.evaluation(best).sets
         if name is not None and name not in sets:
             raise UserError(f"{self.folder} has no validation set {name}; it has {', '.join(sets)}")
@@ -50,7 +50,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """The run in a folder. Raises UserError where it is none."""
+    """The run in a folder. Raises UserError if it is none."""
     path = folder / "train_config.yaml"
     try:
         settings = dict(yaml.safe_load(path.read_text(encoding="utf-8")))

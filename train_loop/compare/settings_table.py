@@ -43,7 +43,7 @@ def settings_table(recipes: dict[str, list[Run]]) -> str:
 
 
 def _lowest(run: Run) -> tuple[float, float, float] | None:
-    """(loss, perplexity, step) of the run's evaluation with the lowest loss; None where it has none."""
+    """(loss, perplexity, step) of the run's evaluation with the lowest loss; None if it has none."""
     steps, losses = points(run.lines, "eval_loss")
     if not len(losses):
         return None

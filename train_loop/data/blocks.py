@@ -2,10 +2,9 @@
 
     1. rows      rows.py         a line of a file, a file of a folder, an entry of a data set
     2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
-                                 on request with the end-of-text token after each row that is not empty. Prompts and
-                                 chats: with marks that say which tokens are no targets (prompts.py, marks.py)
-    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped.
-                                 Without `packing` each row has a block of its own
+                                 on request with the end-of-text token after each row that is not empty; with marks
+                                 on tokens that are no targets (prompts.py, marks.py)
+    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
     4. order     block_order     which blocks an epoch takes, and in which order
     5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
 
@@ -33,7 +32,7 @@ from train_loop.position import Place
 from train_loop.settings import Settings
 
 COUNTED_AT_ONCE = 1000  # blocks
-IGNORED = -100  # the label of a position that is no target, as in torch's cross entropy
+IGNORED = -100  # the label of a token that is not a target, as in torch's cross entropy
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Split:
         return sum(int((model_inputs(p, self.documents_apart)["labels"][:, 1:] != IGNORED).sum()) for p in pieces)
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError where it names a block
+        """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError if it names a block
         that there is not, or one more than once."""
         order = np.asarray(block_order(self.blocks, seed, epoch))
         where = f"block_order (train_loop/data/blocks.py), epoch {epoch}"
@@ -132,7 +131,7 @@ class Split:
         if start.per_epoch not in (None, len(windows)) and accelerator.is_main_process:
             tell(
                 f"epoch {start.epoch + 1} has {len(windows):,} optimizer steps, the one before it {start.per_epoch:,}: "
-                "the number of steps of the run was worked out from the length of its first epoch"
+                "the number of steps of the run was computed from the length of its first epoch"
             )
         loaded = load_windows(windows, first=start.window, pin_memory=accelerator.device.type == "cuda")
         for number, tensors in enumerate(loaded, start=start.window + 1):
@@ -155,21 +154,20 @@ class Split:
             rest = f" and {num_of(len(self.tail), 'token')}"
         if self.marking == PLAIN:
             return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
-        targets = f"{cut} with {num_of(self.num_targets, 'target')}"
         rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
-        told = [f"{rows} ({self.marking.kind}) -> {tokens} -> {targets}"]
-        told += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
+        parts = [f"{rows} ({self.marking.kind}) -> {tokens} -> {cut} with {num_of(self.num_targets, 'target')}"]
+        parts += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
         if self.marking.rows:
             num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())
-            told.append(f"blocks that begin within a row: {num_within:,}")
-        return "; ".join(told + self.counts.remarks(self.marking))
+            parts.append(f"blocks that begin within a row: {num_within:,}")
+        return "; ".join(parts + self.counts.remarks(self.marking))
 
 
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
     """`rows` as a `Split`; `name` is "training" or "validation", after the source's or the set's own name where there
-    are several. Raises UserError where the tokens do not fill a block, or where the tokenizer lacks the end-of-text
+    are several. Raises UserError if the tokens do not fill a block, or where the tokenizer lacks the end-of-text
     token that is asked for."""
     end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
     tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
@@ -188,7 +186,7 @@ def load_split(
         split.tail, split.num_dropped = tokens[blocks.size :], 0
     if not is_training and settings.named_perplexities:
         if rows.kind != TEXT:
-            raise UserError(f"named_perplexities are of rows of text, and the {name} data has rows of {rows.kind}")
+            raise UserError(f"named_perplexities needs rows of text, but the {name} data has rows of {rows.kind}")
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
     return split
 
@@ -278,7 +276,7 @@ def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T], in training and evaluation.
 
     A token without a mark (marks.py) is a target: both are the same, the shift to the next token happens in the loss.
-    A label of -100 makes its token no target: a mask of one's own goes here.
+    A token whose label is -100 is not a target: a mask of your own goes here.
     """
     ids = ids_of(tokens)
     return {"input_ids": ids, "labels": np.where(has_mark(tokens, NOT_A_TARGET), IGNORED, ids)}

@@ -29,7 +29,7 @@ class RowProblem(UserError):
 
 
 def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
-    """The template that is used for chats. Raises UserError where there is none."""
+    """The template that is used for chats. Raises UserError if there is none."""
     try:
         return tokenizer.get_chat_template()
     except ValueError as error:
@@ -57,7 +57,7 @@ def rendered(
 def assistants_tokens(
     chats: list[Messages], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem where that cannot be told."""
+    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem if that cannot be told."""
     if GENERATION.search(chat_template(tokenizer)):
         yield from _as_marked(chats, tokenizer)
         return

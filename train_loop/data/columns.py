@@ -53,7 +53,7 @@ def columns_meant(names: list[str], texts: list[str], chats: list[str], settings
     """The columns that are set, or "text", or "prompt" and "completion", or "messages", or the only one of text.
 
     `names`: of all columns; `texts` and `chats`: of those that seem to hold texts and lists of messages. Raises
-    UserError where there is no such column, or no way to choose.
+    UserError if there is no such column, or no way to choose.
     """
     meant = settings.text_column
     if not meant:

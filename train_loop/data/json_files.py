@@ -12,7 +12,7 @@ from train_loop.files import open_file
 
 
 class JsonLines(Lines):
-    """A file with a JSON object a line; blank lines are no rows."""
+    """A file with one JSON object a line; blank lines are skipped."""
 
     # pairs show a key that is given twice; Python's integers have a limit of digits, and none of them is text
     decoder = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float)
@@ -29,7 +29,7 @@ class JsonLines(Lines):
             except (ValueError, RecursionError) as error:
                 raise broken(path, line_at(path, byte), _reason(error)) from error
             if not isinstance(row, tuple):
-                raise broken(path, line_at(path, byte), "the line is no JSON object")
+                raise broken(path, line_at(path, byte), "the line is not a JSON object")
             yield byte, row
 
     def texts(self, path: str, place: int, chunk: bytes, columns: RowColumns) -> list[Row]:
@@ -111,7 +111,7 @@ def _row_of(pairs: tuple, columns: RowColumns) -> tuple[Row, str]:
             text.encode()
     except UnicodeEncodeError as error:
         letter, where = f"\\u{ord(text[error.start]):04x}", " or ".join(map(repr, columns.names))
-        return "", f"{where} has one half of a surrogate pair, {letter}, which is no character"
+        return "", f"{where} has one half of a surrogate pair, {letter}, which is not a character"
     return row, ""
 
 

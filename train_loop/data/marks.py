@@ -7,7 +7,7 @@ are below 2 ** 24. Tokens of plain rows of text have no marks: they are their id
 import numpy as np
 
 NOT_A_TARGET = 1 << 30  # the label of this token is -100: a prompt, or what fills up a block
-ROW_BEGINS = 1 << 29  # this token is the first of its row: where rows are kept apart, positions begin anew here
+ROW_BEGINS = 1 << 29  # this token is the first of its row: where rows are kept apart, positions restart here
 ID = (1 << 24) - 1  # the bits of the id
 
 

@@ -3,7 +3,11 @@
 Without weights an epoch takes all blocks of all sources. With them each source gives its share of an epoch's blocks,
 and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources go on in
 the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what an
-epoch takes. A stream does not know its length: each block comes from the source that is most behind its share.
+epoch takes.
+
+A stream does not know its length: each block comes from the source that is most behind its share. The end of the source
+that is used up first is the epoch's. A longer one goes on in the next epoch, and begins again, in another order, when
+all of it has come; only there, where one round follows another, a block may come twice in an epoch.
 
 T: tokens in a block, n: blocks.
 """
@@ -86,6 +90,12 @@ class Mixture(Split):
     @property
     def num_blocks(self) -> int:
         return sum(self.counts_in_epoch)
+
+    @property
+    def num_targets(self) -> int:
+        """Target tokens of an epoch, about: epochs take other blocks of a source."""
+        counts = zip(self.splits.values(), self.counts_in_epoch, strict=True)
+        return round(sum(split.num_targets * count / split.num_blocks for split, count in counts))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """The numbers of an epoch's blocks, [n], in the order that `block_order` gives them. Raises ValueError as

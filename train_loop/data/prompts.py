@@ -77,7 +77,7 @@ class Counts:
 
 
 def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings) -> tuple[int | None, Marking]:
-    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError where the
+    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError if the
     tokenizer lacks the token, and for settings that do not go with the kind."""
     if kind == CHAT and settings.add_eos_token:
         raise UserError("add_eos_token is for rows of text: a chat ends as the chat template ends it")

@@ -45,7 +45,7 @@ class Rows:
 
 
 def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row: bool = False) -> Rows:
-    """The rows of files of one kind, one file after the other. Raises UserError where one cannot be read, or where
+    """The rows of files of one kind, one file after the other. Raises UserError if one cannot be read, or where
     there are no rows."""
     names = [str(path) for path in paths]
     formats = [format_of(path, each_is_a_row) for path in names]
@@ -68,7 +68,7 @@ def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row
 
 def warn_of_left_out(path: Path | str, files: DataFiles) -> None:
     if files.num_left_out and int(os.environ.get("RANK", 0)) == 0:
-        which = "are no text files" if files.each_is_a_row or Path(path).is_dir() else "are of no known kind"
+        which = "are not text files" if files.each_is_a_row or Path(path).is_dir() else "are of an unknown kind"
         warn(f"{path}: {files.num_left_out:,} of its files {which} and are left out")
 
 

@@ -15,7 +15,7 @@ def load_rows(settings: Settings, validation: Rows | None = None) -> tuple[Rows 
     """(training rows, validation rows, note) of one source: each `Rows`; training rows are None when only evaluating a
     validation file. The validation rows are those that are given, if any. The note says where held-out rows come from.
 
-    Raises UserError where the data cannot be found or read, has no text column, or is empty.
+    Raises UserError if the data cannot be found or read, has no text column, or is empty.
     """
     if settings.dataset_name == "python_docs":
         from pydoc_data.topics import topics  # the language reference's help texts: prose, and in every Python

@@ -35,10 +35,10 @@ OF_NO_CONCERN = (
 
 
 def find_data_set(settings: Settings) -> tuple[Any, dict[str, list[str]] | None]:
-    """(builder of `datasets`, {split: its files}). The files are None where `datasets` must read them; the builder is
-    None where the hub is out of reach, and the files are those that an earlier run has downloaded.
+    """(builder of `datasets`, {split: its files}). The files are None if `datasets` must read them; the builder is
+    None if the hub is out of reach, and the files are those that an earlier run has downloaded.
 
-    Raises UserError where there is no such data set, or its text would not be read as it stands.
+    Raises UserError if there is no such data set, or its text would not be read as it stands.
     """
     name, config, builder = settings.dataset_name, settings.dataset_config_name, None
     try:
@@ -76,8 +76,8 @@ def find_data_set(settings: Settings) -> tuple[Any, dict[str, list[str]] | None]
         return builder, files
     if builder.name == "parquet":
         return builder, None
-    reason = f"its card asks for {', '.join(options)}" if options else "its files are packed in a way not known here"
-    raise UserError(f"data set {name} is not read: {reason}. Convert it to jsonl or parquet")
+    reason = f"its card asks for {', '.join(options)}" if options else "the format of its files is not supported"
+    raise UserError(f"data set {name} cannot be read: {reason}. Convert it to jsonl or parquet")
 
 
 def prepared_splits(settings: Settings) -> dict[str, Rows]:

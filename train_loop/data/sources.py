@@ -104,12 +104,12 @@ class Files:
         return status.st_size, status.st_mtime_ns
 
     def check(self, *paths: str) -> None:
-        """Raises UserError where a file, by default any, is no longer the one that it was."""
+        """Raises UserError if a file (default: any of them) has changed."""
         for path in paths or self.paths:
             if self._look(path) != self.seen[path]:
                 raise UserError(
-                    f"training file {path} was changed while the run was reading it: what was read since belongs to "
-                    "no data that could be named. The last checkpoint goes on with the file as it was"
+                    f"training file {path} changed during the run, so data read since cannot be identified. Restore "
+                    "the file and resume from the last checkpoint"
                 )
 
     def identity(self) -> dict[str, str]:
@@ -163,7 +163,7 @@ class FileSource:
         self.columns = columns_meant(*self.formats[0].columns(files.paths[0]), settings)
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
-        """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError where a file cannot
+        """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError if a file cannot
         be read, or is no longer the one that it was."""
         first, within = place or (0, 0)
         for index in range(first, len(self.files.paths)):
@@ -174,7 +174,7 @@ class FileSource:
             within = 0
 
     def texts(self, place: Any, chunk: Any) -> list[Row]:
-        """The rows of a chunk. Raises UserError where they are none."""
+        """The rows of a chunk. Raises UserError if they are none."""
         index, within = place
         return self.formats[index].texts(self.files.paths[index], within, chunk, self.columns)
 

@@ -1,4 +1,4 @@
-"""Blocks of tokens from a source that is never whole, neither in memory nor on the disk (`--streaming`).
+"""Blocks of tokens from a source that is never complete in memory or on the disk (`--streaming`).
 
     1. chunks    sources.py           whole rows, about half a megabyte of them, and the place where they begin
     2. tokens    Stream._tokens       of W processes each tokenises every W-th chunk, in a thread beside the training;
@@ -86,15 +86,10 @@ class Stream:
     def __init__(
         self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings, name: str = "training"
     ) -> None:
-        """`name`: of the data, in messages. Raises UserError where they have not one block."""
+        """`name`: of the data, in messages. Raises UserError if they have not one block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
-        if kind != TEXT and "strftime_now" in str(tokenizer.chat_template or ""):
-            raise UserError(
-                "the chat template writes today's date into each row: a run that is resumed on another day would read "
-                "other tokens. Prepare the data (streaming false), or write a fixed date into the template"
-            )
         self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
@@ -135,7 +130,10 @@ class Stream:
         blocks = self.blocks_from(start, settings, W, rank)
         window = list(itertools.islice(blocks, per_window))
         if not window:
-            raise UserError("the training data ends before the place that the run had come to")
+            raise UserError(
+                "the training data ends before the place from which the run would resume: it became shorter. Restore "
+                "the data, or start a new run"
+            )
         for number in itertools.count(start.window + 1):
             following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
             end = Place(start.epoch, number, start.per_epoch if following else number, window[-1][1])
@@ -169,6 +167,12 @@ class Stream:
         """The tokens of a chunk's rows, with their marks."""
         if self.marking == PLAIN:
             return encode(rows, self.tokenizer, self.end_of_text)
+        are_chats = self.marking.kind != TEXT and rows and not isinstance(rows[0][0], str)
+        if are_chats and "strftime_now" in str(self.tokenizer.chat_template or ""):
+            raise UserError(
+                "the chat template writes today's date into each row: a run that is resumed on another day would read "
+                "other tokens. Prepare the data (streaming false), or write a fixed date into the template"
+            )
         try:
             tokens, counts = encode_marked(rows, self.tokenizer, self.end_of_text, self.marking)
         except RowProblem as problem:
@@ -194,7 +198,7 @@ class Stream:
                     places.append(place)
                     if i == rank:
                         tokens = self._encode([without_blank(row) for row in self.source.texts(place, chunk)], place)
-            except Exception as error:  # whatever it is, the others are waiting to hear of it
+            except Exception as error:  # of any kind: the other processes are waiting for this one
                 return places, tokens, error
             return places, tokens, None
 

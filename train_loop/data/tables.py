@@ -16,8 +16,8 @@ csv.field_size_limit(2**31 - 1)  # of a whole document; Python's default is 128 
 
 
 class Csv:
-    """A file of comma separated values (.tsv: of tabs) with a header. A cell is the text that stands there, whatever it
-    looks like; line breaks within quotes stay as they are. A line without any character is no row."""
+    """A file of comma separated values (.tsv: of tabs) with a header. A cell is text, whatever it looks like;
+    line breaks within quotes stay as they are. An empty line is not a row."""
 
     def _records(self, path: str, byte: int) -> Iterator[tuple[int, list[str]]]:
         """(byte where it begins, its cells) of each record from a byte on."""
@@ -102,7 +102,7 @@ def _only_index(path: str, header: list[str], column: str) -> int:
 
 
 class Parquet:
-    """A parquet file, of which only the columns that hold the rows are read, whatever the others are."""
+    """A parquet file. Only the columns that hold the rows are read."""
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[Any]:

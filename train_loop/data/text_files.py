@@ -21,7 +21,7 @@ from train_loop.files import file_kind, open_file
 
 CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising
 LINES = RowColumns(("text",))  # a file of text has this column
-BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets begin a UTF-8 file with it; it is no part of the text
+BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets begin a UTF-8 file with it; it is not part of the text
 
 
 class Format(Protocol):

@@ -43,7 +43,7 @@ def open_or_make(key: str, write: Callable[[BinaryIO], None]) -> np.ndarray:
 
     Where there is none, or a damaged one, `write(file)` writes the tokens. Of several processes one does it, and the
     others wait for it. A kill at any instant leaves no half of a file: it is written under a different name, flushed to
-    disk, and renamed. Raises OSError where the folder cannot be written.
+    disk, and renamed. Raises OSError if the folder cannot be written.
     """
     path = token_folder() / f"{key}.int32"
     with contextlib.suppress(FileNotFoundError, NotADirectoryError, Damaged):
@@ -55,7 +55,7 @@ def open_or_make(key: str, write: Callable[[BinaryIO], None]) -> np.ndarray:
         except FileNotFoundError:
             pass
         except Damaged as problem:
-            warn(f"the cached tokens {path} are damaged ({problem}): they are made again")
+            warn(f"the cached tokens {path} are damaged ({problem}): the rows are tokenised again")
         _remove(MAX_DAYS)
         _make(path, write)
         return _open(path)
@@ -69,7 +69,7 @@ def _open(path: Path) -> np.ndarray:
     with open(path, "rb") as file:
         num_tokens, digest = HEADER.unpack(file.read(HEADER.size))
     if size != HEADER.size + 4 * num_tokens:
-        raise Damaged(f"it has {size:,} bytes in the place of {HEADER.size + 4 * num_tokens:,}")
+        raise Damaged(f"it has {size:,} bytes instead of {HEADER.size + 4 * num_tokens:,}")
     tokens = _mapped(path, num_tokens)
     if _digest(tokens) != digest:
         raise Damaged("its content is not what was written")
@@ -120,7 +120,7 @@ def cached_tokens() -> Iterator[tuple[Path, int, float]]:
 def _remove(days: float) -> list[int]:
     """Removes the files that were not used for so many days, and what killed processes left; returns the sizes of the
     removed files."""
-    for partial in token_folder().glob("*.partial"):  # whoever died while writing it no longer holds its lock
+    for partial in token_folder().glob("*.partial"):  # left by a process that died: its lock is free
         with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
             partial.unlink(missing_ok=True)
     sizes = []

@@ -1,4 +1,4 @@
-"""The model of a run as others load it: in output_dir, with its card, and on the hub.
+"""The exported model: in output_dir, with its model card, and on the hub.
 
 publisher.py   weights, config, tokenizer and card in a folder; checkpoints on the hub
 model_card.py  the README.md of that folder

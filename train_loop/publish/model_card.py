@@ -24,11 +24,11 @@ from train_loop.whole import utf8
 
 
 class Published(Protocol):
-    """What a card says of a run: `Publisher` has it."""
+    """What a card needs to know about a run; `Publisher` provides it."""
 
     settings: Settings
     accelerator: Accelerator
-    repository: str | None  # on the hub, None where it is not pushed
+    repository: str | None  # on the hub, None if it is not pushed
     held_out: str  # which training rows are the validation data, in words
     optimizer: str  # its class
     eval_names: Sequence[str]  # of the validation sets
@@ -45,13 +45,13 @@ METRICS = {  # of an evaluation line: the name that people know it by
 
 
 def inherited_metadata(settings: Settings) -> dict[str, Any]:
-    """What the cards on the hub say that holds for the new model too: the license of the model that it is made from,
-    the language of the data. Empty where there are no cards, or they do not say."""
+    """What the new card inherits from cards on the hub: the license of the base model, the language of the data. Empty
+    if there are no such cards or entries."""
     found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
     data_sets = [source.dataset_name for source in sources_of(settings).values()]
-    if len(data_sets) == 1 and is_hub_name(data_sets[0]):  # of several nobody knows what holds for all
+    if len(data_sets) == 1 and is_hub_name(data_sets[0]):  # with several, no single language holds
         found |= _card_data(DatasetCard, data_sets[0], ("language",))
     return found
 
@@ -59,7 +59,7 @@ def inherited_metadata(settings: Settings) -> dict[str, Any]:
 def _card_data(kind: type[ModelCard] | type[DatasetCard], name: str, keys: tuple[str, ...]) -> dict[str, Any]:
     try:
         data = kind.load(name, ignore_metadata_errors=True).data
-    except Exception:  # no card, no hub, no metadata: nothing is known
+    except Exception:  # no card, no hub, or no metadata
         return {}
     return {key: value for key in keys if (value := data.get(key)) is not None}
 

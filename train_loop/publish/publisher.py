@@ -1,4 +1,4 @@
-"""The model of a run as others load it: weights, config, tokenizer and card in a folder, and on the hub."""
+"""The exported model: weights, config, tokenizer and card in a folder, and on the hub."""
 
 import os
 import shutil
@@ -35,9 +35,9 @@ def export(
     card: str,
 ) -> dict[str, dict]:
     """Writes everything that `from_pretrained(folder)` needs, and the model card. Returns {name: size and digest} of
-    the files, but for the card, which its reader may edit. Raises UserError.
+    the files, except the card, which the user may edit. Raises UserError.
 
-    The files are written to a folder of their own first and then renamed, so that a full disk leaves none half-written.
+    The files are written to a temporary folder first and then renamed, so that a full disk leaves no half-written file.
     """
     partial, exported = folder / EXPORT_PARTIAL, {}
     try:
@@ -48,7 +48,7 @@ def export(
         model.save_pretrained(partial, state_dict=state_dict)
         tokenizer.save_pretrained(partial)
         (partial / CARD).write_bytes(utf8(card))
-        mode = (partial / CARD).stat().st_mode  # of any new file; safetensors lets nobody else read its own
+        mode = (partial / CARD).stat().st_mode  # safetensors would make its files readable by the owner only
         for path in [path for path in partial.rglob("*") if path.is_file()]:
             path.chmod(mode)
             name, place = path.relative_to(partial), folder / path.relative_to(partial)
@@ -64,10 +64,10 @@ def export(
 
 
 class Publisher:
-    """The model of a run as others load it, with its card: in output_dir when the run is done, and with `hub_strategy`
-    every_save on the hub after each checkpoint. Every process has one; the main one writes.
+    """Exports the model with its card: to output_dir when the run is done, and with `hub_strategy` every_save to the
+    hub after each checkpoint. Every process has one; only the main process writes.
 
-    `repository`: the model's name on the hub, None where it is not pushed, and on the other processes.
+    `repository`: the model's name on the hub; None if it is not pushed, and on the other processes.
     `held_out`: which training rows are the validation data, in words, "" if it has its own. `optimizer`: its class.
     `eval_names`: of the validation sets.
     """
@@ -85,7 +85,7 @@ class Publisher:
         self.settings, self.tokenizer, self.accelerator = settings, tokenizer, accelerator
         self.repository, self.held_out, self.optimizer = repository, held_out, optimizer
         self.eval_names = eval_names
-        # asked for now, when the hub has just been asked for the model, and not when there is something to lose
+        # read now, while the hub is in use anyway, and not later, when a failure could cost a trained model
         self.inherited = inherited_metadata(settings) if accelerator.is_main_process else {}
         self.pushed_folder = settings.folder / "checkpoints" / "pushed"
         self.client: Client | None = None  # of the checkpoint pushed last
@@ -106,8 +106,8 @@ class Publisher:
         return {}
 
     def push_checkpoint(self, checkpoint: Path, step: int, model: torch.nn.Module, metrics: Metrics) -> None:
-        """Begins to push the model of the folder `checkpoint` in a process of its own, or leaves it out where the push
-        before it is not over. Whatever goes wrong is a warning: training goes on."""
+        """Starts to push the model of the folder `checkpoint` in a process of its own. Skips it if the previous push is
+        still running. A failure is a warning: training continues."""
         if self.settings.hub_strategy != "every_save":
             return
         is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
@@ -135,7 +135,7 @@ class Publisher:
         metrics.leave_out(time.perf_counter() - began)
 
     def end(self) -> None:
-        """Gives up the push of a checkpoint that is not over, and the space that it took."""
+        """Ends the push of a checkpoint that is still running, and removes its files."""
         if self.client is not None and self.client.is_running():
             self.client.end("the run ended")
         shutil.rmtree(self.pushed_folder, ignore_errors=True)

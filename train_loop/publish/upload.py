@@ -15,8 +15,8 @@ PUSH_SECONDS, PUSH_BYTES_PER_SECOND = 300, 1_000_000  # a push may take this lon
 
 
 def upload(folder: Path, repository: str, settings: Settings, message: str | None = None) -> Client:
-    """Begins to push the files in `folder` but for its checkpoints, and returns the `Client` that does. The repository
-    is made if there is none."""
+    """Starts to push the files in `folder`, except its checkpoints. Returns the `Client` that does it. The repository
+    is created if it does not exist."""
     size = sum(path.stat().st_size for path in Path(folder).iterdir() if path.is_file())
     words = ["upload", repository, str(folder), "--exclude", "checkpoints/*", "--exclude", lock.NAME]
     words += ["--private"] if settings.hub_private_repo else []
@@ -25,8 +25,8 @@ def upload(folder: Path, repository: str, settings: Settings, message: str | Non
 
 
 def push(settings: Settings, repository: str, stop: StopSignal) -> None:
-    """Pushes what a finished run left in output_dir, which no other run may change meanwhile. Nothing that goes wrong
-    here is an error: all of it is on the disk, and the warning says how to repeat the push. A stop signal ends it."""
+    """Pushes what a finished run left in output_dir, and locks the folder meanwhile. A failure is a warning, not an
+    error: everything is on the disk, and the warning says how to repeat the push. A stop signal ends it."""
     folder = settings.folder
     try:
         with lock.held(folder):
@@ -43,8 +43,8 @@ def push(settings: Settings, repository: str, stop: StopSignal) -> None:
 
 
 def damage_of_export(folder: Path) -> str | None:
-    """What is wrong with the files that a finished run exported to `folder`, in a clause; None where they are those
-    that its all_results.json names, as they were written. Reads every file."""
+    """What is wrong with the files that a finished run exported to `folder`, as a clause; None if all are as its
+    all_results.json says. Reads every file."""
     try:
         exported = read_object(folder / "all_results.json").get("exported")
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what is kept of it.
+"""What a run shows and records.
 
     metrics.py   progress bar, table on the console, metrics.jsonl    summary.py  the arithmetic of a run, before it
     curve.py     loss_curve.png, from metrics.jsonl                   sample.py   what the model writes while it trains

@@ -23,7 +23,7 @@ WIDTH = 0.015  # of the smoothing, as a share of the run: one standard deviation
 
 def read_lines(path: Path | str) -> list[Line]:
     """The lines of a metrics.jsonl. A last one that is still being written is left out, and so is a damaged one, with a
-    warning. Raises UserError where no line can be read."""
+    warning. Raises UserError if no line can be read."""
     try:
         texts = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     except (OSError, UnicodeDecodeError) as error:

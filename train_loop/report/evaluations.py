@@ -82,7 +82,7 @@ def block_nats_as_bytes(kept: dict[str, Kept]) -> bytes:
 
 
 def write_block_nats(output_dir: Path, kept: dict[str, Kept]) -> None:
-    """Writes the file into output_dir, flushed to the disk. Raises UserError where it cannot be written."""
+    """Writes the file into output_dir, flushed to the disk. Raises UserError if it cannot be written."""
     path = output_dir / BLOCK_NATS
     try:
         path.parent.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def write_block_nats(output_dir: Path, kept: dict[str, Kept]) -> None:
 
 
 def read_block_nats(path: Path) -> dict[str, Kept]:
-    """{"last" or "best": evaluation} of a file. Raises UserError where it cannot be read; {} where there is none."""
+    """{"last" or "best": evaluation} of a file. Raises UserError if it cannot be read; {} where there is none."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What a person sees of a run, and what is kept of it: progress bar, table on the console, metrics.jsonl,
+"""What a run shows and records: progress bar, table on the console, metrics.jsonl,
 all_results.json, loss_curve.png.
 
 Losses are nats per target token. `seconds` count training alone: evaluation and what comes before are left out.
@@ -87,7 +87,7 @@ class Metrics:
         assert step > self.latest["step"], f"step {step} is counted again: is position.step += 1 missing in loop.py?"
         for name, value in values.items():
             if name in (*COUNTED, *sums):
-                raise ValueError(f"a line of metrics has its own {name}: give the value another name")
+                raise ValueError(f"a line of metrics already has {name}: give the value a different name")
             if not hasattr(value, "__float__") or getattr(value, "numel", lambda: 1)() != 1:
                 raise ValueError(f"{name} must be a number or a tensor of one number to stand in a line of metrics")
         for name, value in sums.items():

@@ -22,7 +22,8 @@ class Samples:
         self.prompts = {prompt: self._encode(prompt) for prompt in settings.sample_prompt or []}
 
     def _encode(self, prompt: str) -> list[int]:
-        """As rows are tokenised, but for an end of text that the tokenizer puts after them: the text goes on here."""
+        """The prompt's tokens, as rows are tokenised but without an end-of-text token after them: the text
+        continues."""
         if not prompt.isascii() and prompt != prompt.encode(errors="replace").decode():  # e.g. a shell's Latin-1
             raise UserError(f"sample_prompt {prompt!r} is not UTF-8 text")
         ids = self.tokenizer(prompt)["input_ids"]
@@ -37,10 +38,10 @@ class Samples:
         """{prompt: its continuation, always by the likeliest token, up to an end of text}, from the last `block_size`
         tokens each time.
 
-        Training is left as it was: the model's mode is put back and no random number is drawn. All processes write, and
-        take the same number of passes whatever comes out: of a sharded model each has a part only.
+        It does not change training: the model's mode is restored and no random number is drawn. All processes call it
+        and make the same number of passes, whatever text comes out, because the model may be sharded.
         """
-        import torch  # loaded long ago by whoever has a model
+        import torch  # imported here: `compare` need not wait for it
 
         was_training = model.training
         model.eval()

@@ -27,7 +27,7 @@ def banner(
     num_steps: int | None = None,
 ) -> str:
     """The arithmetic of the run, a line each. Without a `train_split`, it is of an evaluation."""
-    import torch  # loaded long ago by whoever has a model; whoever only draws need not wait for it
+    import torch  # imported here: `compare`, which only draws, need not wait for it
 
     s, world_size = settings, accelerator.num_processes
     num_parameters = sum(p.numel() for p in model.parameters())

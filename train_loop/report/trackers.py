@@ -1,9 +1,10 @@
 """Trackers: TensorBoard, MLflow, Weights & Biases and others get the lines of metrics.jsonl too, through Accelerate's
-classes for them. metrics.jsonl stays the record: a tracker that fails is left out with a warning, and the run goes on.
+classes for them. metrics.jsonl stays the record: a tracker that fails is left out with a warning, and training
+continues.
 
-After a resume the same run goes on, with no step twice and none lost, as far as the tracker can:
+After a resume the same run continues, with no step twice and none lost, as far as the tracker can do that:
     tensorboard   drops what came after the checkpoint: a new events file says so at its beginning
-    mlflow        takes nothing back: steps that it has already are not sent again
+    mlflow        cannot take lines back: steps that it has already are not sent again
     wandb         leaves out the steps that it has already; in offline mode each start has a folder of its own
     others        begin a new run, and a line says so
 """
@@ -21,7 +22,7 @@ PROJECT = "train_loop"  # where trackers collect several runs
 
 
 def wanted_trackers(settings: Settings) -> list[str]:
-    """The names of the trackers that `report_to` asks for. Raises UserError where one's library is not installed."""
+    """The names of the trackers that `report_to` asks for. Raises UserError if one's library is not installed."""
     names = settings.report_to or ["none"]
     if names == ["all"]:
         return [name for name in TRACKERS if _is_installed(name)]
@@ -34,11 +35,11 @@ def wanted_trackers(settings: Settings) -> list[str]:
 
 def _is_installed(name: str) -> bool:
     spec = importlib.util.find_spec(name)
-    return spec is not None and spec.origin is not None  # a folder ./wandb that a run left is no library
+    return spec is not None and spec.origin is not None  # a folder ./wandb that a run left is not a library
 
 
 class Trackers:
-    """The trackers of one run. The main process starts them; on the others there are none, and nothing happens."""
+    """The trackers of one run. Only the main process starts them; on the other processes the methods do nothing."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -49,10 +50,10 @@ class Trackers:
         self.sent: set[tuple[str, int]] = set()  # (metric, step) that MLflow had before this start
 
     def start(self, lines: list[Line], step: int | None) -> None:
-        """Starts them for a run that goes on from `step`, or a new one (None). `lines`: of metrics.jsonl so far."""
+        """Starts them for a run that resumes at `step`, or a new one (None). `lines`: of metrics.jsonl so far."""
         from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        # a server that is gone must not keep the run waiting for minutes
+        # a server that does not answer must not keep the run waiting for minutes
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
         output_dir = self.settings.folder
@@ -122,11 +123,11 @@ class Trackers:
         self.running = []
 
     def _attempt(self, tracker: Any, method: str, *arguments: Any) -> bool:
-        """Whether a method of a tracker did what it should. One that fails is not asked again."""
+        """Whether a method of a tracker succeeded. A tracker that fails is dropped."""
         try:
             getattr(tracker, method)(*arguments)
             return True
-        except Exception as error:  # whatever a library thinks of
+        except Exception as error:  # libraries raise anything
             self._drop(tracker, error)
             return False
 

@@ -1,4 +1,4 @@
-"""What the loss returns, looked at once, before the first step. Nothing is decided here: it is said."""
+"""Checks once, before the first step, what the loss returns. It only reports; it changes nothing."""
 
 import inspect
 
@@ -54,7 +54,7 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
         model.train(was_training)
     if nll_sum == nll_sum and total != total:
         raise ValueError(
-            f"the objective of one training block is nan, while its plain cross entropy is {nll_sum:.4f} nats: look "
+            f"the objective of one training block is nan, while its plain cross entropy is {nll_sum:.4f} nats: check "
             "for 0 log 0 or inf - inf in loss.py, and for logits that are used after cross_entropy(..., inplace=True)"
         )
     remarks = []
@@ -76,7 +76,7 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
 
 
 def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
-    """The loss that the model works out itself, nats per target, without a mixture's auxiliary loss; None where it has
+    """The loss that the model itself computes, nats per target, without a mixture's auxiliary loss; None if it has
     none."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None

@@ -25,7 +25,7 @@ def fit_micro_batch(
     there a failure of one alone ends in a time-out). A CPU's memory only counts where a limit makes allocations fail;
     the kernel's out-of-memory killer cannot be caught.
 
-    Raises UserError where not even one block fits.
+    Raises UserError if not even one block fits.
     """
     size, accumulation = settings.per_device_train_batch_size, settings.gradient_accumulation_steps
     while True:

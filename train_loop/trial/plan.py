@@ -181,10 +181,10 @@ def measure(
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
 
-    def seconds_of(deed: Callable[[], Any]) -> float:
-        deed()
+    def seconds_of(action: Callable[[], Any]) -> float:
+        action()
         began = time.perf_counter()
-        deed()
+        action()
         accelerator.wait_for_everyone()
         return time.perf_counter() - began
 
@@ -265,7 +265,10 @@ def print_plan(
     num_blocks_seen = num_steps * per_step
     if num_blocks and per_epoch:
         num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, num_steps % per_epoch * per_step)
-    num_tokens = num_blocks_seen * (settings.block_size - 1)
+    of_block = settings.block_size - 1.0  # targets; of a stream nobody knows how many are prompts
+    if isinstance(train_split, Split):
+        of_block = train_split.num_targets / train_split.num_blocks
+    num_tokens = round(num_blocks_seen * of_block)
     training = found["step"] * num_blocks_seen / per_step
     total = training + num_evaluations * found["evaluation"]
     share = found["exchange"] / found["step"]
