@@ -266,7 +266,7 @@ def test_a_line_of_json_that_cannot_be_read_is_named_blank_ones_counted(line, sa
 def test_numbers_and_half_characters_of_other_columns_are_no_concern(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "n": %s, "other": "\\ud800", "x": NaN}\n' % ("9" * 5000))
-    assert prepared(path, text_column=["text"]) == streamed(path, text_column="text") == ["one"]
+    assert prepared(path, text_column=["text"]) == streamed(path, text_column=["text"]) == ["one"]
 
 
 @pytest.mark.parametrize("read", [prepared, streamed])
