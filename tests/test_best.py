@@ -127,7 +127,7 @@ def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_e
     resume = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
     resume += [f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]
     assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
-    assert f"the best, {damaged}, is damaged (model.safetensors has 0 bytes" in capsys.readouterr().err
+    assert f"the best checkpoint, {damaged}, is damaged (model.safetensors has 0 bytes" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["exported_step"] == 26
 
 

@@ -120,42 +120,6 @@ def test_lean_modules_repeat_no_product_and_round_a_weight_once_in_a_step(autoca
         assert seen[1].rounded[shape] == (2 * len(model.transformer.h) if autocast else 0)
 
 
-def test_the_gradient_of_a_tied_embedding_is_dense_and_the_same_bit_for_bit(blocks):
-    ids, gradients = torch.from_numpy(blocks.astype("int64")), []
-    for lean_embedding in (False, True):
-        model = make_model()
-        use_lean_modules(model)
-        if not lean_embedding:
-            del model.transformer.wte.forward
-        next_token_loss(model, {"input_ids": ids, "labels": ids})[0].backward()
-        gradients.append(model.lm_head.weight.grad)
-        model.zero_grad()
-        model.transformer(ids, use_cache=False).last_hidden_state.square().sum().backward()  # not through the head
-        gradients.append(model.lm_head.weight.grad)
-    assert torch.equal(gradients[0], gradients[2]) and torch.equal(gradients[1], gradients[3])
-
-
-def test_beside_the_heads_gradient_that_of_a_tied_embedding_holds_the_rows_that_were_looked_up():
-    model, ids = make_model(), torch.tensor([[7, 3, 7], [7, 9, 3]])
-    use_lean_modules(model)
-    embedded = model.transformer.wte(ids)
-    model.lm_head.weight.head_gave_gradient = True
-    grad = torch.autograd.grad(embedded.sum(), model.lm_head.weight)[0]
-    assert grad.is_sparse and grad.values().shape == (3, model.config.n_embd)
-    assert model.lm_head.weight.head_gave_gradient is False
-
-
-@pytest.mark.parametrize("change", ["untied", "padding"])
-def test_an_embedding_of_another_kind_stays_as_it_is(change):
-    model = make_model()
-    if change == "untied":
-        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
-    else:
-        model.transformer.wte.padding_idx = 0
-    use_lean_modules(model)
-    assert "forward" not in model.transformer.wte.__dict__
-
-
 def test_a_projection_with_a_hook_is_called():
     model, called = make_model(), []
     use_lean_modules(model)
@@ -259,3 +223,11 @@ def test_the_attention_that_is_stood_in_for_takes_what_is_known():
     model = make_model(dropout=True)
     use_lean_modules(model)
     assert model.config._attn_implementation == "lean"
+
+
+def test_under_autocast_attention_is_lean_too_and_rounds_its_inputs_as_torchs_does():
+    module = torch.nn.Module().train()
+    inputs = [torch.randn(1, 2, 6, 8, requires_grad=True) for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output, _ = lean._attention(module, *inputs, None, dropout=0.1)
+    assert output.dtype == torch.bfloat16 and "DropoutAttention" in output.grad_fn.name()

@@ -259,6 +259,6 @@ def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
     assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]
     assert main([*train[3:], "--max_train_steps=40", f"--output_dir={tmp_path}/quickstart"]) == 0
     evaluation = [line for line in lines_of(tmp_path / "quickstart") if "eval_loss" in line]
-    assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 3
+    assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 6
     done = forked(*generate[1:3], tmp_path / "quickstart", *generate[4:])
     assert done.returncode == 0 and done.stdout.startswith(generate[4])

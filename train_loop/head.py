@@ -201,7 +201,7 @@ class _LinearInChunks(torch.autograd.Function):
                     start = first - first % group
                     x = hidden[start : some.stop].to(dtype)
                     _add_product(grad_weight, low_group[: len(x)].T, x, is_first=start == 0)
-        ctx.gradients, ctx.weight = (grad_hidden, grad_weight, grad_bias), weight
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
         return rows.sums[0][""]
 
     @staticmethod
@@ -213,7 +213,6 @@ class _LinearInChunks(torch.autograd.Function):
         # scaled in place: a copy of the weight's gradient would be as large as the weight
         gradients = [gradient if gradient is None else gradient.mul_(grad_sum) for gradient in ctx.gradients]
         ctx.gradients = None
-        ctx.weight.head_gave_gradient = gradients[1] is not None  # lean.py's embedding asks for it
         return *gradients, None, None
 
 

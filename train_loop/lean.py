@@ -51,11 +51,6 @@ def use_lean_modules(model: PreTrainedModel) -> None:
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
             elif type(child) is torch.nn.Dropout and hasattr(torch, "native_dropout"):  # an undocumented name
                 setattr(module, name, Dropout(child.p).train(child.training))
-    table: Any = model.get_input_embeddings()  # transformers says Module
-    head: Any = model.get_output_embeddings()
-    plain = type(table) is torch.nn.Embedding and (table.padding_idx, table.max_norm) == (None, None)
-    if plain and head is not None and head.weight is table.weight and not (table.scale_grad_by_freq or table.sparse):
-        table.forward = functools.partial(_forward_of_embedding, table)
     # the name of the function in use is private; there is a public way to set it, none to ask for it
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return None
@@ -123,40 +118,6 @@ class ActivationAndProduct(torch.autograd.Function):
         grad_weight = activated.detach().T @ grad if needs_weight else None
         grad_hidden = torch.autograd.grad(activated, hidden, grad @ weight.T)[0] if needs_hidden else None
         return grad_hidden, grad_weight, grad.sum(0) if needs_bias else None, None
-
-
-class TiedEmbedding(torch.autograd.Function):
-    """Rows `ids` of `weight`, which is the head's, too. After the head's gradient that of the rows is sparse.
-
-    The sum of both is dense. A dense gradient of the rows would be as large as the weight, almost all of it zeros, and
-    would cost up to a tenth of a step.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, weight: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(ids)
-        ctx.weight, weight.head_gave_gradient = weight, False  # type: ignore[attr-defined]  # ours, set by head.py
-        return torch.nn.functional.embedding(ids, weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (ids,), weight, num_rows = ctx.saved_tensors, ctx.weight, len(ctx.weight)
-        dense_gradient = torch.ops.aten.embedding_dense_backward
-        if not weight.head_gave_gradient:
-            return dense_gradient(grad, ids, num_rows, -1, False), None
-        weight.head_gave_gradient = False
-        rows, row_of_token = torch.unique(ids, return_inverse=True)
-        values = dense_gradient(grad, row_of_token, len(rows), -1, False)  # torch's order of sums: the same bits
-        return torch.sparse_coo_tensor(
-            rows[None], values, weight.shape, is_coalesced=True, check_invariants=False
-        ), None
-
-
-def _forward_of_embedding(table: torch.nn.Embedding, ids: torch.Tensor) -> torch.Tensor:
-    weight = table.weight
-    if weight.requires_grad and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-        return TiedEmbedding.apply(weight, ids)
-    return torch.nn.functional.embedding(ids, weight)
 
 
 def _attention(
