@@ -186,9 +186,7 @@ def test_a_text_file_is_not_read_again_before_the_place(texts, tokenizer, tmp_pa
         next(windows_of(stream, settings))
 
 
-@pytest.mark.parametrize(
-    "how, said", [("changed", "changed during the run"), ("gone", "cannot be read")]
-)
+@pytest.mark.parametrize("how, said", [("changed", "changed during the run"), ("gone", "cannot be read")])
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
 def test_a_file_that_changes_or_vanishes_is_named(kind, how, said, texts, tokenizer, tmp_path):
     path = write(kind, tmp_path, texts)
