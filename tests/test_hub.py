@@ -282,7 +282,7 @@ def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_p
     assert main(arguments) == 75
     thread.join()
     files = logged_in.files("models", "me/run")
-    assert files.keys() == PUSHED - {"all_results.json", "loss_curve.png"} | {".gitattributes"}
+    assert files.keys() == EXPORTED - {"all_results.json", "evaluations", "loss_curve.png"} | {".gitattributes"}
     card = files["README.md"].decode()
     assert "Validation" in card and "loss_curve.png" not in card
     model, info = AutoModelForCausalLM.from_pretrained(logged_in.path("models", "me/run"), output_loading_info=True)
