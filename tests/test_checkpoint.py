@@ -247,7 +247,7 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
     assert main([*arguments, f"--output_dir={tmp_path}/new"]) == 1
-    assert "--resume_from_checkpoint auto to resume the run in it" in capsys.readouterr().err
+    assert "or resume the run in it with --resume_from_checkpoint auto" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):
