@@ -22,7 +22,7 @@ ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, 
 ROWS_PER_CHUNK_ELSEWHERE = 2048
 # in a lower precision: rows whose share of the weight's gradient is one product. Each is added in float32, which reads
 # and writes the whole gradient
-ROWS_PER_LOW_GROUP = 1024
+ROWS_PER_LOW_GROUP = 512
 
 Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what is named in `sum_over_rows`
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]

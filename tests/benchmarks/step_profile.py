@@ -1,8 +1,9 @@
 """Where the time of an optimizer step goes, by kind of operation: the plain way, and this loop's.
 
 python tests/benchmarks/step_profile.py --batch_size 32
+python tests/benchmarks/step_profile.py --batch_size 32 --precision bf16
 
-distilgpt2's shape, random weights, blocks of 128, float32, dropout on. The plain way is what `Trainer` does: modules of
+distilgpt2's shape, random weights, blocks of 128, dropout on. The plain way is what `Trainer` does: modules of
 transformers, whole logits, the libraries' defaults for memory. Each is a process of its own; the third step is
 profiled. An operation's time is without those inside it; "outside" is what no operation accounts for.
 """
@@ -33,7 +34,7 @@ KINDS = {
 }
 
 
-def profile(plain, batch_size, num_warm):
+def profile(plain, batch_size, num_warm, precision):
     if not plain:
         tuning.keep_memory()
     import torch
@@ -49,6 +50,8 @@ def profile(plain, batch_size, num_warm):
     if not plain:
         use_lean_modules(model)
     model.inspected_head = Head(in_chunks=not plain)
+    if precision == "bf16":
+        model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)  # as Accelerate does
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-5, fused=True)
     ids = torch.randint(50257, (batch_size, 128))
 
@@ -76,15 +79,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_size", type=int, default=32, help="blocks in a step")
     parser.add_argument("--warm", type=int, default=2, help="steps before the one that is profiled")
+    parser.add_argument("--precision", choices=["float32", "bf16"], default="float32", help="of both")
     parser.add_argument("--one", choices=["plain", "ours"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(profile(arguments.one == "plain", arguments.batch_size, arguments.warm)))
+        done = profile(arguments.one == "plain", arguments.batch_size, arguments.warm, arguments.precision)
+        print(json.dumps(done))
         return
     done = {}
     for which in ("plain", "ours"):
         command = [sys.executable, __file__, "--one", which, "--batch_size", str(arguments.batch_size)]
-        command += ["--warm", str(arguments.warm)]
+        command += ["--warm", str(arguments.warm), "--precision", arguments.precision]
         printed = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         done[which] = json.loads(printed.strip().splitlines()[-1])
     print(f"batch {arguments.batch_size:<24}{'plain':>8}{'ours':>17}")

@@ -42,7 +42,8 @@ def prepare(folder, num_blocks, block_size, shape, vocab=VOCAB):
 
     torch.manual_seed(0)
     layers, width, heads = shape
-    config = AutoConfig.for_model("gpt2", n_layer=layers, n_embd=width, n_head=heads, vocab_size=vocab)
+    sizes = {"n_layer": layers, "n_embd": width, "n_head": heads, "vocab_size": vocab}
+    config = AutoConfig.for_model("gpt2", **sizes, n_positions=max(1024, block_size))
     AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
