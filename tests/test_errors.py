@@ -152,8 +152,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_t
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
     done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
-    # beside what triton says at the end of a process, with torch 2.15
-    first, second = [line for line in done.stderr.splitlines() if line.startswith(("warning: ", "error: "))]
+    first, second = done.stderr.splitlines()[:2]  # with torch 2.15 triton may say something at the end of a process
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{nobody_there} cannot be reached" in first and "secret" not in done.stdout + done.stderr
     assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second
