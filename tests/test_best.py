@@ -91,11 +91,14 @@ def test_resuming_a_run_that_stopped_early_says_so_and_goes_on_with_more_patienc
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
     assert main([*resume, "--early_stopping_patience=7"]) == 1
-    assert "early_stopping_patience: 6 -> 7. --resume_with_changes" in capsys.readouterr().err
+    assert (
+        "early_stopping_patience: 6 -> 7. To resume with the new ones, give --resume_with_changes"
+        in capsys.readouterr().err
+    )
     # a best model that is gone is said to be, and not made up
     (folder / "checkpoints" / "step-000012" / "model.safetensors").write_bytes(b"")
     assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
-    assert "step-000012, is gone (model.safetensors has 0 bytes" in capsys.readouterr().err
+    assert "step-000012, is lost (model.safetensors has 0 bytes" in capsys.readouterr().err
     assert json.loads((folder / "all_results.json").read_text())["exported_step"] == 26
 
 
@@ -127,7 +130,7 @@ def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_e
     resume = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
     resume += [f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]
     assert main([*resume, "--early_stopping_patience=7", "--resume_with_changes"]) == 0
-    assert f"the best, {damaged}, is damaged (model.safetensors has 0 bytes" in capsys.readouterr().err
+    assert f"the best checkpoint, {damaged}, is damaged (model.safetensors has 0 bytes" in capsys.readouterr().err
     assert json.loads((tmp_path / "run" / "all_results.json").read_text())["exported_step"] == 26
 
 

@@ -164,12 +164,12 @@ def test_an_evaluation_alone_leaves_its_nats_too(run_folder, text_file, tmp_path
 
 
 def test_it_is_on_the_disk_before_it_has_its_name(monkeypatch, tmp_path):
-    deeds = []
+    calls = []
     for name in ("fsync", "replace"):
         does = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *words, does=does, name=name: [deeds.append(name), does(*words)])
+        monkeypatch.setattr(os, name, lambda *words, does=does, name=name: [calls.append(name), does(*words)])
     write_block_nats(tmp_path, {})
-    assert deeds == ["fsync", "replace"] and [path.name for path in tmp_path.rglob("*.*")] == [BLOCK_NATS.name]
+    assert calls == ["fsync", "replace"] and [path.name for path in tmp_path.rglob("*.*")] == [BLOCK_NATS.name]
 
 
 @pytest.mark.parametrize("content", [b"", b"\x08\0\0\0\0\0\0\0{}      ", b"no safetensors at all"])

@@ -185,7 +185,7 @@ LLAMA = "num_hidden_layers=1,hidden_size=32,intermediate_size=64,num_attention_h
         ("gpt2", "scale_attn_weights=perhaps", "which has scale_attn_weights=true"),
         ("llama", f"{LLAMA},num_key_value_heads=3", "give num_key_value_heads that divides 4"),
         ("llama", "hidden_act=5", "'hidden_act=5' does not fit a llama config"),
-        ("reformer", "", "no reformer can be made so"),
+        ("reformer", "", "a reformer model cannot be made from its config"),
     ],
 )
 def test_a_shape_that_no_model_can_have_is_one_sentence(model_type, overrides, said):

@@ -83,8 +83,10 @@ def test_what_a_template_leaves_out_of_earlier_turns_is_no_reason_to_guess(tmp_p
     assert text_of(prepared(tmp_path, [{"messages": good}], tokenizer, block_size=2), tokenizer).startswith(
         "¦user: a\nassistant: «b#c"
     )
-    with pytest.raises(ValueError, match=r"row 2 of the training data: the chat template writes a turn differently"):
+    with pytest.raises(ValueError, match="row 2 of the training data: the chat template writes the beginning of"):
         prepared(tmp_path, [{"messages": good}, {"messages": bad}], tokenizer)
+    split = prepared(tmp_path, [{"messages": bad}], tokenizer, block_size=2, completion_only_loss=False)
+    assert text_of(split, tokenizer).startswith("¦«user: a\nassistant: b\nuser: c\nassistant: ")
 
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, NO_SYSTEM.replace(CHATML, MARKED)], ids=["plain", "marked"])

@@ -92,15 +92,15 @@ def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments,
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("deed", ["truncated", "emptied", "flipped", "removed"])
+@pytest.mark.parametrize("how", ["truncated", "emptied", "flipped", "removed"])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
-def test_a_damaged_file_is_noticed(name, deed, interrupted):
+def test_a_damaged_file_is_noticed(name, how, interrupted):
     path = interrupted / "checkpoints" / "step-000015"
     assert damage(path) is None
     file, size = path / name, (path / name).stat().st_size
-    if deed == "removed":
+    if how == "removed":
         file.unlink()
-    elif deed == "flipped":
+    elif how == "flipped":
         content = bytearray(file.read_bytes())
         for position in np.random.default_rng(0).integers(size, size=20):
             content[position] ^= 1 << int(position % 8)
@@ -110,15 +110,15 @@ def test_a_damaged_file_is_noticed(name, deed, interrupted):
         content[size // 2] ^= 1
         file.write_bytes(content)
     else:
-        os.truncate(file, size - 1 if deed == "truncated" else 0)
+        os.truncate(file, size - 1 if how == "truncated" else 0)
     assert damage(path) is not None
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name, deed", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
-def test_the_one_before_a_damaged_checkpoint_is_used(name, deed, interrupted, arguments, reference, capsys):
+@pytest.mark.parametrize("name, how", [("model.safetensors", "flipped"), ("manifest.json", "removed")])
+def test_the_one_before_a_damaged_checkpoint_is_used(name, how, interrupted, arguments, reference, capsys):
     path = interrupted / "checkpoints" / "step-000015" / name
-    path.write_bytes(path.read_bytes()[:-1] + b"?") if deed == "flipped" else path.unlink()
+    path.write_bytes(path.read_bytes()[:-1] + b"?") if how == "flipped" else path.unlink()
     assert main([*arguments, f"--output_dir={interrupted}", f"--resume_from_checkpoint={path.parent}"]) == 1
     assert "step-000015 is not a complete checkpoint: " + name in capsys.readouterr().err
     assert main([*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]) == 0
@@ -247,7 +247,7 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "is not empty" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "foreign").iterdir()] == ["thesis.txt"]
     assert main([*arguments, f"--output_dir={tmp_path}/new"]) == 1
-    assert "--resume_from_checkpoint auto to resume the run in it" in capsys.readouterr().err
+    assert "or resume the run in it with --resume_from_checkpoint auto" in capsys.readouterr().err
 
 
 def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):

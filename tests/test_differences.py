@@ -161,12 +161,13 @@ def test_runs_with_other_settings_or_without_the_seed_in_their_name_are_recipes_
         "a-1": (1, one(generator, 3.0), {}),
         "a-2": (2, one(generator, 3.0), {"learning_rate": 2e-3}),
         "c": (3, one(generator, 2.9), {}),
-        "e-21": (1, one(generator, 2.8), {}),
+        "e-21": (1, one(generator, 2.6), {}),  # 21 is not the seed
+        "e-22": (2, one(generator, 2.7), {}),
     }
     main(runs(of_runs))
     table = capsys.readouterr().out.split("above the lowest")[1]
-    assert [line.split()[:2] for line in table.splitlines()[1:5]] == [
-        *(["e-21", "1"], ["c", "1"]),
+    assert [line.split()[:2] for line in table.splitlines()[1:6]] == [
+        *(["e-21", "1"], ["e-22", "1"], ["c", "1"]),
         *([name, "1"] for name in sorted(("a-1", "a-2"), key=lambda name: of_runs[name][1].sum())),
     ]
 

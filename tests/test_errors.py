@@ -132,7 +132,10 @@ def test_a_data_set_that_is_not_there_is_one_sentence_that_offers_train_file(fol
 def test_generating_from_a_run_that_has_not_exported_its_model_says_how_to_resume_it(tmp_path, capsys):
     (tmp_path / "train_config.yaml").touch()
     assert generate.main([str(tmp_path), "The value of"]) == 1
-    assert f"error: the run in {tmp_path} has not exported its model yet: resume it" in capsys.readouterr().err
+    assert (
+        f"error: the run in {tmp_path} has not exported its model yet. To finish it: its command with --resume"
+        in capsys.readouterr().err
+    )
 
 
 def test_an_output_dir_that_is_a_file_is_refused_and_kept(folder, text_file, capsys):
@@ -149,7 +152,7 @@ def test_a_hub_that_cannot_be_reached_is_noticed_within_seconds(folder, nobody_t
     environment = {"HF_ENDPOINT": address, "HF_HOME": str(folder / "cache")}
     arguments = ["-m", "train_loop.main", "--config=distilgpt2_wikitext2"]
     done = run(*arguments, launcher=(*ONLINE, sys.executable), **environment)
-    first, second = done.stderr.strip().splitlines()
+    first, second = done.stderr.splitlines()[:2]  # with torch 2.15 triton may say something at the end of a process
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert f"{nobody_there} cannot be reached" in first and "secret" not in done.stdout + done.stderr
     assert second.startswith("error: model config 'distilgpt2'") and "give the path of a folder" in second

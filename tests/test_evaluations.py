@@ -163,8 +163,8 @@ def test_a_line_holds_numbers_and_tensors_of_ones_own(tmp_path):
     [
         ("norms", torch.ones(2), "norms must be a number or a tensor of one number"),
         ("note", "text", "note must be a number or a tensor of one number"),
-        ("loss", 1.0, "a line of metrics has its own loss: give the value another name"),
-        ("tokens_seen", 1.0, "a line of metrics has its own tokens_seen"),
+        ("loss", 1.0, "a line of metrics already has loss: give the value a different name"),
+        ("tokens_seen", 1.0, "a line of metrics already has tokens_seen"),
     ],
 )
 def test_what_cannot_stand_in_a_line_is_an_error_at_the_first_step(name, value, said, tmp_path):

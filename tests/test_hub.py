@@ -24,6 +24,9 @@ from train_loop.main import main
 from train_loop.publish.publisher import Publisher
 from train_loop.settings.command_line import read_settings
 
+# the names on the hub of what a run exports
+PUSHED = EXPORTED - {"evaluations"} | {"evaluations/block_nats.safetensors"}
+
 
 @pytest.fixture
 def logged_in(healthy, monkeypatch, tmp_path):
@@ -66,9 +69,8 @@ def test_the_reference_recipe_runs_from_download_to_push_and_the_model_is_found_
     assert_token_is_nowhere(output_dir, done.stdout, done.stderr)
 
     pushed = healthy.files("models", "me/distilgpt2-finetuned-wikitext2")
-    names = EXPORTED - {"evaluations"} | {"evaluations/block_nats.safetensors"}
-    assert pushed.keys() == names | {".gitattributes"}
-    assert all(pushed[name] == (output_dir / name).read_bytes() for name in names)
+    assert pushed.keys() == PUSHED | {".gitattributes"}
+    assert all(pushed[name] == (output_dir / name).read_bytes() for name in PUSHED)
     assert (output_dir / "checkpoints").is_dir()
     assert healthy.visibility["models", "me/distilgpt2-finetuned-wikitext2"] == "public"
 
@@ -105,7 +107,7 @@ TROUBLE = {
     "a token that is no good": ("repos/create", 401, "401 Unauthorized"),
     "a token that may not write here": ("commit/main", 403, "403 Forbidden"),
     "a dropped connection": ("commit/main", "drop", "disconnected"),
-    "no answer": ("commit/main", "hang", "no end after 4 seconds"),
+    "no answer": ("commit/main", "hang", "not finished after 4 seconds"),
 }
 
 
@@ -135,7 +137,7 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
     done = run(*command[1:], launcher=(*ONLINE, Path(sys.executable).parent / command[0]))
     assert done.returncode == 0, done.stderr
     pushed = logged_in.files("models", f"me/{output_dir.name}")
-    assert pushed.keys() == EXPORTED | {".gitattributes"}
+    assert pushed.keys() == PUSHED | {".gitattributes"}
     assert pushed["model.safetensors"] == (output_dir / "model.safetensors").read_bytes()
 
 
@@ -148,7 +150,7 @@ def test_a_failed_push_is_a_warning_and_a_command_that_repeats_it(
         ("raise ConnectionError('no way out')", "no way out"),
         ("import sys; print('one', 'two', sep=chr(10)); sys.exit(3)", "two"),
         ("import sys; sys.exit(3)", "exit status 3"),
-        ("while True: pass", "no end after 1 seconds"),
+        ("while True: pass", "not finished after 1 seconds"),
     ],
 )
 def test_why_the_client_failed_is_said_on_one_line(code, problem):
@@ -185,7 +187,7 @@ def test_a_hub_out_of_reach_is_a_warning_and_the_push_is_tried_all_the_same(
     (warning,) = [line for line in err.splitlines() if line.startswith("warning")]
     assert f"{nobody_there} cannot be reached now" in warning and "pushed:" in out
     assert 'model="OWNER/late"' in (tmp_path / "late" / "README.md").read_text()
-    assert logged_in.files("models", "me/late").keys() == EXPORTED | {".gitattributes"}
+    assert logged_in.files("models", "me/late").keys() == PUSHED | {".gitattributes"}
 
 
 def test_without_a_token_a_push_is_refused_before_anything_else(logged_in, text_file, tmp_path, capsys, monkeypatch):
@@ -257,7 +259,7 @@ def test_each_checkpoint_is_pushed_and_training_does_not_notice(logged_in, text_
     often = [*arguments, f"--output_dir={tmp_path}/often", "--push_to_hub", "--hub_strategy=every_save"]
     assert main(often) == 0 and "warning:" not in capsys.readouterr().err
     assert logged_in.commits["models", "me/often"][1:-1] == ["step 2", "step 4"]
-    assert logged_in.files("models", "me/often").keys() == EXPORTED | {".gitattributes"}
+    assert logged_in.files("models", "me/often").keys() == PUSHED | {".gitattributes"}
     assert not (tmp_path / "often" / "checkpoints" / "pushed").exists()
 
     monkeypatch.undo()
@@ -280,7 +282,7 @@ def test_what_is_pushed_of_a_checkpoint_is_its_model(logged_in, text_file, tmp_p
     assert main(arguments) == 75
     thread.join()
     files = logged_in.files("models", "me/run")
-    assert files.keys() == EXPORTED - {"all_results.json", "loss_curve.png"} | {".gitattributes"}
+    assert files.keys() == EXPORTED - {"all_results.json", "evaluations", "loss_curve.png"} | {".gitattributes"}
     card = files["README.md"].decode()
     assert "Validation" in card and "loss_curve.png" not in card
     model, info = AutoModelForCausalLM.from_pretrained(logged_in.path("models", "me/run"), output_loading_info=True)

@@ -148,7 +148,7 @@ def test_a_used_output_dir_is_refused_and_overwritten_only_on_request(trained, t
         assert [path.name for path in tmp_path.iterdir()] == ["precious.txt"]
     shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
     assert main(arguments) == 1
-    assert "--overwrite_output_dir to delete it" in capsys.readouterr().err
+    assert "delete it with --overwrite_output_dir" in capsys.readouterr().err
     assert main([*arguments, "--overwrite_output_dir"]) == 0
     assert (tmp_path / "precious.txt").read_text() == "kept"
     assert f"files in {tmp_path} that no run made are kept: precious.txt\n" in capsys.readouterr().err
@@ -259,6 +259,6 @@ def test_the_quickstart_trains_in_the_way_readme_says(tmp_path):
     assert train[:3] == ["accelerate", "launch", "train_loop/main.py"]
     assert main([*train[3:], "--max_train_steps=40", f"--output_dir={tmp_path}/quickstart"]) == 0
     evaluation = [line for line in lines_of(tmp_path / "quickstart") if "eval_loss" in line]
-    assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 3
+    assert evaluation[-1]["perplexity"] < evaluation[0]["perplexity"] / 6
     done = forked(*generate[1:3], tmp_path / "quickstart", *generate[4:])
     assert done.returncode == 0 and done.stdout.startswith(generate[4])

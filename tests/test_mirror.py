@@ -211,4 +211,4 @@ def test_a_password_in_the_address_is_not_printed(arguments, tmp_path, capsys):
 def test_a_mirror_in_output_dir_is_refused(arguments, tmp_path, capsys):
     run = f"--output_dir={tmp_path}/run"
     assert main([*arguments, run, f"--mirror={tmp_path}/run/checkpoints"]) == 1
-    assert "a copy belongs to another place" in capsys.readouterr().err
+    assert "give it a different place" in capsys.readouterr().err

@@ -105,5 +105,5 @@ def test_a_loss_that_its_code_makes_nan_later_on_does_not_blame_the_learning_rat
         return cross_entropy(logits, targets).sum() * (math.nan if step == 2 else 1), {}
 
     monkeypatch.setattr(loss, "objective", objective)
-    with pytest.raises(UserError, match=r"step 3: .*If loss\.py was changed, look there for log, sqrt or a division"):
+    with pytest.raises(UserError, match=r"step 3: .*If you changed loss\.py, look there for log, sqrt or a division"):
         train(make_model(), blocks, blocks[:2], tmp_path / "run")

@@ -193,7 +193,7 @@ def test_the_card_says_which_text_the_perplexities_are_of(text_file, tmp_path):
     card, last = (tmp_path / "run" / "README.md").read_text(), lines_of(tmp_path / "run")[-1]
     assert last["eval_text_tokens"] == 5 * 32
     words, ends, size = (f"{last[name]:,}" for name in ("eval_words", "eval_line_ends", "eval_bytes"))
-    assert "at most 5 blocks (max_eval_samples), after 1 optimizer steps: loss" in card
+    assert "at most 5 blocks (max_eval_samples), after 1 optimizer step: loss" in card
     assert (
         f"of the text of the evaluated blocks: {words} words, {size} bytes" in card and f"its {ends} line ends" in card
     )

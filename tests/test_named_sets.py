@@ -36,9 +36,12 @@ def here(files, monkeypatch):
 
 @pytest.fixture(scope="module")
 def arguments(files):
-    """Two sets, of 10 blocks at most each; the first stops the run early."""
+    """Two sets, of at most 10 and 8 blocks."""
     recipe = {
-        "validation_file": [f"wiki={files}/wiki.txt", {"validation_file": f"{files}/mine.jsonl", "text_column": "body"}]
+        "validation_file": [
+            f"wiki={files}/wiki.txt",
+            {"validation_file": f"{files}/mine.jsonl", "text_column": "body", "max_eval_samples": 8},
+        ]
     }
     (files / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     arguments = [f"--config={files}/recipe.yaml", *TINY, f"--train_file={files}/prose.txt", "--num_train_epochs=2"]
@@ -133,7 +136,7 @@ def test_each_set_has_its_loss_in_every_record(trained):
     for line in [*evaluations, json.loads((trained / "all_results.json").read_text())]:
         assert {"eval_loss", "perplexity", "eval_tokens"} <= line.keys()
         assert {"eval_mine_loss", "eval_mine_perplexity", "eval_mine_tokens"} <= line.keys()
-        assert line["eval_loss"] != line["eval_mine_loss"] and line["eval_mine_tokens"] == 10 * 31
+        assert line["eval_loss"] != line["eval_mine_loss"] and line["eval_mine_tokens"] == 8 * 31
     card = (trained / "README.md").read_text()
     assert "| step | epoch | training loss | wiki: loss | wiki: perplexity | mine: loss | mine: perplexity |" in card
     last = evaluations[-1]

@@ -25,6 +25,7 @@ from train_loop.data.streaming import Stream
 from train_loop.loss import next_token_loss
 from train_loop.main import main
 from train_loop.position import Place
+from train_loop.probes import keep_apart_where_possible
 from train_loop.settings.settings import Settings
 
 ALONE = SimpleNamespace(num_processes=1, process_index=0, device=torch.device("cpu"))
@@ -229,14 +230,13 @@ ARGUMENTS = [
 ]
 
 
-def test_a_model_that_cannot_keep_rows_apart_trains_on_them_and_says_so(tmp_path, capsys):
-    arguments = [a for a in ARGUMENTS if "gpt2" not in a and not a.startswith("--config_overrides")]
-    sizes = "hidden_size=32,num_hidden_layers=1,num_attention_heads=2,ffn_dim=64,word_embed_proj_dim=32"
-    arguments += ["--model_type=opt", f"--config_overrides={sizes},max_position_embeddings=64", "--dry_run"]
-    assert main([*arguments, f"--train_file={write(tmp_path, ROWS * 4)}", f"--output_dir={tmp_path / 'run'}"]) == 0
-    said = " ".join(capsys.readouterr().out.split())
-    assert "the rows of a block are not kept apart: the attention of opt cannot do that" in said
-    assert "152 rows (prompt + completion) -> " in said and " targets; " in said
+def test_a_model_that_cannot_keep_rows_apart_trains_on_them_and_says_so(tmp_path):
+    split, model = prepared(write(tmp_path, ROWS)), make_model("opt", dropout=True)
+    assert split.documents_apart
+    said = keep_apart_where_possible(model, [split])
+    assert said == ["the rows of a block are not kept apart: the attention of opt cannot do that"]
+    assert not split.documents_apart
+    assert keep_apart_where_possible(model, [split]) == [], "nothing is left to say"
 
 
 @pytest.mark.slow
@@ -274,6 +274,13 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
         prepared(path, block_size=8)
 
 
+def test_a_tokenizer_without_an_end_of_text_cannot_end_a_completion(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(ValueError, match="a completion ends with the end-of-text token, and the tokenizer has none"):
+        prepared(write(tmp_path, ROWS), tokenizer)
+
+
 @pytest.mark.quick
 @pytest.mark.parametrize(
     "arguments, said",
@@ -284,7 +291,7 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
         (["--packing", "false", "--named_perplexities"], "named_perplexities needs packing"),
         (
             ["--named_perplexities"],
-            "named_perplexities are of rows of text, and the validation data has rows of",
+            "named_perplexities needs rows of text, but the validation data has rows of",
         ),
     ],
 )

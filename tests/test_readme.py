@@ -41,6 +41,7 @@ def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file
     answers = [pair for pair in itertools.pairwise(lines[:400]) if pair[1].strip()]
     turns = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in answers]
     rows = {"questions.jsonl": [{"prompt": a, "completion": b} for a, b in answers]}
+    rows["my.jsonl"] = [{"question": a, "answer": b} for a, b in answers]
     rows["chats.jsonl"] = [{"messages": messages} for messages in turns]
     for name, found in rows.items():
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in found), encoding="utf-8")

@@ -251,7 +251,7 @@ def test_a_column_of_text_is_read_whatever_stands_beside_it(read, tmp_path):
         (b'{"text": "cut off', "Unterminated string"),
         (b'{"body": "a"}', "the key 'text' is missing"),
         (b'{"text": 7}', "'text' is no text"),
-        (b'["text"]', "the line is no JSON object"),
+        (b'["text"]', "the line is not a JSON object"),
         (b'{"text": "\xff"}', "it is not UTF-8 text"),
         (b'{"text": "a", "n": ' + b"[" * 100_000, "recursion"),
     ],
@@ -266,7 +266,7 @@ def test_a_line_of_json_that_cannot_be_read_is_named_blank_ones_counted(line, sa
 def test_numbers_and_half_characters_of_other_columns_are_no_concern(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "n": %s, "other": "\\ud800", "x": NaN}\n' % ("9" * 5000))
-    assert prepared(path, text_column=["text"]) == streamed(path, text_column="text") == ["one"]
+    assert prepared(path, text_column=["text"]) == streamed(path, text_column=["text"]) == ["one"]
 
 
 @pytest.mark.parametrize("read", [prepared, streamed])
@@ -312,7 +312,7 @@ def test_what_a_folder_leaves_out_is_said_with_its_number(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")
     assert prepared(tmp_path) == ["text"]
-    assert f"warning: {tmp_path}: 3 of its files are no text files and are left out" in capsys.readouterr().err
+    assert f"warning: {tmp_path}: 3 of its files are not text files and are left out" in capsys.readouterr().err
 
 
 def test_a_prompt_that_is_no_utf8_is_refused_in_a_sentence():

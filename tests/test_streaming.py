@@ -186,16 +186,14 @@ def test_a_text_file_is_not_read_again_before_the_place(texts, tokenizer, tmp_pa
         next(windows_of(stream, settings))
 
 
-@pytest.mark.parametrize(
-    "deed, said", [("changed", "was changed while the run was reading"), ("gone", "cannot be read")]
-)
+@pytest.mark.parametrize("how, said", [("changed", "changed during the run"), ("gone", "cannot be read")])
 @pytest.mark.parametrize("kind", ["txt", "parquet"])
-def test_a_file_that_changes_or_vanishes_is_named(kind, deed, said, texts, tokenizer, tmp_path):
+def test_a_file_that_changes_or_vanishes_is_named(kind, how, said, texts, tokenizer, tmp_path):
     path = write(kind, tmp_path, texts)
     stream, settings = open_stream(path, tokenizer)
     windows = windows_of(stream, settings)
     next(windows)
-    path.unlink() if deed == "gone" else write(kind, tmp_path, [*texts[:-1], "another end\n"])
+    path.unlink() if how == "gone" else write(kind, tmp_path, [*texts[:-1], "another end\n"])
     with pytest.raises(ValueError, match=f"training file .*{path.name} {said}"):
         list(windows)
 

@@ -162,7 +162,7 @@ def test_the_command_lists_and_clears(tokenizer, folder, capsys):
     (path,) = folder.glob("*.int32")
     assert cache.main(["list"]) == 0
     said = capsys.readouterr().out
-    assert f"0.0 MB  {time.strftime('%Y-%m-%d')}  {path}\n1 files" in said
+    assert f"0.0 MB  {time.strftime('%Y-%m-%d')}  {path}\n1 file, " in said
     assert cache.main(["clear"]) == 0 and not list(cached_tokens()) and not path.exists()
     assert tokens.tolist()[:3] == [0, 2, 3]  # whoever has it open keeps it
     assert cache.main([]) == 2 and "python -m train_loop.cache clear" in capsys.readouterr().err

@@ -1,9 +1,9 @@
 """Chats become tokens through the tokenizer's chat template, and what the assistant wrote in them is found.
 
-A template that marks it, with {% generation %} ... {% endgeneration %}, says it itself. Of any other template, a chat
-up to before an assistant's turn (with the beginning of the answer that the template asks for when text is generated)
-and up to after it are rendered too. Both must be beginnings of the whole chat's text; the assistant's turn is what lies
-between them. It ends with whatever ends a turn, a target like the answer.
+A template may mark it with {% generation %} and {% endgeneration %}. With any other template, each assistant's turn
+is found by differences: the chat is also rendered up to before the turn (with the beginning that the template gives an
+answer when text is generated) and up to after it. Both texts must be beginnings of the whole chat's text. The turn is
+what lies between them, with the token that ends it.
 """
 
 import re
@@ -63,21 +63,21 @@ def assistants_tokens(
         return
     texts = rendered(chats, range(len(chats)), tokenizer)
     turns = _turns(chats, texts, tokenizer)
-    encodings = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).encodings
-    assert encodings is not None  # of a fast tokenizer
-    for number, (text, encoding) in enumerate(zip(texts, encodings, strict=True)):
+    batch = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+    assert batch.encodings is not None  # of a fast tokenizer
+    for number, (text, encoding) in enumerate(zip(texts, batch.encodings, strict=True)):
         begins, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
         is_target = np.zeros(len(begins), dtype=bool)
         for before, after in turns[number]:
             if not (text.startswith(after) and after.startswith(before)):
                 raise RowProblem(
                     number,
-                    "the chat template writes a turn differently when another one follows, so what the assistant wrote "
-                    "cannot be found in the text. Put {% generation %} and {% endgeneration %} around it in the "
-                    "template",
+                    "the chat template writes the beginning of this chat differently when it stands alone, so the "
+                    "assistant's turns cannot be found. Put {% generation %} and {% endgeneration %} around them in "
+                    "the template, or give --completion_only_loss false",
                 )
             is_target |= (ends > len(before)) & (begins < len(after))
-        yield encoding.ids, is_target
+        yield batch["input_ids"][number], is_target
 
 
 def _as_marked(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -113,9 +113,8 @@ def _turns(chats: list[Messages], texts: list[str], tokenizer: PreTrainedTokeniz
     found: list[list[tuple[str, str]]] = [[] for _ in chats]
     before_texts = rendered(befores, numbers, tokenizer, add_generation_prompt=True)
     inner = [i for i, number in enumerate(numbers) if len(afters[i]) < len(chats[number])]
-    after_texts = dict(
-        zip(inner, rendered([afters[i] for i in inner], [numbers[i] for i in inner], tokenizer), strict=True)
-    )
+    inner_texts = rendered([afters[i] for i in inner], [numbers[i] for i in inner], tokenizer)
+    after_texts = dict(zip(inner, inner_texts, strict=True))
     for i, (number, before) in enumerate(zip(numbers, before_texts, strict=True)):
         found[number].append((before, after_texts.get(i, texts[number])))  # after the last turn is the whole chat
     return found

@@ -1,9 +1,8 @@
 """Rows whose tokens carry marks (`marks.py`): prompts and completions, chats, and rows that are kept apart.
 
-A text row is tokenised as ever. A prompt is tokenised alone and together with its completion, with the end-of-text
-token after it: what comes after the tokens that both have in common is the completion, as in TRL's SFTTrainer. Where
-these are not all of the prompt's tokens, the model meets other tokens when it is asked: such rows are counted. What
-the assistant wrote in a chat is found by chats.py.
+A prompt is tokenised alone, and together with its completion and the end-of-text token. The completion begins where
+these two begin to differ, as in TRL's SFTTrainer. If that is before the prompt's end, the model meets other tokens when
+it is asked than in training: such rows are counted. chats.py finds what the assistant wrote in a chat.
 """
 
 from collections.abc import Iterable, Iterator
@@ -26,7 +25,7 @@ class Marking:
     """Which marks the tokens of rows get."""
 
     kind: str = TEXT
-    completion_only: bool = False  # what is no completion, and no assistant's, is no target
+    completion_only: bool = False  # only completions, and what the assistant wrote, are targets
     rows: bool = False  # the first token of each row is marked
     row_length: int | None = None  # each row is cut, or filled up, to so many tokens
     filler: int = 0  # the id that fills up
@@ -37,13 +36,13 @@ PLAIN = Marking()
 
 @dataclass
 class Counts:
-    """What the tokens of a split do not show."""
+    """What became of the rows of a split, where its tokens do not show it."""
 
     num_tokens: int = 0  # of the rows: without what fills up
     num_cut: int = 0  # rows that are longer than `row_length`
     num_lost: int = 0  # tokens that they lose
     num_left_out: int = 0  # rows without a target in their first `row_length` tokens
-    num_merged: int = 0  # rows in which the prompt's tokens are other ones than those of the prompt alone
+    num_merged: int = 0  # rows that do not begin with the tokens of the prompt alone
 
     def add(self, other: "Counts") -> None:
         for field in fields(self):
@@ -110,8 +109,11 @@ def encode_marked(
     """
     counts = Counts()
     encoded: Iterable[tuple[list[int], Any]]  # of each row: its ids, and which are targets: a slice, or an array
-    if marking.kind == CHAT:
+    if marking.kind == CHAT and marking.completion_only:
         encoded = assistants_tokens(rows, tokenizer)
+    elif marking.kind == CHAT:
+        texts = rendered(rows, range(len(rows)), tokenizer)
+        encoded = ((ids, slice(None)) for ids in token_ids(texts, tokenizer, add_special_tokens=False))
     elif marking.kind == PROMPT:
         encoded = _completions(rows, tokenizer, end_of_text, counts)
     else:
@@ -146,6 +148,10 @@ def _completions(
     alone: dict[int, list[int]] = {}  # of the prompt, by the row's index
     whole: dict[int, list[int]] = {}
     texts = [i for i, (prompt, _) in enumerate(rows) if isinstance(prompt, str)]
+    if texts and end_of_text is None:
+        raise UserError(
+            "a completion ends with the end-of-text token, and the tokenizer has none: give one that has it"
+        )
     if texts:
         prompts, both = [rows[i][0] for i in texts], [rows[i][0] + rows[i][1] for i in texts]
         alone |= zip(texts, token_ids(prompts, tokenizer), strict=True)

@@ -100,7 +100,7 @@ class LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = function(*arguments, **(options or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if isinstance(tensor, torch.Tensor) and tensor.layout is torch.strided:  # or a sparse one's parts
                 storage = tensor.untyped_storage()
                 if id(storage) not in self.known:  # torch keeps one Python object for a storage as long as it lives
                     self.known.add(id(storage))
