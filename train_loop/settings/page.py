@@ -1,4 +1,4 @@
-"""Writes README.md beside this file: what the arguments of transformers' scripts become, and the loop's own settings."""
+"""Writes README.md beside this file: what arguments of transformers' scripts become, and the loop's own settings."""
 
 import dataclasses
 
