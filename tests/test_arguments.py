@@ -13,7 +13,8 @@ from transformers import TrainingArguments
 
 from train_loop.main import main
 from train_loop.settings import Settings, as_recipe, read_settings
-from train_loop.settings.habits import ALIASES, NO_EFFECT, REFUSED, SAME, page
+from train_loop.settings.habits import ALIASES, NO_EFFECT, REFUSED, SAME
+from train_loop.settings.page import page
 
 DATA = ["--model_name_or_path=m", "--dataset_name=d", "--output_dir=o"]
 FIELDS = {f.name: f for f in dataclasses.fields(Settings)}

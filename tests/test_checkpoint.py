@@ -139,14 +139,14 @@ def test_only_damaged_checkpoints_are_an_error_and_stay(interrupted, arguments, 
 @pytest.mark.quick
 def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(reference / "checkpoints") == [5, 10, 15, 20, 25, 26]
-    # eight blocks learnt by heart: the validation loss rises again
+    # eight blocks are memorised: the validation loss rises again
     run_dir = tmp_path / "run"
     more = ["--max_train_samples=8", "--num_train_epochs=60", "--learning_rate=3e-2", "--eval_steps=1"]
     more += ["--checkpointing_steps=1", "--checkpoints_total_limit=3"]
     assert main([*arguments, *more, f"--output_dir={run_dir}"]) == 0
     losses = {line["step"]: line["eval_loss"] for line in lines_of(run_dir) if line.get("eval_loss") and line["step"]}
     best = min(losses, key=losses.get)
-    assert best < 50, "the model did not learn them by heart"
+    assert best < 50, "the model did not memorise them"
     assert steps_in(run_dir / "checkpoints") == [best, 58, 59, 60]
 
 

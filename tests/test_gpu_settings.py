@@ -36,8 +36,8 @@ def test_mfu_stands_beside_tokens_per_second_where_the_peak_is_known(text_file, 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("model_type", TINY_CONFIGS)
 def test_the_operations_are_those_that_torch_counts(model_type, frozen):
-    """Tolerance: attention's backward pass is counted otherwise, and OPT's projections. Frozen are all weights of the
-    layers but the first one's."""
+    """Tolerance: attention's backward pass is counted otherwise, and OPT's projections. Frozen are all weights but
+    the embedding."""
     from torch.utils.flop_counter import FlopCounterMode
 
     config = AutoConfig.for_model(model_type, vocab_size=300, **TINY_CONFIGS[model_type])

@@ -1,5 +1,5 @@
 """A run that writes its steps to FOLDER. In step 8 its process 1 is killed once, or with DIES=host its launcher too;
-with DIES=nothing nobody is."""
+with DIES=nothing none is."""
 
 import os
 import signal

@@ -1,12 +1,12 @@
 """The training blocks of several sources, each cut by itself.
 
 Without weights an epoch takes all blocks of all sources. With them each source gives its share of an epoch's blocks,
-and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources go on in
-the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what an
-epoch takes.
+and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources continue
+in the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what
+an epoch takes.
 
 A stream does not know its length: each block comes from the source that is most behind its share. The end of the source
-that is used up first is the epoch's. A longer one goes on in the next epoch, and begins again, in another order, when
+that is used up first is the epoch's. A longer one continues in the next epoch, and begins again, in another order, when
 all of it has come; only there, where one round follows another, a block may come twice in an epoch.
 
 T: tokens in a block, n: blocks.

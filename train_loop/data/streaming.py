@@ -2,7 +2,7 @@
 
     1. chunks    sources.py           whole rows, about half a megabyte of them, and the place where they begin
     2. tokens    Stream._tokens       of W processes each tokenises every W-th chunk, in a thread beside the training;
-                                      then they exchange the tokens, and each goes on with those of all
+                                      then they exchange the tokens, and each continues with those of all
     3. blocks    cut_blocks           the tokens cut every T; what is left over goes before the next chunk's, and is
                                       dropped at the epoch's end
     4. order     shuffle_in_groups    each `shuffle_buffer_size` blocks in an order of their own, made of (seed, epoch,

@@ -119,7 +119,7 @@ class Metrics:
         self.started += seconds
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that the numbers go on where they were: all lines too. metrics.jsonl may be
+        """What a checkpoint keeps, so that the numbers continue where they were: all lines too. metrics.jsonl may be
         lost, damaged or in another folder: `write_lines` writes it again."""
         self._fetch()
         counts = {name: getattr(self, name) for name in STATE}
@@ -127,7 +127,7 @@ class Metrics:
         return {"lines": self.lines, "seconds": time.perf_counter() - self.started, "trackers": trackers, **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`."""
+        """Continues from `state`."""
         for name in STATE:
             setattr(self, name, state[name])
         self.lines = state["lines"]

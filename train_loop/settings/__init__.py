@@ -5,7 +5,8 @@ settings.py        every setting: name, type, default, what it means; field.py: 
 sources.py         lists of sources and of validation sets      values.py   written values become values of a type
 command_line.py    defaults, then a recipe (YAML), then the command line
 contradictions.py  contradictions between settings, files that are not usable
-habits.py          the arguments of transformers' scripts; README.md lists them
+habits.py          the arguments of transformers' scripts
+page.py            writes README.md, which lists them and the loop's own settings
 """
 
 from train_loop.settings.choices import SCHEDULES, TRACKERS

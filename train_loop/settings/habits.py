@@ -5,7 +5,7 @@
     no effect  accepted; a line says why it has no effect here
     refused    a sentence says what to give instead
 
-README.md beside this file lists them all; `page` writes it.
+README.md beside this file lists them all; page.py writes it.
 """
 
 from typing import Any
@@ -31,7 +31,7 @@ SAME = {
     "streaming": "needs max_train_steps and validation data",
     "block_size": "default 128; run_clm takes the model's positions, at most 1,024. More than these is an error",
     "preprocessing_num_workers": "threads; the blocks do not depend on it",
-    "output_dir": "a folder with a run in it is refused",
+    "output_dir": "a folder with a run in it is refused, unless the run is resumed",
     "overwrite_output_dir": "",
     "per_device_train_batch_size": "",
     "per_device_eval_batch_size": "",
@@ -82,7 +82,10 @@ ALIASES = {
     "with_tracking": ("report_to", "all, where report_to is not given"),
     "activation_checkpointing": ("gradient_checkpointing", "its newer name"),
     "full_determinism": ("deterministic", ""),
-    "auto_find_batch_size": ("auto_micro_batch", "accumulation rises as the micro-batch falls: the same losses"),
+    "auto_find_batch_size": (
+        "auto_micro_batch",
+        "accumulation rises as the micro-batch falls; without dropout the same losses",
+    ),
 }
 
 LOADER = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "multiprocessing_context", "in_order")
@@ -90,7 +93,7 @@ NO_EFFECT = {
     "overwrite_cache": "cached tokens are found by the data's content, so changed data is tokenised again",
     "low_cpu_mem_usage": "transformers always loads models this way now",
     "ignore_data_skip": "a resume skips no data: it starts at the right block",
-    "prediction_loss_only": "evaluation computes only the loss",
+    "prediction_loss_only": "evaluation keeps sums only",
     "eval_on_start": "the model is evaluated before the first step anyway",
     "logging_nan_inf_filter": "a loss that is not finite stops the run",
     "log_level": "the console is plain; metrics.jsonl is the record",
@@ -107,7 +110,10 @@ NO_EFFECT = {
     **dict.fromkeys(
         ("eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object"), "evaluation keeps sums only"
     ),
-    **{f"dataloader_{name}": "blocks are cut before training, so there is no loader" for name in LOADER},
+    **{
+        f"dataloader_{name}": "there is no DataLoader: blocks come from prepared tokens, or from a stream's buffer"
+        for name in LOADER
+    },
 }
 
 
@@ -163,7 +169,7 @@ REFUSED = {
     "include_for_metrics": (METRIC, ""),
     "include_inputs_for_metrics": (METRIC, "false"),
     "batch_eval_metrics": (METRIC, "false"),
-    "label_names": ("labels are the tokens themselves", ""),
+    "label_names": ("labels come from the tokens: `inputs_and_labels` in train_loop/data/blocks.py", ""),
     "metric_for_best_model": ("the best model is that of the lowest validation loss", "loss,eval_loss"),
     "greater_is_better": ("the best model is that of the lowest validation loss", "false"),
     "save_only_model": ("a checkpoint always holds what a resume needs; the model is exported at the end", "false"),
@@ -173,7 +179,7 @@ REFUSED = {
     "hub_revision": ("pushes go to the main branch", "main"),
     "restore_callback_states_from_checkpoint": ("there are no callbacks", "false"),
     "data_seed": ("seed also determines the order of blocks: give --seed", ""),
-    "dataloader_drop_last": ("each block is seen exactly once an epoch, also in a short last batch", "false"),
+    "dataloader_drop_last": ("a short last batch is trained too; each of its targets counts like any other", "false"),
     "train_sampling_strategy": ("to change the order of blocks, edit train_loop/data/blocks.py", "random"),
     "group_by_length": ("all blocks have the same length", "false"),
     "debug": ("--traceback shows where an error comes from", ""),
@@ -276,24 +282,3 @@ def _number(value: Any) -> float | None:
         return float(value)
     except (TypeError, ValueError):
         return None
-
-
-def page() -> str:
-    """README.md of this folder: what each argument becomes."""
-    lines = [
-        "# Arguments of transformers' scripts",
-        "",
-        "What becomes of the arguments of `TrainingArguments`, `run_clm.py` and `run_clm_no_trainer.py`, in a recipe",
-        "or on the command line. Any other argument is refused as unknown. This page is written from `habits.py`:",
-        "",
-        "    python -c 'from train_loop.settings.habits import page; print(page(), end=\"\")'",
-        "",
-        "| argument | here | |",
-        "|---|---|---|",
-    ]
-    rows = [(name, "same", note) for name, note in SAME.items()]
-    rows += [(name, f"alias of `{target}`", note) for name, (target, note) in ALIASES.items()]
-    rows += [(name, "no effect", why) for name, why in NO_EFFECT.items()]
-    for name, (instead, taken) in REFUSED.items():
-        rows.append((name, f"refused, except {taken.replace(',', ', ')}" if taken else "refused", instead))
-    return "\n".join([*lines, *(f"| `{name}` | {kind} | {note} |" for name, kind, note in sorted(rows))]) + "\n"

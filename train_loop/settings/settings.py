@@ -118,7 +118,7 @@ class Settings:
         "training", False, "keep only each layer's input, recompute the rest: less memory, a third more time"
     )
     auto_micro_batch: bool = setting(
-        "training", False, "if memory runs out, halve the micro-batch and double the accumulation: the same losses"
+        "training", False, "if memory runs out, halve the micro-batch and double the accumulation: the same batch"
     )
     learning_rate: float = setting("training", 5e-5, "peak learning rate", **at_least(0))
     lr_scheduler_type: str = setting("training", "linear", "learning-rate schedule", **one_of(*SCHEDULES))

@@ -13,7 +13,7 @@ from train_loop.loss import next_token_loss, plain_next_token_loss
 from train_loop.settings import Settings
 from train_loop.trial.micro_batch import trial_batch
 
-PIECE_TOKENS = 65  # of a block, for a look at whether the objective is a sum
+PIECE_TOKENS = 65  # of a block, to check whether the objective is a sum
 
 
 def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator) -> list[str]:

@@ -265,7 +265,7 @@ def print_plan(
     num_blocks_seen = num_steps * per_step
     if num_blocks and per_epoch:
         num_blocks_seen = num_blocks * (num_steps // per_epoch) + min(num_blocks, num_steps % per_epoch * per_step)
-    of_block = settings.block_size - 1.0  # targets; of a stream nobody knows how many are prompts
+    of_block = settings.block_size - 1.0  # targets; in a stream it is unknown how many are prompts
     if isinstance(train_split, Split):
         of_block = train_split.num_targets / train_split.num_blocks
     num_tokens = round(num_blocks_seen * of_block)
