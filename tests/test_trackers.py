@@ -69,7 +69,7 @@ def test_mlflow_has_one_run_with_each_line_of_metrics_once_also_after_kills(watc
 
 
 def test_a_tracker_that_fails_costs_one_warning_and_nothing_else(watched):
-    warnings = [line for line in watched["errors"].splitlines() if "gets nothing" in line]
+    warnings = [line for line in watched["errors"].splitlines() if "gets no more lines" in line]
     assert len(warnings) == 1 and warnings[0].startswith("warning: mlflow failed and gets no more lines (")
     losses = [line["loss"] for line in lines_of(watched["folder"] / "plain") if "loss" in line]
     assert len(losses) == 40 and all(map(math.isfinite, losses))

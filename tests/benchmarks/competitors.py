@@ -27,7 +27,7 @@ SMALL = (
 )
 DISTILGPT2 = "--model_type=gpt2 --config_overrides=n_layer=6,vocab_size=50257 --block_size=128"
 MODELS = {  # arguments, steps alone, steps beside others, steps in a logged line
-    "small": (f"{SMALL} --tokenizer_vocab_size=512 --per_device_train_batch_size=8", 900, 240, 30),  # as stories260K
+    "small": (f"{SMALL} --tokenizer_vocab_size=512 --per_device_train_batch_size=8", 240, 120, 15),  # as stories260K
     "quickstart": (f"{QUICKSTART} --tokenizer_vocab_size=2048 --per_device_train_batch_size=16", 60, 24, 3),
     "distilgpt2": (f"{DISTILGPT2} --tokenizer_vocab_size=2048 --per_device_train_batch_size=8", 9, 6, 1),
 }
