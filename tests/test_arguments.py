@@ -142,7 +142,7 @@ def test_two_names_for_one_setting_are_refused_where_they_differ():
     assert read_settings([*DATA, "--max_steps=3", "--max_train_steps=3"]).max_train_steps == 3
 
 
-@pytest.mark.parametrize("flag", ["--packing", "--ds_config", "--save_step_interval"])
+@pytest.mark.parametrize("flag", ["--ds_config", "--save_step_interval"])
 def test_an_unknown_flag_is_not_taken_for_one_that_looks_a_little_like_it(flag):
     assert problems_of(flag, "4") == [f"the command line: {flag} is not a setting"]
 
