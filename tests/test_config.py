@@ -171,6 +171,7 @@ def test_a_wrong_value_is_one_line_that_names_it(words, said):
         (["--model_type", "gpt2", "--model_revision", "r", *DATA], "model_revision needs"),
         ([*MODEL, *DATA, "--train_file", "x.txt"], "give dataset_name or train_file, not both"),
         ([*MODEL, *DATA, "--dry_run", "--eval_only"], "give dry_run or eval_only, not both"),
+        ([*MODEL, *DATA, "--lora_r", "4", "--optimizer", "muon"], "give lora_r or optimizer muon, not both"),
         ([*MODEL, *DATA, "--eval_stride", "65", "--block_size", "64"], "eval_stride is 65, more than block_size 64"),
         ([*MODEL, *DATA, "--dataset_name", "python_docs", "--streaming"], "cannot read python_docs"),
         ([*MODEL, "--train_file", __file__, "--streaming", "--eval_only"], "streaming needs validation_file"),

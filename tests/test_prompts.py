@@ -266,6 +266,21 @@ def test_blocks_without_a_target_change_nothing_and_break_nothing(tmp_path):
     assert all(np.isfinite(line["loss"]) for line in lines)
 
 
+@pytest.mark.parametrize("step", [1, -1])  # the first blocks, which the plan tries, are without a target; or with one
+def test_a_run_whose_steps_have_no_target_is_exported_and_a_plan_of_it_says_what_to_do(step, tmp_path, capsys):
+    rows = [{"prompt": "many words " * 400, "completion": "yes"}, *ROWS[:4]]
+    path = write(tmp_path, rows[::step])
+    arguments = [a for a in ARGUMENTS if "batch_size" not in a] + ["--per_device_train_batch_size=1"]
+    arguments += [f"--train_file={path}", f"--validation_file={path}", f"--output_dir={tmp_path / 'run'}"]
+    arguments += ["--block_size=16", "--max_train_steps=1"]
+    assert main([*arguments, "--dry_run"]) == 1
+    assert "have no target. Give a larger block_size" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert "blocks without a target: " in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+    assert json.loads((tmp_path / "run" / "all_results.json").read_text())["tokens_per_second"] == 0
+
+
 def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
     path = write(tmp_path, [{"prompt": "a long prompt", "completion": "x"}])
     with pytest.raises(ValueError, match="no row of the training data has a target in its first 8 tokens"):

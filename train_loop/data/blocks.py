@@ -91,8 +91,13 @@ class Split:
         """Target tokens of all blocks."""
         if self.marking == PLAIN:
             return self.num_blocks * (self.blocks.shape[1] - 1)
+        return int(self.targets_of_blocks().sum())
+
+    def targets_of_blocks(self) -> np.ndarray:
+        """[num_blocks]: the target tokens of each block."""
         pieces = (self.blocks[i : i + COUNTED_AT_ONCE] for i in range(0, self.num_blocks, COUNTED_AT_ONCE))
-        return sum(int((model_inputs(p, self.documents_apart)["labels"][:, 1:] != IGNORED).sum()) for p in pieces)
+        labels = (model_inputs(piece, self.documents_apart)["labels"] for piece in pieces)
+        return np.concatenate([(of_piece[:, 1:] != IGNORED).sum(1) for of_piece in labels])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
         """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError if it names a block
@@ -155,7 +160,9 @@ class Split:
         if self.marking == PLAIN:
             return f"{num_of(self.num_rows, 'row')} -> {num_of(self.num_tokens, 'token')} -> {cut}{rest}"
         rows, tokens = num_of(self.num_rows, "row"), num_of(self.counts.num_tokens, "token")
-        parts = [f"{rows} ({self.marking.kind}) -> {tokens} -> {cut} with {num_of(self.num_targets, 'target')}"]
+        targets = self.targets_of_blocks()
+        parts = [f"{rows} ({self.marking.kind}) -> {tokens} -> {cut} with {num_of(int(targets.sum()), 'target')}"]
+        parts += [f"blocks without a target: {(targets == 0).sum():,}"] if not targets.all() else []
         parts += [rest.removeprefix("; ")] if rest and self.marking.row_length is None else []
         if self.marking.rows:
             num_within = int((~has_mark(self.blocks[:, 0], ROW_BEGINS)).sum())

@@ -239,7 +239,7 @@ class Metrics:
             **evaluation,
             "train_tokens": self.train_tokens,
             "train_runtime": self.train_seconds,
-            "tokens_per_second": self.train_tokens / self.train_seconds,
+            "tokens_per_second": self.train_tokens / self.train_seconds if self.train_seconds else 0.0,
             "checkpoint_runtime": checkpoint_seconds,
         }
 

@@ -36,6 +36,8 @@ def contradictions(s: Settings) -> list[str]:
             found.append(f"{name} needs lora_r")
     if s.lora_r and not s.model_name_or_path:
         found.append("lora_r needs model_name_or_path: random weights are not worth freezing")
+    if s.lora_r and s.optimizer == "muon":
+        found.append("give lora_r or optimizer muon, not both: Muon is for training from scratch")
     if s.dataset_name and s.train_file:
         found.append("give dataset_name or train_file, not both; a recipe's list of sources may hold both")
     data_sets = [of_one.dataset_name for of_one in sources.values() if of_one.dataset_name]

@@ -25,9 +25,10 @@ from torch.utils._pytree import tree_leaves
 from train_loop import loop
 from train_loop.checkpoint import Checkpoints
 from train_loop.data import Split, TrainingData
+from train_loop.errors import UserError
 from train_loop.evaluate import evaluate_splits
 from train_loop.head import ROWS_PER_CHUNK, ROWS_PER_CHUNK_ELSEWHERE
-from train_loop.loss import next_token_loss
+from train_loop.loss import count_targets, next_token_loss
 from train_loop.machine import asks_for_fsdp, available_bytes, peak_memory_gib, resident_bytes
 from train_loop.position import Position
 from train_loop.process import StopSignal
@@ -39,6 +40,10 @@ from train_loop.trial.micro_batch import trial_batch
 # the heap grows in the first steps, which take up to twice as long (tuning.py): the first half is not counted
 NUM_MICRO_BATCHES = 8
 MB, GIB = 1e6, 2**30
+NO_TARGET = (
+    "dry_run cannot measure a step: the micro-batches that it tried have no target. Give a larger block_size or "
+    "per_device_train_batch_size"
+)
 
 
 def state_bytes(
@@ -118,7 +123,8 @@ def working_bytes(
     model: torch.nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> tuple[float, float, int]:
     """(fixed, per block, tried): bytes that the passes of a micro-batch need at their peak, gradients included, as a
-    line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger."""
+    line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger.
+    Raises UserError if they have no target."""
     rows = ROWS_PER_CHUNK.get(accelerator.device.type, ROWS_PER_CHUNK_ELSEWHERE)
     size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
     peaks = []
@@ -130,7 +136,10 @@ def working_bytes(
                     accelerator.backward(next_token_loss(model, batch)[0])
             model.zero_grad(set_to_none=True)
         peaks.append(counted.peak)
-    per_block = (peaks[1] - peaks[0]) / size
+    if not count_targets(batch["labels"]):
+        raise UserError(NO_TARGET)
+    # where the gradients alone set the peak a block needs at least its ids and labels
+    per_block = max((peaks[1] - peaks[0]) / size, 16.0 * settings.block_size)
     return peaks[0] - size * per_block, per_block, peaks[1]
 
 
@@ -145,7 +154,8 @@ def measure(
     stop: StopSignal,
 ) -> dict[str, float]:
     """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
-    micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them."""
+    micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them. Raises
+    UserError if the steps that count have no target."""
     world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
     num_steps = NUM_MICRO_BATCHES // accumulation
     few = dataclasses.replace(
@@ -175,11 +185,13 @@ def measure(
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_memory_gib() * GIB
 
     lines = [line for line in metrics.lines if "loss" in line]
+    if not any(line["step"] > num_steps // 2 for line in lines):
+        raise UserError(NO_TARGET)
     tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
     blocks_of_step = few.blocks_per_step(world_size)
     num_blocks = train_split.blocks_in_epoch(settings.seed) or blocks_of_step
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
-    step = median(of_step / line["tokens_per_second"] for line in lines[num_steps // 2 :])
+    step = median(of_step / line["tokens_per_second"] for line in lines if line["step"] > num_steps // 2)
 
     def seconds_of(action: Callable[[], Any]) -> float:
         action()
