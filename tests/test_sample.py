@@ -3,9 +3,12 @@
 import pytest
 import torch
 from conftest import TINY_CONFIGS
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import WordLevel
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from train_loop import generate
 from train_loop.data.rows import Rows
 from train_loop.model import END_OF_TEXT, load_tokenizer
 from train_loop.report.sample import NUM_NEW_TOKENS, Samples
@@ -88,3 +91,22 @@ def test_the_text_ends_where_the_model_ends_it(model, tokenizer):
         model.get_output_embeddings().weight = torch.nn.Parameter(torch.zeros(len(tokenizer), 32))
     assert tokenizer.eos_token_id == 0
     assert write(model, tokenizer, "the value") == ""
+
+
+def test_the_space_after_the_prompt_is_kept_where_a_token_begins_with_it(tmp_path, capsys):
+    """As SentencePiece has it: the space belongs to the token after it, and a text's first one is not written."""
+    words = Tokenizer(WordLevel({"<unk>": 0, "</s>": 1, "▁once": 2, "▁time": 3}, unk_token="<unk>"))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", unk_token="<unk>")
+    config = AutoConfig.for_model("gpt2", **TINY_CONFIGS["gpt2"], vocab_size=4, tie_word_embeddings=False)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():  # "▁time" is always the likeliest token
+        model.transformer.ln_f.bias.fill_(1)
+        model.transformer.ln_f.weight.zero_()
+        model.lm_head.weight.zero_()[3] = 1
+    assert write(model, tokenizer, "once") == " time" * NUM_NEW_TOKENS
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    for prompt in ("once", "</s>once"):  # a prompt is written as it was given
+        assert generate.main([str(tmp_path), prompt, "--max_new_tokens=3", "--temperature=0"]) == 0
+        assert capsys.readouterr().out == f"{prompt} time time time\n"

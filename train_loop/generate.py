@@ -6,9 +6,11 @@ python -m train_loop.generate runs/quickstart "The value of" --max_new_tokens 50
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from train_loop.errors import UserError, one_line, tell
 from train_loop.process import safe_console
+from train_loop.report import text_after
 from train_loop.tuning import sharing_cores
 
 
@@ -71,13 +73,18 @@ def generate(argv: list[str] | None) -> None:
         sampling = {"do_sample": True, **{n: getattr(arguments, n) for n in ("temperature", "top_k", "top_p")}}
     elif arguments.num_return_sequences > 1:
         parser.error("--temperature 0 gives one continuation only: leave out --num_return_sequences")
-    texts = generator(
+    tokenizer: Any = generator.tokenizer
+    prompt_ids = tokenizer(arguments.prompt)["input_ids"]
+    found = generator(
         arguments.prompt,
         max_new_tokens=arguments.max_new_tokens,
         num_return_sequences=arguments.num_return_sequences,
+        return_tensors=True,
         **sampling,
     )
-    print("\n---\n".join(text["generated_text"] for text in texts))
+    new_ids = [one["generated_token_ids"][len(prompt_ids) :] for one in found]
+    texts = [arguments.prompt + text_after(prompt_ids, ids, tokenizer) for ids in new_ids]
+    print("\n---\n".join(texts))
 
 
 if __name__ == "__main__":

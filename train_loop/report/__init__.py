@@ -27,7 +27,7 @@ from train_loop.report.evaluations import (
     write_block_nats,
 )
 from train_loop.report.metrics import Metrics, table
-from train_loop.report.sample import Samples
+from train_loop.report.sample import Samples, text_after
 from train_loop.report.summary import banner
 from train_loop.report.trackers import Trackers, wanted_trackers
 
@@ -51,6 +51,7 @@ __all__ = [
     "save_figure",
     "smooth",
     "table",
+    "text_after",
     "wanted_trackers",
     "write_block_nats",
 ]

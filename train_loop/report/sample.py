@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 NUM_NEW_TOKENS = 40
 
 
+def text_after(prompt_ids: list[int], new_ids: list[int], tokenizer: PreTrainedTokenizerFast) -> str:
+    """The text of `new_ids` after a prompt, without special tokens. Both are decoded together: a tokenizer like
+    SentencePiece leaves out the space before the first token that it decodes."""
+    prompt, whole = (
+        str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in (prompt_ids, [*prompt_ids, *new_ids])
+    )
+    return whole[len(prompt) :]
+
+
 class Samples:
     """The prompts of a run as tokens. Raises UserError for a prompt without any."""
 
@@ -55,6 +64,6 @@ class Samples:
                 new = ids[0, -NUM_NEW_TOKENS:].tolist()
                 if self.tokenizer.eos_token_id in new:
                     new = new[: new.index(self.tokenizer.eos_token_id)]
-                written[prompt] = str(self.tokenizer.decode(new, skip_special_tokens=True))
+                written[prompt] = text_after(prompt_ids, new, self.tokenizer)
         model.train(was_training)
         return written
