@@ -67,7 +67,7 @@ BAD_FILES = {
     "numbers.csv": (b"a,b\n1,2\n3,4\n", "text_column may be one of: a, b"),
     "null.jsonl": (
         b'{"text": "a"}\n{"text": null}\n{"text": "c"}\n',
-        "null.jsonl cannot be read as json: line 2: 'text' is null",
+        "null.jsonl, line 2: 'text' is null",
     ),
     "unknown.docx": (b"text", "this kind of file is unknown"),
 }

@@ -124,8 +124,30 @@ def test_columns_are_chosen_by_name_or_by_what_they_usually_are_called(tmp_path)
     del everything["prompt"]
     assert kind_and_first(everything) == ("chat", chat)
     assert kind_and_first({"id": 1, "body": "b"}) == ("text", "b")
-    with pytest.raises(ValueError, match="the data has no column 'answer' of text; text_column may be one of: body"):
+    with pytest.raises(
+        ValueError, match=r"rows\.jsonl has no column 'answer' of text; text_column may be one of: body"
+    ):
         kind_and_first({"id": 1, "body": "b"}, text_column=["body", "answer"])
+    with pytest.raises(ValueError, match="text_column names 'body' twice"):
+        kind_and_first({"id": 1, "body": "b"}, text_column=["body", "body"])
+
+
+@pytest.mark.quick
+@pytest.mark.parametrize("given", [None, ["messages"]])
+def test_messages_that_are_a_text_in_one_row_are_named_with_its_line(given, tmp_path):
+    rows = [{"messages": messages("a", "b")}] * 20
+    path = write(tmp_path, [*rows, {"messages": "a"}, *rows])
+    with pytest.raises(ValueError, match=r"rows\.jsonl, line 21: 'messages' is no list of messages"):
+        [*load_file(path, Settings(train_file=str(path), text_column=given))]
+
+
+def test_a_stream_says_once_that_prompts_end_within_a_token(tmp_path, capsys):
+    path = write(tmp_path, ROWS)
+    options = {"validation_file": str(path), "streaming": True, "max_train_steps": 9, "block_size": 16}
+    settings = Settings(train_file=str(path), **options)
+    stream = Stream(load_source(settings)[0], byte_tokenizer(merges=[("Ġ", "I"), ("ĠI", "t")]), settings)
+    assert len([*stream.windows(Place(0, 0), settings, ALONE)])
+    assert capsys.readouterr().err.count("prompts of the training data end within a token: move white space") == 1
 
 
 @pytest.mark.parametrize("read", [prepared, lambda path: [*stream_of(path)[0].windows(Place(0, 0), Settings(), ALONE)]])
@@ -148,14 +170,14 @@ def test_columns_are_chosen_by_name_or_by_what_they_usually_are_called(tmp_path)
 )
 def test_a_row_that_is_no_prompt_and_completion_is_named_with_its_line(read, row, said, tmp_path):
     path = write(tmp_path, [*ROWS[:2], row, ROWS[2]])
-    with pytest.raises(ValueError, match=rf"rows\.jsonl cannot be read as json: line 3: .*{said}"):
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 3: .*{said}"):
         read(path)
 
 
 @pytest.mark.parametrize("kind, where", [("csv", "line 3"), ("parquet", "row 2"), ("json", "row 2")])
 def test_an_empty_answer_is_named_in_every_kind_of_file(kind, where, tmp_path):
     path = write(tmp_path, [ROWS[0], {"prompt": "p", "completion": ""}], kind)
-    with pytest.raises(ValueError, match=rf"rows\.{kind} cannot be read as {kind}: {where}: 'completion' is empty"):
+    with pytest.raises(ValueError, match=rf"rows\.{kind}, {where}: 'completion' is empty"):
         prepared(path)
 
 

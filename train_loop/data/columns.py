@@ -49,19 +49,25 @@ class RowColumns:
         return (_messages(prompt), _messages(completion)) if is_chat else (prompt, completion), ""
 
 
-def columns_meant(names: list[str], texts: list[str], chats: list[str], settings: Settings) -> RowColumns:
+def columns_meant(
+    names: list[str], texts: list[str], chats: list[str], settings: Settings, where: str = "the data"
+) -> RowColumns:
     """The columns that are set, or "text", or "prompt" and "completion", or "messages", or the only one of text.
 
-    `names`: of all columns; `texts` and `chats`: of those that seem to hold texts and lists of messages. Raises
-    UserError if there is no such column, or no way to choose.
+    `names`: of all columns; `texts` and `chats`: of those that seem to hold texts and lists of messages. `where`:
+    what holds them, for the message. Raises UserError if there is no such column, or no way to choose.
     """
     meant = settings.text_column
+    if meant and len({*meant}) < len(meant):
+        raise UserError(
+            f"text_column names {meant[0]!r} twice: give one column of text, or a prompt's and a completion's"
+        )
     if not meant:
         if "text" in names:
             meant = ["text"]
         elif {"prompt", "completion"} <= {*names}:
             meant = ["prompt", "completion"]
-        elif "messages" in chats:
+        elif "messages" in chats or ("messages" in names and "messages" not in texts):
             meant = ["messages"]
         else:
             meant = texts if len(texts) == 1 else []
@@ -69,11 +75,14 @@ def columns_meant(names: list[str], texts: list[str], chats: list[str], settings
         missing = ", ".join(repr(name) for name in meant if name not in names)
         wanted = f"no column {missing} of text" if meant else "not just one column of text"
         raise UserError(
-            f"the data has {wanted}; text_column may be one of: {', '.join(texts + chats) or 'none is text'}"
+            f"{where} has {wanted}; text_column may be one of: {', '.join(texts + chats) or 'none is text'}"
         )
     if len(meant) == 2:
         return RowColumns(tuple(meant), PROMPT)
-    return RowColumns(tuple(meant), CHAT if meant[0] in chats else TEXT)
+    is_chat = meant[0] in chats or (
+        meant == ["messages"] and meant[0] not in texts
+    )  # a wrong row is named with its line
+    return RowColumns(tuple(meant), CHAT if is_chat else TEXT)
 
 
 def texts_of(row: Row) -> list[str]:

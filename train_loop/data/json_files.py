@@ -6,7 +6,7 @@ from itertools import islice
 from typing import Any
 
 from train_loop.data.columns import Row, RowColumns, texts_of
-from train_loop.data.text_files import BOM, CHUNK_BYTES, LINES, Lines, broken, decode, line_at, reading
+from train_loop.data.text_files import BOM, CHUNK_BYTES, LINES, Lines, broken, decode, line_at, reading, wrong_row
 from train_loop.errors import one_line
 from train_loop.files import open_file
 
@@ -37,7 +37,7 @@ class JsonLines(Lines):
         for byte, pairs in self._objects(path, place, chunk):
             row, problem = _row_of(pairs, columns)
             if problem:
-                raise broken(path, line_at(path, byte), problem)
+                raise wrong_row(path, line_at(path, byte), problem)
             rows.append(row)
         return rows
 
@@ -78,7 +78,7 @@ class JsonArray:
         for number, pairs in enumerate(chunk, start=1):
             row, problem = _row_of(pairs, columns)
             if problem:
-                raise broken(path, f"row {number:,}", problem)
+                raise wrong_row(path, f"row {number:,}", problem)
             rows.append(row)
         return rows
 

@@ -49,7 +49,7 @@ def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row
     there are no rows."""
     names = [str(path) for path in paths]
     formats = [format_of(path, each_is_a_row) for path in names]
-    columns = columns_meant(*formats[0].columns(names[0]), settings)
+    columns = columns_meant(*formats[0].columns(names[0]), settings, names[0])
     digests = [_digest(path) for path in names]
     num_rows = sum(format.num_rows(path) for format, path in zip(formats, names, strict=True))
     if not num_rows:

@@ -160,7 +160,7 @@ class FileSource:
     def __init__(self, files: Files | RemoteFiles, settings: Settings, each_is_a_row: bool = False) -> None:
         self.files = files
         self.formats = [format_of(path, each_is_a_row, streamed=True) for path in files.paths]
-        self.columns = columns_meant(*self.formats[0].columns(files.paths[0]), settings)
+        self.columns = columns_meant(*self.formats[0].columns(files.paths[0]), settings, files.paths[0])
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
         """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError if a file cannot

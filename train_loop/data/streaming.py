@@ -90,7 +90,8 @@ class Stream:
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
-        self.documents_apart, self.tells_of_cuts = documents_apart(kind, settings), True
+        self.documents_apart = documents_apart(kind, settings)
+        self.tells_of_cuts = self.tells_of_merged = True
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
         self._identity = {
@@ -183,6 +184,12 @@ class Stream:
             tell(
                 f"note: rows of the training data are longer than block_size {self.settings.block_size}: they are cut, "
                 "and left out where no target is left"
+            )
+        if counts.num_merged and self.tells_of_merged:
+            self.tells_of_merged = False
+            tell(
+                "note: prompts of the training data end within a token: move white space from their end to the "
+                "completion's beginning"
             )
         return tokens
 

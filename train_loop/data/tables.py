@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from train_loop.data.columns import Row, RowColumns, num_characters
-from train_loop.data.text_files import BOM, broken, line_at, reading
+from train_loop.data.text_files import BOM, broken, line_at, reading, wrong_row
 from train_loop.files import open_file
 
 csv.field_size_limit(2**31 - 1)  # of a whole document; Python's default is 128 KiB
@@ -72,7 +72,7 @@ class Csv:
                 raise broken(path, line_at(path, byte), f"{problem}; a comma or line break in a text needs quotes")
             row, problem = columns.row_of([cells[index] for index in indices])
             if problem:
-                raise broken(path, line_at(path, byte), problem)
+                raise wrong_row(path, line_at(path, byte), problem)
             rows.append(row)
         return rows
 
@@ -140,7 +140,7 @@ class Parquet:
         for number, values in enumerate(chunk, start=place + 1):
             row, problem = columns.row_of(values)
             if problem:
-                raise broken(path, f"row {number:,}", problem)
+                raise wrong_row(path, f"row {number:,}", problem)
             rows.append(row)
         return rows
 

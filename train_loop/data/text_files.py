@@ -39,6 +39,11 @@ def broken(path: str, where: str, reason: object) -> UserError:
     return UserError(f"{path} cannot be read as {file_kind(path)}: {where}{': ' if where else ''}{reason}")
 
 
+def wrong_row(path: str, where: str, problem: str) -> UserError:
+    """For a row that can be read, but is not what it must be."""
+    return UserError(f"{path}, {where}: {problem}")
+
+
 @contextlib.contextmanager
 def reading(path: str, *more_errors: type[Exception]) -> Iterator[None]:
     """Turns what can go wrong with a file into a UserError that names it. `more_errors`: those of a library."""
