@@ -307,6 +307,8 @@ def test_rows_of_which_no_target_is_left_are_refused(tmp_path):
     path = write(tmp_path, [{"prompt": "a long prompt", "completion": "x"}])
     with pytest.raises(ValueError, match="no row of the training data has a target in its first 8 tokens"):
         prepared(path, block_size=8, packing=False)
+    with pytest.raises(ValueError, match="no row of the training data has a target in its first 8 tokens"):
+        stream_of(path, block_size=8, packing=False)
     with pytest.raises(ValueError, match="the blocks of the training data have no target: give a larger block_size"):
         prepared(path, block_size=8)
 

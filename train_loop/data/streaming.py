@@ -33,7 +33,7 @@ from train_loop.data.columns import TEXT, Row
 from train_loop.data.prompts import PLAIN, documents_apart, encode_marked, marking_of
 from train_loop.data.row_files import digest_of
 from train_loop.data.sources import Source
-from train_loop.data.tokens import encode, tokenizer_recipe, without_blank
+from train_loop.data.tokens import encode, no_target_left, tokenizer_recipe, without_blank
 from train_loop.errors import UserError, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
@@ -92,6 +92,7 @@ class Stream:
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
         self.documents_apart = documents_apart(kind, settings)
         self.tells_of_cuts = self.tells_of_merged = True
+        self.num_left_out = 0  # rows that this process tokenised and that have no target in their block
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
         self._identity = {
@@ -103,6 +104,8 @@ class Stream:
             self.blocks = block[None]  # [1, T], for whoever wants to try one
             break
         else:
+            if self.num_left_out:
+                raise UserError(no_target_left(name, self.marking))
             raise UserError(f"the {name} data has less than one block of {settings.block_size} tokens")
 
     def identity(self) -> dict[str, Any]:
@@ -179,6 +182,7 @@ class Stream:
         except RowProblem as problem:
             where = f"row {problem.index + 1:,} of the training data after {place or 'its beginning'}"
             raise UserError(f"{where}: {problem}") from problem
+        self.num_left_out += counts.num_left_out
         if (counts.num_cut or counts.num_left_out) and self.tells_of_cuts:
             self.tells_of_cuts = False  # once: how many they are is not known before the end of the data
             tell(

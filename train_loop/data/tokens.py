@@ -44,6 +44,11 @@ CACHE_ERRORS = (
 )
 
 
+def no_target_left(name: str, marking: Marking) -> str:
+    """The sentence about rows that are all left out, because each has its targets after its first block."""
+    return f"no row of the {name} data has a target in its first {marking.row_length} tokens: give a larger block_size"
+
+
 def tokenize_rows(
     rows: Rows,
     tokenizer: PreTrainedTokenizerFast,
@@ -81,8 +86,7 @@ def tokenize_rows(
         raise UserError(
             f"the {name} data has no tokens: every row is empty"
             if not counts.num_left_out
-            else f"no row of the {name} data has a target in its first {marking.row_length} tokens: give a larger "
-            "block_size"
+            else no_target_left(name, marking)
         )
     return tokens, counts
 
