@@ -26,7 +26,7 @@ from train_loop.data.marks import NOT_A_TARGET, ROW_BEGINS, has_mark, ids_of
 from train_loop.data.prompts import PLAIN, Counts, Marking, documents_apart, marking_of
 from train_loop.data.row_files import Rows
 from train_loop.data.text import CoveredText, covered_text
-from train_loop.data.tokens import tokenize_rows
+from train_loop.data.tokens import tokenize_rows, too_few
 from train_loop.errors import UserError, num_of, tell
 from train_loop.position import Place
 from train_loop.settings import Settings
@@ -196,18 +196,6 @@ def load_split(
             raise UserError(f"named_perplexities needs rows of text, but the {name} data has rows of {rows.kind}")
         split.text = covered_text(rows, tokenizer, end_of_text, split.blocks.size + len(split.tail))
     return split
-
-
-def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
-    """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
-    size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
-    ways = f"give a block_size of at most {num_tokens}, or more text"
-    if rows.span.start:
-        ways = (
-            f"give a validation_split_percentage above {settings.validation_split_percentage}, a validation_file, or "
-        )
-        ways += f"a block_size of at most {num_tokens}"
-    return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
 
 
 def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:

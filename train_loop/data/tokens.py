@@ -26,6 +26,7 @@ from train_loop.data.prompts import PLAIN, Counts, Marking, encode_marked
 from train_loop.data.row_files import Rows, digest_of
 from train_loop.data.token_ids import is_plain, token_ids
 from train_loop.errors import UserError
+from train_loop.settings import Settings
 
 # rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 10_000, 1 << 19
@@ -42,6 +43,18 @@ CACHE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
 )
+
+
+def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
+    """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
+    size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
+    ways = f"give a block_size of at most {num_tokens}, or more text"
+    if rows.span.start:
+        ways = (
+            f"give a validation_split_percentage above {settings.validation_split_percentage}, a validation_file, or "
+        )
+        ways += f"a block_size of at most {num_tokens}"
+    return f"the {name} data has {size}, less than one block of {settings.block_size}: {ways}"
 
 
 def no_target_left(name: str, marking: Marking) -> str:
