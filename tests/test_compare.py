@@ -71,7 +71,7 @@ def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_
         (lambda path: path.unlink(), "metrics.jsonl cannot be read: No such file"),
         (lambda path: path.write_text(""), "metrics.jsonl has no line of metrics"),
         (lambda path: path.write_text("17\n"), "metrics.jsonl has no line of metrics"),
-        (lambda path: path.write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be read: it is no text"),
+        (lambda path: path.write_bytes(b"\xff\xfe"), "metrics.jsonl cannot be read: it is not text"),
         (lambda path: (path.parent / "train_config.yaml").unlink(), "train_config.yaml cannot be read"),
     ],
 )

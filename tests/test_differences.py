@@ -1,7 +1,9 @@
 """Whether one recipe is better than another: the interval covers the truth as often as it says, and the words fit."""
 
+import itertools
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,8 +12,8 @@ from conftest import shows
 from matplotlib.image import imread
 
 from train_loop.compare import main
-from train_loop.compare.intervals import difference, t_quantile
-from train_loop.report.evaluations import BlockNats, Kept, write_block_nats
+from train_loop.compare.intervals import difference, half_width, t_quantile
+from train_loop.report.evaluations import BLOCK_NATS, BlockNats, Kept, read_block_nats, write_block_nats
 
 TARGETS = 127  # of a block
 
@@ -61,7 +63,7 @@ def test_the_interval_of_two_runs_covers_the_true_difference_as_often_as_it_says
 )
 def test_the_interval_over_seeds_covers_the_true_difference(num_runs, seeds, of_text, most):
     """`of_text`: how much the recipes differ from block to block, in all runs. With few runs the interval is on the
-    safe side: Welch's and Satterthwaite's degrees of freedom are rounded down."""
+    safe side."""
     generator = np.random.default_rng(1)
     first, second = (
         recipe(generator, (1000, num, 240), loss, seeds, text=of_text * neighbours_alike(generator, (1000, 240), 0.5))
@@ -70,7 +72,9 @@ def test_the_interval_over_seeds_covers_the_true_difference(num_runs, seeds, of_
     found = [difference(*pair, np.full(240, TARGETS)) for pair in zip(first, second, strict=True)]
     assert 0.93 <= share([abs(one.value - 0.1) <= one.half_width for one in found]) <= most
     if seeds >= 0.05:  # the text alone is too sure of itself where seeds differ
-        assert share([abs(one.value - 0.1) <= one.from_text for one in found]) < 0.8
+        means = [nats.mean(1, keepdims=True) for nats in (first, second)]
+        of_text = [difference(*pair, np.full(240, TARGETS)) for pair in zip(*means, strict=True)]
+        assert share([abs(one.value - 0.1) <= one.half_width for one in of_text]) < 0.8
 
 
 def test_blocks_with_few_targets_count_for_few():
@@ -79,6 +83,31 @@ def test_blocks_with_few_targets_count_for_few():
     found = difference(first[None], second[None], targets)
     assert found.value == pytest.approx(-0.5) and found.half_width == pytest.approx(0, abs=1e-12)
     assert found.share_lower == 1 and found.from_seeds is None
+
+
+def test_blocks_without_targets_count_for_nothing():
+    generator = np.random.default_rng(11)
+    pair, some = recipe(generator, (2, 1, 240)), np.arange(240) < 100
+    alone = difference(*(nats[:, some] for nats in pair), np.full(100, TARGETS))
+    assert difference(*(nats * some for nats in pair), TARGETS * some) == alone
+    assert alone.share_lower + alone.share_higher == 1
+
+
+def test_the_interval_does_not_jump_where_the_variances_change_a_little():
+    """Of two seeds each: the degrees of freedom go from 1 to 2."""
+    widths = [half_width([(0.01, 9), (1.0, 1), (0.01 * i, 1)]) for i in range(101)]
+    assert all(abs(after / before - 1) < 0.03 for before, after in itertools.pairwise(widths))
+    assert half_width([(1.0, 1)]) == pytest.approx(12.706, abs=5e-4)
+    assert half_width([(0.5, 1), (0.5, 1)]) == pytest.approx(4.303, abs=5e-4)
+    assert half_width([(1e-200, 9), (1e-300, 1)]) == pytest.approx(2.262e-100, rel=1e-3)
+
+
+@pytest.mark.parametrize("num_runs", [(2, 1), (2, 2), (3, 3)])
+def test_neither_the_seeds_nor_the_text_give_more_than_both(num_runs):
+    generator = np.random.default_rng(12)
+    for _ in range(20):
+        found = difference(*(recipe(generator, (num, 240), seeds=0.03) for num in num_runs), np.full(240, TARGETS))
+        assert found.from_seeds**2 + found.from_text**2 == pytest.approx(found.half_width**2)
 
 
 def test_the_quantiles_are_those_of_the_tables():
@@ -92,14 +121,16 @@ def test_the_quantiles_are_those_of_the_tables():
 def runs(tmp_path):
     """A function that makes folders as runs leave them, {name: (seed, nats [n] of blocks, settings)}."""
 
-    def make(of_runs, blocks="the same", **fields):
+    def make(of_runs, blocks="the same", targets=None, **fields):
         for name, (seed, nats, settings) in of_runs.items():
             folder = tmp_path / name
             folder.mkdir()
-            targets = np.full(len(nats), TARGETS, dtype=np.int32)
-            found = BlockNats(nats.astype(np.float32), targets, settings.pop("blocks", blocks), **fields)
+            of_blocks = np.full(len(nats), TARGETS) if targets is None else targets
+            found = BlockNats(
+                nats.astype(np.float32), of_blocks.astype(np.int32), settings.pop("blocks", blocks), **fields
+            )
             write_block_nats(folder, {"last": Kept(40, {"validation": found})})
-            loss = float(nats.sum() / targets.sum())
+            loss = float(nats.sum() / of_blocks.sum())
             lines = [{"step": 20, "loss": loss}, {"step": 40, "eval_loss": loss, "perplexity": float(np.exp(loss))}]
             (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
             (folder / "train_config.yaml").write_text(yaml.safe_dump({"seed": seed, "learning_rate": 1e-3, **settings}))
@@ -226,6 +257,39 @@ def test_a_run_without_nats_and_a_set_that_there_is_not_are_sentences(runs, caps
     assert "does not have the nats of its best evaluation" in said(folders, capsys, "--best")
     (tmp_path / "b" / "evaluations" / "block_nats.safetensors").unlink()
     assert "does not have the nats of its last evaluation" in said(folders, capsys)
+
+
+def test_blocks_without_targets_are_not_counted_in_the_sentence(runs, capsys):
+    some = np.arange(240) < 100
+    generator = np.random.default_rng(13)
+    nats = {name: one(generator, loss) * some for name, loss in (("a", 3.0), ("b", 1.0))}
+    folders = runs({name: (1, of_run, {}) for name, of_run in nats.items()}, targets=TARGETS * some)
+    assert "lower in 100 % of 100 blocks." in said(folders, capsys)
+    only = np.arange(240) == 0
+    of_runs = {name: (1, of_run * only, {}) for name, of_run in zip("cd", nats.values(), strict=True)}
+    assert "on fewer than two blocks with targets" in said(runs(of_runs, targets=TARGETS * only), capsys)
+
+
+def test_the_table_and_the_picture_are_of_the_set_that_is_asked_for(runs, capsys, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    generator = np.random.default_rng(14)
+    folders = runs({"x": (1, one(generator, 3.0), {}), "y": (1, one(generator, 2.8), {})})
+    for folder in map(Path, folders):
+        sets = read_block_nats(folder / BLOCK_NATS)["last"].sets
+        write_block_nats(folder, {"last": Kept(40, {**sets, "b": sets["validation"]})})
+        lines = [{"step": 10 * i, "eval_loss": 3.0, "perplexity": 20.1, "eval_b_loss": 2.0 + 0.25 * i} for i in (1, 2)]
+        lines = [line | {"eval_b_perplexity": 9.49} for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # the figure can be looked at
+    output = said(folders, capsys, "--on=b")
+    right = pyplot.gcf().axes[1]
+    monkeypatch.undo()
+    pyplot.close("all")
+    assert "lowest loss on b 2.2500 2.2500 its perplexity 9.49 9.49 at step 10 10" in output
+    assert right.lines[0].get_ydata().tolist() == [2.25, 2.5] and "loss on b" in right.get_ylabel()
+    assert "lowest loss on validation 3.0000" in said(folders, capsys, "--on=validation")
+    assert "lowest validation loss 3.0000" in said(folders, capsys)
 
 
 def test_the_picture_shows_the_difference_and_its_interval(runs, capsys, tmp_path):

@@ -138,8 +138,7 @@ def forward_backward(
 def windows_from(
     position: Position, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> Iterator[Window]:
-    """This process's windows from `position` on, epoch after epoch, without end. It reads `position` and does not
-    change it."""
+    """This process's windows from `position` on, epoch after epoch, without end. `position` is not changed."""
     place = Place(position.epoch, position.window, position.per_epoch, position.stream)
     while True:
         for window in split.windows(place, settings, accelerator):  # the rest of the epoch's

@@ -97,7 +97,8 @@ def count(folder: Path, num_splits: int) -> None:
             found = difference(first, second, targets)
             per_block = (second.mean(0) - first.mean(0)) / targets
             naive = 1.96 * per_block.std(ddof=1) / len(per_block) ** 0.5
-            covers["text alone"].append(abs(found.value) <= found.from_text)
+            of_text = difference(first.mean(0)[None], second.mean(0)[None], targets)
+            covers["text alone"].append(abs(found.value) <= of_text.half_width)
             covers[NAIVE].append(abs(found.value) <= naive)
             if each > 1:
                 covers["with seeds"].append(abs(found.value) <= found.half_width)

@@ -39,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
             except UserError as error:
                 problem = str(error)
         output = arguments.output or Path(os.path.commonpath([f.absolute().parent for f in folders])) / "comparison.png"
-        draw(groups, measured, output)
+        draw(groups, measured, output, arguments.on)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {printable(str(error))}")
-    print(settings_table(groups))
+    print(settings_table(groups, arguments.on))
     if measured:
         print(f"\n{said(measured)}")
     if problem:

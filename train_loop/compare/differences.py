@@ -45,8 +45,8 @@ def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> 
             raise UserError(f"{folder}: the loss of some blocks is not finite")
     others = [folder for folder, nats in zip(folders, all_found, strict=True) if nats.blocks != first.blocks]
     if not others:
-        if len(first.nats) < 2:
-            raise UserError(f"{folders[0]} was evaluated on one block: an interval needs at least two")
+        if np.count_nonzero(first.targets) < 2:
+            raise UserError(f"{folders[0]} was evaluated on fewer than two blocks with targets: an interval needs two")
         losses = {name: np.stack([nats.nats for nats in several]) for name, several in found.items()}
         return Measured(losses, first.targets, "nats per token", "blocks", steps)
     if any(nats.text is None or nats.text != first.text for nats in all_found):
@@ -77,7 +77,7 @@ def in_words(measured: Measured, first: str, second: str) -> str:
     percent = 100 * (found.share_lower if found.value < 0 else found.share_higher)
     claim = (
         f"{second} is {way} than {first} by {amount(found)} {measured.unit} (95 % interval); {way} in {percent:.0f} % "
-        f"of {len(measured.weights):,} {measured.pieces}."
+        f"of {np.count_nonzero(measured.weights):,} {measured.pieces}."
     )
     if not found.is_clear:
         claim = f"No difference can be told from these: {claim}"

@@ -27,13 +27,13 @@ NUM_GROUPS = 10
 @dataclass(frozen=True)
 class Difference:
     """Nats per token by which the second recipe's loss is higher than the first's, and half the width of its 95 %
-    interval. `from_text` and `from_seeds` are what it would be if the other were certain; None: not known."""
+    interval. The squares of `from_text` and `from_seeds` add up to its square; None: the seeds are not known."""
 
     value: float
     half_width: float
     from_text: float
     from_seeds: float | None
-    share_lower: float  # of the blocks in which the second is lower
+    share_lower: float  # of the blocks with targets, in which the second is lower
     share_higher: float
 
     @property
@@ -46,10 +46,12 @@ def difference(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Di
     """Of two recipes' `nats`, [S, n] each, on the same blocks, which have `weights` [n]: their numbers of targets.
 
     Where both recipes have one run the interval is that of these two models; it says nothing about other seeds. Where
-    one of them has one run, its seeds are taken to spread as the other's do. At least two blocks are needed.
+    one of them has one run, its seeds are taken to spread as the other's do. Blocks without targets are left out; at
+    least two with targets are needed.
     """
-    runs = [np.asarray(nats, dtype=np.float64) for nats in (first, second)]
-    weights = np.asarray(weights, dtype=np.float64)
+    has_targets = np.asarray(weights) > 0
+    runs = [np.asarray(nats, dtype=np.float64)[:, has_targets] for nats in (first, second)]
+    weights = np.asarray(weights, dtype=np.float64)[has_targets]
     total, num_groups = weights.sum(), min(NUM_GROUPS, len(weights))
     firsts = np.arange(num_groups) * len(weights) // num_groups
     of_groups = np.add.reduceat(weights, firsts)  # [G]
@@ -76,11 +78,13 @@ def difference(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Di
     else:
         variance, num = spreads[0]
         parts = [(text_alone, num_groups - 1), (variance * (1 + 1 / num), num - 1)]
+    whole, variance = half_width(parts), sum(part for part, _ in parts)
+    share = float(parts[0][0] / variance) if variance else 0.0  # of the text, of the variance
     return Difference(
         float(value),
-        half_width(parts),
-        half_width(parts[:1]),
-        half_width(parts[1:]) if spreads else None,
+        whole,
+        whole * math.sqrt(share),
+        whole * math.sqrt(1 - share) if spreads else None,
         float((per_block < 0).mean()),
         float((per_block > 0).mean()),
     )
@@ -88,12 +92,18 @@ def difference(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Di
 
 def half_width(parts: list[tuple[float, int]]) -> float:
     """Half of a 95 % interval whose variance is the sum of `parts`, (variance, degrees of freedom) each, with the
-    degrees of freedom of Welch and Satterthwaite."""
+    degrees of freedom of Welch and Satterthwaite.
+
+    These are rarely whole. Between whole ones the quantile is interpolated in their inverse: rounded down, 1.99 would
+    widen the interval threefold.
+    """
     variance = sum(part for part, _ in parts)
     if not variance:
         return 0.0
-    freedom = variance**2 / sum(part**2 / of_part for part, of_part in parts)
-    return t_quantile(max(1, int(freedom))) * math.sqrt(variance)
+    inverse = sum((part / variance) ** 2 / of_part for part, of_part in parts)  # of the degrees of freedom
+    below = max(1, int(1 / inverse))
+    quantile = np.interp(inverse, [1 / (below + 1), 1 / below], [t_quantile(below + 1), t_quantile(below)])
+    return float(quantile * math.sqrt(variance))
 
 
 @functools.cache

@@ -9,10 +9,13 @@ from train_loop.compare.runs import Run
 from train_loop.report import MIN_POINTS_TO_SMOOTH, points, pyplot, save_figure, smooth
 
 
-def draw(recipes: dict[str, list[Run]], measured: Measured | None, path: Path | str) -> None:
-    """Training losses (smoothed) on the left, validation losses on the right: the mean over a recipe's runs, in a band
-    from the lowest run to the highest, and without the untrained model's, beside which the others would look alike.
-    Below, with `measured`, each recipe's distance to the lowest loss with its 95 % interval."""
+def draw(
+    recipes: dict[str, list[Run]], measured: Measured | None, path: Path | str, set_name: str | None = None
+) -> None:
+    """Training losses (smoothed) on the left, losses on validation set `set_name` (else the first) on the right: the
+    mean over a recipe's runs, in a band from the lowest run to the highest, and without the untrained model's, beside
+    which the others would look alike. Below, with `measured`, each recipe's distance to the lowest loss with its 95 %
+    interval."""
     plt = pyplot()
     height = 4.2 + (0.9 + 0.3 * len(recipes) if measured else 0)
     figure = plt.figure(figsize=(9, height), layout="constrained")
@@ -33,14 +36,14 @@ def draw(recipes: dict[str, list[Run]], measured: Measured | None, path: Path | 
                 left.plot(steps, losses, lw=0.8, alpha=0.2, **style)
                 losses = smooth(losses)
             left.plot(steps, losses, lw=1.6, **style)
-        steps, mean, low, high = validation(runs)
+        steps, mean, low, high = validation(runs, set_name)
         several = f"mean of {len(runs)} runs, " if len(runs) > 1 else ""
         lowest = f" ({several}lowest: {mean.min():.3f})" if len(mean) else ""
         right.plot(steps, mean, lw=1.6, marker="o", ms=4, label=f"{name}{lowest}", **style)
         if len(runs) > 1:
             right.fill_between(steps, low, high, color=style["color"], alpha=0.2, lw=0)
-    for axes, kind in ((left, "training"), (right, "validation")):
-        axes.set_ylabel(f"{kind} loss (nats per token)")
+    for axes, kind in ((left, "training loss"), (right, f"loss on {set_name}" if set_name else "validation loss")):
+        axes.set_ylabel(f"{kind} (nats per token)")
         axes.set_xlabel("optimizer step")
     right.legend(frameon=False, fontsize="small")
     if measured:
@@ -56,9 +59,9 @@ def draw(recipes: dict[str, list[Run]], measured: Measured | None, path: Path | 
     save_figure(figure, path, without_steps=[below] if measured else [])
 
 
-def validation(runs: list[Run]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def validation(runs: list[Run], set_name: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(steps, mean, lowest, highest) of the validation losses of runs, at the steps that all of them have."""
-    found = [dict(zip(*points([line for line in run.lines if line["step"]], "eval_loss"), strict=True)) for run in runs]
-    steps = sorted(set.intersection(*(set(losses) for losses in found)))
+    found = [dict(zip(*points(run.lines, run.metric("loss", set_name)), strict=True)) for run in runs]
+    steps = sorted(set.intersection(*(set(losses) for losses in found)) - {0})
     losses = np.array([[of_run[step] for step in steps] for of_run in found]).reshape(len(runs), -1)
     return np.array(steps), losses.mean(0), losses.min(0), losses.max(0)

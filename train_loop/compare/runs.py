@@ -48,6 +48,12 @@ class Run:
             raise UserError(f"{self.folder} has no validation set {name}; it has {', '.join(sets)}")
         return sets[name] if name is not None else next(iter(sets.values()))
 
+    def metric(self, metric: str, name: str | None) -> str:
+        """What `loss` or `perplexity` of validation set `name`, or of the first, is called in `lines`."""
+        if name is not None and name not in {next(iter(kept.sets)) for kept in self.kept.values()}:
+            return f"eval_{name}_{metric}"
+        return "eval_loss" if metric == "loss" else metric
+
 
 def read_run(folder: Path) -> Run:
     """The run in a folder. Raises UserError if it is none."""

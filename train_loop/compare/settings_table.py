@@ -10,10 +10,10 @@ from train_loop.report import points
 COLUMNS = 80  # of the table
 
 
-def settings_table(recipes: dict[str, list[Run]]) -> str:
-    """The settings that differ between the recipes and the lowest loss of each, as text that is at most 80 columns
-    wide: as many recipes beside each other as fit. Of several runs all values stand in a cell, and the mean of their
-    losses."""
+def settings_table(recipes: dict[str, list[Run]], set_name: str | None = None) -> str:
+    """The settings that differ between the recipes and the lowest loss of each on validation set `set_name`, or on the
+    first, as text that is at most 80 columns wide: as many recipes beside each other as fit. Of several runs all values
+    stand in a cell, and the mean of their losses."""
     runs = [run for of_recipe in recipes.values() for run in of_recipe]
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAY_NOTHING)
     # a setting that a run does not know is newer than the run
@@ -21,12 +21,13 @@ def settings_table(recipes: dict[str, list[Run]]) -> str:
         name: [_all(_text(run.settings.get(name)) for run in several) for several in recipes.values()] for name in names
     }
     rows = {name: cells for name, cells in values.items() if len(set(cells)) > 1}
-    rows |= {"steps": [], "lowest validation loss": [], "its perplexity": [], "at step": []}
+    lowest_loss = "lowest validation loss" if set_name is None else f"lowest loss on {set_name}"
+    rows |= {"steps": [], lowest_loss: [], "its perplexity": [], "at step": []}
     for several in recipes.values():
-        lowest = [found for run in several if (found := _lowest(run))]
+        lowest = [found for run in several if (found := _lowest(run, set_name))]
         rows["steps"].append(_all(f"{run.lines[-1]['step']:,}" for run in several))
         losses, perplexities, steps = zip(*lowest, strict=True) if lowest else ((), (), ())
-        rows["lowest validation loss"].append(f"{mean(losses):.4f}" if losses else "-")
+        rows[lowest_loss].append(f"{mean(losses):.4f}" if losses else "-")
         rows["its perplexity"].append(f"{geometric_mean(perplexities):,.2f}" if losses else "-")
         rows["at step"].append(_all(f"{step:,.0f}" for step in steps) or "-")
 
@@ -42,12 +43,13 @@ def settings_table(recipes: dict[str, list[Run]]) -> str:
     return "\n\n".join(blocks)
 
 
-def _lowest(run: Run) -> tuple[float, float, float] | None:
+def _lowest(run: Run, set_name: str | None) -> tuple[float, float, float] | None:
     """(loss, perplexity, step) of the run's evaluation with the lowest loss; None if it has none."""
-    steps, losses = points(run.lines, "eval_loss")
+    steps, losses = points(run.lines, run.metric("loss", set_name))
     if not len(losses):
         return None
-    perplexities = {line["step"]: line["perplexity"] for line in run.lines if "perplexity" in line}
+    name = run.metric("perplexity", set_name)
+    perplexities = {line["step"]: line[name] for line in run.lines if name in line}
     step = steps[losses.argmin()]
     return losses.min(), perplexities[step], step
 
