@@ -58,7 +58,10 @@ def interrupted(reference, tmp_path):
     return output_dir
 
 
-@pytest.mark.parametrize("processes, number, kills", [(1, "KILL", 6), (2, "KILL", 3), (1, "TERM", 2), (2, "USR1", 2)])
+@pytest.mark.parametrize(
+    "processes, number, kills",
+    [(1, "KILL", 6), (2, "KILL", 3), (1, "TERM", 2), pytest.param(2, "USR1", 2, marks=pytest.mark.slow)],
+)
 def test_a_run_killed_at_random_instants_ends_as_if_left_alone(processes, number, kills):
     """The short form of tests/benchmarks/kills.py, which compares weights and metrics bit for bit."""
     harness = "tests/benchmarks/kills.py"

@@ -117,7 +117,8 @@ def test_only_a_sliding_window_reaches_the_tokens_after_the_last_block():
     assert (split[4].num_dropped, len(split[4].tail)) == (0, num_left)
     assert (split[5].num_dropped, len(split[5].tail)) == (0, 0)
     assert split[None].summary().endswith(f"; {num_left} token{'s' * (num_left > 1)} dropped")
-    assert f"of {BLOCK} and {num_left} tokens" in split[4].summary() and "dropped" not in split[4].summary()
+    left = f"{num_left} token{'s' * (num_left > 1)}"
+    assert f"of {BLOCK} and {left}" in split[4].summary() and "dropped" not in split[4].summary()
 
 
 def test_a_stride_of_one_block_is_the_plain_evaluation():

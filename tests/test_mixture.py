@@ -364,7 +364,7 @@ def test_settings_with_sources_are_read_back_the_same(trained, arguments):
     assert "on long.txt (70.0% of the blocks) and short.txt (30.0% of the blocks)." in card
 
 
-@pytest.mark.parametrize("how", ["prepared", "streamed"])
+@pytest.mark.parametrize("how", [pytest.param("prepared", marks=pytest.mark.slow), "streamed"])
 def test_two_processes_train_on_the_mixture_of_one(how, arguments, texts, tmp_path):
     """Without dropout, equal to rounding; the second epoch is in it. Resumed by two, bit for bit."""
     arguments = [*arguments, NO_DROPOUT, "--per_device_train_batch_size=4"]
