@@ -153,11 +153,12 @@ def killed_by(number, step, arguments, monkeypatch):
 
 
 def test_a_closed_terminal_saves_as_sigterm_does_and_nohup_keeps_it_off(arguments, tmp_path, monkeypatch, capsys):
-    assert killed_by(signal.SIGHUP, 2, arguments, monkeypatch) == 75
-    assert "stopped by SIGHUP after step 2 of 5" in capsys.readouterr().err
-    assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under nohup
     try:
+        assert killed_by(signal.SIGHUP, 2, arguments, monkeypatch) == 75
+        assert "stopped by SIGHUP after step 2 of 5" in capsys.readouterr().err
+        assert (tmp_path / "run" / "checkpoints" / "step-000002").is_dir()
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
         resumed = [*arguments, "--resume_from_checkpoint=auto"]
         assert killed_by(signal.SIGHUP, 4, resumed, monkeypatch) == 0
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
