@@ -11,9 +11,9 @@ from train_loop.data import IGNORED
 def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0, inplace: bool = False) -> Tensor:
     """-log softmax(logits)[target] of each row in nats, [N], 0 where the target is -100. Differentiable, once.
 
-    `logits` [N, V], `targets` [N]; `label_smoothing` as in torch. With `inplace` the result takes the place of the
-    logits in memory: one chunk of logits less is held, and the head takes up to 5 % less time on a CPU. Use it only
-    where the logits are not used elsewhere: afterwards they are NaN, so that such a use cannot go unnoticed.
+    `logits` [N, V], `targets` [N]; `label_smoothing` as in torch. `inplace` overwrites the logits' memory: one chunk
+    of logits less is held, and the head takes up to 5 % less time on a CPU. Use it only if nothing else uses the
+    logits: afterwards they are NaN, so that such a use is noticed.
     """
     padded = getattr(logits, "padded", None)
     inplace = inplace and padded is not None  # only the logits that head.py hands out may be overwritten
@@ -24,8 +24,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, label_smoothing: float = 0.0,
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """`padded` [N, at least V] holds the logits, and -inf behind them. The buffer of its log-softmax becomes the
-    gradient. `F.cross_entropy` would hold one more."""
+    """`padded` [N, at least V] holds the logits, then -inf. The buffer of its log-softmax becomes the gradient;
+    `F.cross_entropy` would need one more buffer."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, padded: Tensor, targets: Tensor, smoothing: float, inplace: bool) -> Tensor:
@@ -50,6 +50,6 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.smoothing:
             grad -= ctx.smoothing / ctx.num_logits
         grad_nats = (grad_nats * ctx.is_target)[:, None]
-        if grad.device.type != "cpu" or not (grad_nats == 1).all():  # a GPU would have to be waited for
+        if grad.device.type != "cpu" or not (grad_nats == 1).all():  # this test would wait for a GPU
             grad *= grad_nats
         return grad, None, None, None, None

@@ -1,6 +1,6 @@
 """The loss of a model on a validation split: the same number for any batch size and number of processes.
 
-T: tokens in a block, B: windows in a batch, n: tokens that are evaluated, those of all blocks one after the other.
+T: tokens in a block, B: windows in a batch, n: evaluated tokens, those of all blocks in order.
 """
 
 import hashlib
@@ -27,18 +27,17 @@ def perplexity(loss: float) -> float:
 def named_perplexities(nats: float, num_targets: float, text: CoveredText) -> dict[str, float]:
     """Perplexities that do not depend on the tokenizer, and the counts that they come from.
 
-    `nats` and `num_targets` are of those targets that stand for text; `text` is the `CoveredText` of the evaluated
-    tokens. word_perplexity: exp(nats per word), words as white space separates them. word_eos_perplexity: the same with
-    one word more for each line end, as the tables for WikiText have it. bits_per_byte: bits per byte of the text in
-    UTF-8.
+    `nats` and `num_targets` count only targets that stand for text. `text` is the `CoveredText` of the evaluated
+    tokens. word_perplexity: exp(nats per word); white space separates words. word_eos_perplexity: the same, but each
+    line end counts as one more word, as in the tables for WikiText. bits_per_byte: bits per byte of the text in UTF-8.
 
-    All three have the same nats, "eval_text_nats": those of every evaluated token that stands for text. A token that
-    is no target has the mean of the targets. Such are the first token of each block, or with `eval_stride` that of the
-    split alone, and with `document_attention` the first one of each document.
-    Special tokens that stand for no text are left out of the nats, but others see them as context.
+    All three use the same sum, "eval_text_nats", over every evaluated token that stands for text. A token that is not
+    a target counts as the mean of the targets: the first token of each block (with `eval_stride` only that of the
+    split), and with `document_attention` the first token of each document.
+    Special tokens that stand for no text are not counted, but other tokens see them as context.
 
-    They can be compared between tokenizers that keep all of the text. A tokenizer that makes it lower case, or that
-    has one unknown token for many characters, predicts less than the text and gets lower numbers.
+    Compare only tokenizers that keep all of the text. A tokenizer that lowercases the text, or that maps many
+    characters to one unknown token, predicts less than the text and gets lower numbers.
     """
     num_text_tokens = int(text.is_text.sum())
     text_nats = nats / num_targets * num_text_tokens
@@ -55,8 +54,8 @@ def named_perplexities(nats: float, num_targets: float, text: CoveredText) -> di
 
 
 def shares(num_windows: int, batch_size: int, world_size: int, rank: int) -> list[range]:
-    """The windows of each of this process's batches, as ranges. All processes have the same number of batches; where a
-    last one has too few windows for all, some processes have none in it."""
+    """The windows of each of this process's batches, as ranges. All processes have the same number of batches. If the
+    last batch has too few windows for all processes, some get an empty range."""
     per_batch = batch_size * world_size
     batches = [range(first, min(first + per_batch, num_windows)) for first in range(0, num_windows, per_batch)]
     sizes = [-(-len(batch) // world_size) for batch in batches]
@@ -64,12 +63,12 @@ def shares(num_windows: int, batch_size: int, world_size: int, rank: int) -> lis
 
 
 def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tensor]:
-    """The windows with these numbers: {"input_ids", "labels"}, each [B, T] of int64; where documents are kept apart
-    also {"position_ids"}; where special tokens are to be told from text also {"target_is_text"} of bool.
+    """The windows with these numbers: {"input_ids", "labels"}, each [B, T] of int64. If documents are kept apart, also
+    {"position_ids"}. If some special tokens stand for no text, also {"target_is_text"} of bool.
 
-    Window i begins at token i * stride. Its targets are its tokens that the window before did not have; `labels` are
-    -100 elsewhere. The last one may be short and is filled up. No windows make a batch of one without targets: the
-    forward pass of a model that is sharded needs all processes.
+    Window i begins at token i * stride. Its targets are the tokens that the previous window did not have; `labels` are
+    -100 elsewhere. The last window may be short and is padded. An empty range gives one window without targets: the
+    forward pass of a sharded model needs all processes.
     """
     tokens, block_size = split.blocks.reshape(-1), split.blocks.shape[1]
     own = np.zeros((max(1, len(windows)), block_size), dtype=tokens.dtype)
@@ -90,9 +89,9 @@ def batch_of(split: Split, windows: range, stride: int) -> dict[str, torch.Tenso
 
 
 def add_windows(of_windows: torch.Tensor, windows: range, token_nats: torch.Tensor, batch: dict) -> None:
-    """Writes the sums over each of a batch's windows into its column of `of_windows`, [4, all windows]: nats, targets,
-    and the same of the targets that stand for text. `token_nats` [B, T - 1]."""
-    some = slice(windows.start, windows.start + len(windows))  # a process without windows has a batch all the same
+    """Writes the sums over each window of a batch into its column of `of_windows`, [4, all windows]: nats, number of
+    targets, and both for the targets that stand for text. `token_nats` [B, T - 1]."""
+    some = slice(windows.start, windows.start + len(windows))  # empty for a process without windows
     is_target = batch["labels"][:, 1:] != IGNORED
     is_text = is_target & batch["target_is_text"][:, 1:] if "target_is_text" in batch else is_target
     rows = token_nats, is_target, token_nats * is_text, is_text
@@ -106,10 +105,10 @@ def block_nats(of_windows: np.ndarray, split: Split, stride: int) -> BlockNats:
     digest.update(f"{split.digest()} {split.blocks.shape[1]} {stride} {split.documents_apart}".encode())
     if split.text is None:
         return BlockNats(nats, targets, digest.hexdigest())
-    # of each window the tokens that are new in it, without those that no window holds
+    # where each window's new tokens end; tokens that no window holds are left out
     ends = np.minimum(split.blocks.shape[1] + stride * np.arange(len(nats)), len(split.text.is_text))
     num_text_tokens = np.diff(split.text.is_text.cumsum()[ends - 1], prepend=0)
-    # a token of text that is no target has the mean of all targets, as in `named_perplexities`
+    # a text token that is not a target counts as the mean of all targets, as in `named_perplexities`
     _, _, text_nats, text_targets = of_windows
     text_nats = text_nats + (num_text_tokens - text_targets) * (text_nats.sum() / text_targets.sum())
     num_bytes = np.diff(split.text.byte_ends[ends - 1], prepend=0).astype(np.int32)
@@ -127,17 +126,17 @@ def evaluate(
 ) -> Evaluation | None:
     """{"eval_loss": nats per target token, "perplexity": its exponential, "eval_tokens": number of targets,
     "eval_nats": their sum, "eval_stride", "eval_dropped_tokens": tokens at the end that no window holds}, and on
-    request the `named_perplexities`. "eval_objective", what training minimises per target, stands beside the loss where
-    it is not plain cross entropy.
+    request the `named_perplexities`. If training does not minimise plain cross entropy, "eval_objective" is what it
+    minimises, per target.
 
-    Without `eval_stride` each block is a window: context begins anew with it, and its first token is no target. With
-    it windows of T tokens move on by the stride, over the tokens after the last block too; each target sees at least
+    Without `eval_stride` each block is a window: it has no earlier context, and its first token is not a target. With
+    it, windows of T tokens advance by the stride, also over the tokens after the last block. Each target sees at least
     T - stride tokens of context, except in the first window. This is the sliding window of transformers' guide
     "Perplexity of fixed-length models", with each target counted once.
-    Returns None if `stop`, a `StopSignal`, comes in between.
-    The nats and the targets of every process are summed once, at the end, in float64. Those of each window come with
-    the numbers, as `block_nats` under the split's name. Training is left as it was: the model's mode is put back, and
-    no random number is drawn.
+    Returns None if `stop`, a `StopSignal`, arrives during the evaluation.
+    The nats and targets of all processes are summed once, at the end, in float64. Those of each window are returned
+    too, as `block_nats` under the split's name. Training is not affected: the model's mode is restored, and no random
+    number is drawn.
     """
     block_size = split.blocks.shape[1]
     stride = settings.eval_stride or block_size
@@ -158,7 +157,7 @@ def evaluate(
         for name, value in {"loss": nll, "tokens": num_targets, **extras}.items():
             sums[name] = sums.get(name, 0) + value.double()
     model.train(was_training)
-    of_windows = accelerator.reduce(of_windows, "sum")  # each window has its numbers from one process, and else zeros
+    of_windows = accelerator.reduce(of_windows, "sum")  # each window has numbers in one process, zeros in the others
     sums = {name: value.item() for name, value in accelerator.reduce(sums, "sum").items()}
     num_targets = sums.pop("tokens")
     of_text = sums.pop("text_nats", sums["loss"]), sums.pop("text_targets", num_targets)
@@ -183,8 +182,8 @@ def evaluate_splits(
     show_progress: bool = False,
     stop: StopSignal | None = None,
 ) -> Evaluation | None:
-    """What `evaluate` returns of the first split, and of each further one the same as "eval_<name>_loss" and so on.
-    None if a stop came in between."""
+    """What `evaluate` returns for the first split, and the same for each other split as "eval_<name>_loss" and so on.
+    None if a stop arrived during it."""
     result = Evaluation()
     for name, split in splits.items():
         found = evaluate(model, split, settings, accelerator, show_progress, stop)

@@ -1,7 +1,7 @@
-"""From the model's last hidden states to an objective, some rows at a time: logits of all rows never exist together.
+"""From the model's last hidden states to an objective, chunk by chunk: the logits of all rows never exist together.
 
-`loss.py` says what is minimised. Here the rows are cut into chunks; autograd differentiates the objective with respect
-to a chunk's logits alone, and the head's two products are taken by hand. The result is that through full logits.
+`loss.py` defines what is minimised. Here the rows are cut into chunks. Autograd differentiates the objective only with
+respect to a chunk's logits; the head's two products are written by hand. The result equals that of full logits.
 
 B: blocks in a micro-batch, T: tokens of a block, N: rows, the B x (T - 1) positions that predict a token, D: width of
 the model, V: vocabulary.
@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 
 from train_loop.probes import Head, forward_replaced, head_of
 
-ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more need more memory, and gain nothing
+ROWS_PER_CHUNK = {"cpu": 256}  # rows of logits at once: more take memory and save no time
 ROWS_PER_CHUNK_ELSEWHERE = 2048
-# in a lower precision: rows whose share of the weight's gradient is one product. Each is added in float32, which reads
-# and writes the whole gradient
+# in a lower precision: rows per product for the weight's gradient. Each product is added in float32, which reads and
+# writes the complete gradient
 ROWS_PER_LOW_GROUP = 512
 
-Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what is named in `sum_over_rows`
+Batch = dict[str, Any]  # "input_ids" and "labels" [B, T], and what `sum_over_rows` names
 Objective = Callable[..., tuple[Tensor, dict[str, Tensor]]]
 
 
@@ -45,10 +45,10 @@ class _Rows:
     objectives: tuple[Objective, ...]
     targets: Tensor  # [N]
     of_rows: dict[str, Any]
-    sums: list[dict[str, Tensor]] = field(default_factory=list)  # of each objective: its own as "", and its extras'
+    sums: list[dict[str, Tensor]] = field(default_factory=list)  # per objective: its own sum as "", and its extras
 
     def add(self, logits: Tensor, rows: slice) -> Tensor:
-        """Adds what the objectives give for `logits` of some rows to `sums`. Returns the first, with its graph."""
+        """Adds the objectives' results for some rows to `sums`. Returns the first objective's, with its graph."""
         of_rows = {n: value[rows] if isinstance(value, Tensor) else value for n, value in self.of_rows.items()}
         totals = []
         for i, objective in enumerate(self.objectives):
@@ -68,14 +68,14 @@ class _Rows:
 def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tuple[list[tuple[Tensor, dict]], Any]:
     """([(sum, extras) of each objective], what the model's forward returned).
 
-    An objective is called as objective(logits [n, V] float32, targets [n], **of_rows) for some rows at a time, and
-    returns (scalar to be minimised, {name: further scalar}); both are summed over the rows. Rows whose target is -100
-    are among them. The first objective's sum can be differentiated; the others are evaluated on the same logits.
+    Each chunk of rows calls objective(logits [n, V] float32, targets [n], **of_rows), which returns (scalar to
+    minimise, {name: further scalar}); both are summed over the chunks. Rows whose target is -100 are included. Only the
+    first objective's sum can be differentiated; the others are evaluated on the same logits.
 
-    `batch` holds "input_ids" and "labels" [B, T], and what else the model's forward takes. What is not a tensor
-    ("step"), and tensors [B, T, ...] that are named "target_...", go to the objectives by name instead: a tensor's
-    value at a token goes to the row that predicts this token. "positions", [n], always goes there: the row's position
-    in its block, from 0.
+    `batch` holds "input_ids" and "labels" [B, T], and what else the model's forward takes. Two kinds of entry go to the
+    objectives by name instead: what is not a tensor ("step"), and tensors [B, T, ...] named "target_...". A tensor's
+    value at a token goes to the row that predicts this token. Objectives always get "positions", [n]: the row's
+    position in its block, from 0.
     """
     causal_lm: Any = getattr(model, "module", model)  # DDP's wrapper has the model inside
     labels, inputs, of_rows = batch["labels"], {}, {}
@@ -102,8 +102,8 @@ def sum_over_rows(model: nn.Module, batch: Batch, *objectives: Objective) -> tup
 
 @contextlib.contextmanager
 def _sum_in_the_place_of_logits(causal_lm: PreTrainedModel, rows: _Rows) -> Iterator[None]:
-    """Within it the model's forward returns the first objective's sum where it would return logits. The model itself is
-    called as ever, so DDP, FSDP, autocast and hooks see nothing new."""
+    """Inside it, the model's forward returns the first objective's sum in place of the logits. The model is called as
+    usual, so DDP, FSDP, autocast and hooks work as usual."""
     head, forward_of_model = causal_lm.get_output_embeddings(), causal_lm.forward
     sums = []
 
@@ -116,7 +116,7 @@ def _sum_in_the_place_of_logits(causal_lm: PreTrainedModel, rows: _Rows) -> Iter
     def forward(*args: Any, **kwargs: Any) -> Any:
         with forward_replaced(head, forward_of_head):
             output = forward_of_model(*args, **kwargs)
-        (output.logits,) = sums  # a model with a cap or a scale has applied it to the sum
+        (output.logits,) = sums  # undoes a cap or a scale that the model applied to the sum
         return output
 
     with forward_replaced(causal_lm, forward):
@@ -128,7 +128,7 @@ def _sum_over_logits(logits: Tensor, rows: _Rows) -> Tensor:
     num_rows = ROWS_PER_CHUNK.get(logits.device.type, ROWS_PER_CHUNK_ELSEWHERE)
     first, total = 0, torch.zeros((), device=logits.device)
     with torch.autocast(logits.device.type, enabled=False):
-        for chunk in logits.split(num_rows):  # its gradient is put together once; that of slices would be added up
+        for chunk in logits.split(num_rows):  # split makes one gradient; slices would add up one each
             chunk = chunk.to(torch.float32, copy=True)
             chunk.padded = chunk.detach()
             total = total + rows.add(chunk, slice(first, first + num_rows))
@@ -139,10 +139,10 @@ def _sum_over_logits(logits: Tensor, rows: _Rows) -> Tensor:
 class _LinearInChunks(torch.autograd.Function):
     """The first objective's sum over logits = hidden @ weight.T + bias, a float32 scalar.
 
-    hidden [N, D], weight [V, D], bias [V] or None. The logits of a chunk become at once its share of the loss and of
-    the gradients, which wait for the backward pass: logits are never held for more than a chunk nor computed twice.
-    Products are taken in autocast's precision, as a linear layer's would be; everything else is float32. In a lower
-    precision the gradients of a few chunks' logits are kept in it, for one larger product.
+    hidden [N, D], weight [V, D], bias [V] or None. The forward pass turns a chunk's logits into its loss and gradients,
+    which are kept for the backward pass. So only one chunk of logits is held, and none is computed twice.
+    Products use autocast's precision, as in a linear layer; everything else is float32. In a lower precision, the
+    gradients of a few chunks' logits are kept in it, for one larger product.
     """
 
     @staticmethod
@@ -151,12 +151,12 @@ class _LinearInChunks(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
         needs = [needs_grad and needed for needed in ctx.needs_input_grad[:3]]
         grad_hidden = torch.empty_like(hidden) if needs[0] else None
-        # float32 also where weights are bfloat16 (FSDP): a sum of many chunks would stop growing in it
+        # float32 even if weights are bfloat16 (FSDP): a bfloat16 sum over many chunks would stop growing
         grad_weight = torch.empty_like(weight, dtype=torch.float32) if needs[1] else None
         grad_bias = torch.zeros_like(bias) if bias is not None and needs[2] else None
 
         (N, V), num_rows = (len(hidden), len(weight)), ROWS_PER_CHUNK.get(kind, ROWS_PER_CHUNK_ELSEWHERE)
-        # rows of logits begin on a cache line's boundary: matrix products are up to 1.4 times as fast there on a CPU
+        # each row of logits begins on a cache line: matrix products on a CPU are up to 1.4 times as fast
         wide = -(-V // 64) * 64
         padded = torch.empty(min(num_rows, N), wide, device=hidden.device)
         is_exact = dtype == padded.dtype
@@ -164,7 +164,7 @@ class _LinearInChunks(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             if is_exact:
                 low = weight
-            else:  # rows of zeros follow the weight, so that all products have the padded width
+            else:  # zero rows pad the weight, so that all products have the padded width
                 low = weight.new_empty(wide, weight.shape[1], dtype=dtype)
                 low[:V], low[V:] = weight, 0
                 low_group = low.new_empty(min(group, N), wide)  # logits, then their gradients, of a group of chunks
@@ -195,7 +195,7 @@ class _LinearInChunks(torch.autograd.Function):
                     grad_logits = low_chunk
                 if grad_hidden is not None:
                     grad_hidden[some] = grad_logits @ low
-                if grad_weight is not None and is_exact:  # beta 0: it is written, and not read
+                if grad_weight is not None and is_exact:  # beta 0: written, not read
                     grad_weight.addmm_(grad_logits.T, x, beta=float(first > 0))
                 elif grad_weight is not None and (first % group + num_rows == group or some.stop >= N):
                     start = first - first % group
@@ -206,7 +206,7 @@ class _LinearInChunks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # the gradient would be one without the head's share
+        if torch.is_grad_enabled():  # the second gradient would lack the head's share
             raise RuntimeError("create_graph: this loss has no gradient of its gradient. Take it through full logits")
         if ctx.gradients is None:
             raise RuntimeError("a second backward pass through one loss: call next_token_loss once more for it")
@@ -217,8 +217,8 @@ class _LinearInChunks(torch.autograd.Function):
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
-    """`total` [V, D] float32 becomes left @ right, or is increased by it. left [at least V, n] and right [n, D] have a
-    lower precision. The product exists for some rows at a time, and stays in a CPU's cache."""
+    """Writes left @ right to `total` [V, D] float32 if `is_first`, else adds it. left [at least V, n] and right [n, D]
+    have a lower precision. The product is made for some rows at a time, which fit a CPU's cache."""
     for rows in (slice(first, first + 4096) for first in range(0, len(total), 4096)):
         some = total[rows]
         product = left[rows][: len(some)] @ right
@@ -226,8 +226,8 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> 
 
 
 def check_result(result: Any, function: Callable, names: tuple[str, ...], differentiated: bool) -> None:
-    """Raises TypeError or ValueError, which say what is wrong, where a loss did not return (sum, ..., extras), scalars,
-    the sum with a gradient if it is to be `differentiated`."""
+    """Raises TypeError or ValueError, with the reason, unless a loss returned (sum, ..., extras) as scalars, the sum
+    with a gradient if it will be `differentiated`."""
     who, code = getattr(function, "__name__", repr(function)), getattr(function, "__code__", None)
     who += f" ({code.co_filename}:{code.co_firstlineno})" if code else ""
     if not isinstance(result, tuple) or len(result) != len(names):

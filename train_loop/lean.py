@@ -1,8 +1,8 @@
-"""Modules that give a model's numbers, to rounding, in less time and memory: same parameters, same random numbers.
+"""Modules with the same results up to rounding, in less time and memory: same parameters, same random numbers.
 
-Measured to pay (tests/benchmarks). `--tuning false` leaves the model as transformers made it, and this file is not even
-imported. What it takes from transformers and torch is partly private. Where a version has moved it, a warning says so
-and the model keeps its own modules.
+tests/benchmarks measures the gain. With `--tuning false` the model stays as transformers made it, and this file is not
+imported. Some of what it uses from transformers and torch is private. If a version has moved it, a warning says so and
+the model keeps its own modules.
 
 B: blocks in a micro-batch, H: attention heads, T: tokens of a block, D: width of a head.
 """
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from train_loop.errors import one_line, warn
 
-try:  # no public name leads to what a model calls for its attention and its activation
+try:  # no public name gives the functions that a model uses for attention and activation
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.activations import NewGELUActivation
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -30,16 +30,16 @@ try:  # no public name leads to what a model calls for its attention and its act
 except ImportError as error:
     MOVED = error
 
-NUM_SCORES = 2**18  # attention scores worked on at once, where a block has no more: 1 MiB, which a core's cache holds
-# what transformers' function for attention takes, as `_attention` understands it; with more it would mean more
+NUM_SCORES = 2**18  # attention scores computed at once, at least those of one block: 1 MiB, which fits a core's cache
+# the arguments of transformers' attention function that `_attention` supports; a new one could change the result
 ATTENTION_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
 ATTENTION_ARGUMENTS |= {"position_bias", "kwargs"}
 
 
 def use_lean_modules(model: PreTrainedModel) -> None:
-    """Replaces, in place, modules of `model` and its attention function by leaner equals.
+    """Replaces modules of `model` and its attention function, in place, by leaner equivalents.
 
-    Where transformers has moved what is needed, the model stays as it is, and a warning says so.
+    If transformers has moved what this needs, a warning says so and the model stays unchanged.
     """
     if MOVED:
         return _say_plain(one_line(MOVED))
@@ -47,11 +47,11 @@ def use_lean_modules(model: PreTrainedModel) -> None:
         if isinstance(module, GPT2MLP) and all(hasattr(module, name) for name in ("c_fc", "act", "c_proj", "dropout")):
             module.forward = functools.partial(_forward_of_mlp, module)
         for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):  # written out in eight operations, each with a tensor to keep
+            if isinstance(child, NewGELUActivation):  # it is eight operations, and each keeps a tensor
                 setattr(module, name, torch.nn.GELU(approximate="tanh"))
             elif type(child) is torch.nn.Dropout and hasattr(torch, "native_dropout"):  # an undocumented name
                 setattr(module, name, Dropout(child.p).train(child.training))
-    # the name of the function in use is private; there is a public way to set it, none to ask for it
+    # private: the attention function can be set in a public way, but not read
     if getattr(model.config, "_attn_implementation", None) != "sdpa":
         return None
     if unknown := inspect.signature(sdpa_attention_forward).parameters.keys() - ATTENTION_ARGUMENTS:
@@ -70,27 +70,27 @@ def _say_plain(reason: str) -> None:
 
 
 class Dropout(torch.nn.Dropout):
-    """Keeps a mask of bytes for the backward pass, as torch does on a GPU, where on a CPU it keeps one of floats."""
+    """Keeps a mask of bytes for the backward pass, as torch does on a GPU. On a CPU torch keeps one of floats."""
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return torch.native_dropout(input, self.p, True)[0] if self.training else input
 
 
 def _forward_of_mlp(mlp: "GPT2MLP", hidden: torch.Tensor) -> torch.Tensor:
-    """Keeps what goes into the activation only, and computes its result again in the backward pass."""
+    """Keeps only the activation's input, and recomputes its result in the backward pass."""
     hidden = mlp.c_fc(hidden)
     if not torch.is_grad_enabled() and isinstance(mlp.act, torch.nn.GELU):
-        # in place: no public function is
+        # private: no public GELU is in place
         return mlp.dropout(mlp.c_proj(torch.ops.aten.gelu_(hidden, approximate=mlp.act.approximate)))
     projection = mlp.c_proj
     if type(projection) is not Conv1D or projection._forward_hooks or projection._forward_pre_hooks:
         project = lambda hidden: projection(mlp.act(hidden))  # noqa: E731
-        draws = not isinstance(projection, Conv1D)  # LoRA's layer may drop: the same numbers must be dropped again
+        draws = not isinstance(projection, Conv1D)  # LoRA's layer may have dropout, which must be repeated
         return mlp.dropout(checkpoint(project, hidden, use_reentrant=False, preserve_rng_state=draws))
     weight: torch.Tensor = projection.weight
     bias: torch.Tensor = projection.bias
     kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):  # it does not look into a function of one's own
+    if torch.is_autocast_enabled(kind):  # it does not act inside a custom function
         dtype = torch.get_autocast_dtype(kind)
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), bias.to(dtype)
     B, T, _ = hidden.shape
@@ -98,7 +98,7 @@ def _forward_of_mlp(mlp: "GPT2MLP", hidden: torch.Tensor) -> torch.Tensor:
 
 
 class ActivationAndProduct(torch.autograd.Function):
-    """act(hidden) @ weight + bias of hidden [B x T, D]. For the backward pass it keeps `hidden` and `weight` alone."""
+    """act(hidden) @ weight + bias, for hidden [B x T, D]. It keeps only `hidden` and `weight` for the backward pass."""
 
     @staticmethod
     def forward(
@@ -133,14 +133,14 @@ def _attention(
     """As transformers calls it: query, key, value [B, H, T, D] -> ([B, T, H, D], None)."""
     is_causal = kwargs.get("is_causal")
     is_causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    # a mask of numbers is added to the scores; with neither a mask nor causality every token sees all
+    # not ours: a mask of numbers, added to the scores; no mask and not causal, so that every token sees all
     takes_mask = is_causal if attention_mask is None else attention_mask.dtype == torch.bool
     same_shape = query.shape == key.shape == value.shape and kwargs.get("position_bias") is None
-    if torch.is_autocast_enabled("cpu"):  # as it does for torch's own attention
+    if torch.is_autocast_enabled("cpu"):  # casts as for torch's own attention
         query, key, value = (states.to(torch.get_autocast_dtype("cpu")) for states in (query, key, value))
     known = query.dtype in (torch.float32, torch.bfloat16)
     ours = dropout and query.device.type == "cpu" and known and same_shape and takes_mask
-    if not ours or torch.compiler.is_compiling():  # torch has kernels that keep little: without dropout, or on a GPU
+    if not ours or torch.compiler.is_compiling():  # without dropout, or on a GPU, torch's kernels keep little
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is None:
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril()[None, None]
@@ -151,9 +151,9 @@ def _attention(
 class DropoutAttention(torch.autograd.Function):
     """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
 
-    For the backward pass it keeps which scores were dropped, as bytes, and works the rest out again, some blocks at a
-    time, in memory that the cache holds; torch on a CPU keeps three tensors of floats as large as all scores. After
-    FlashAttention (Dao et al. 2022, arXiv:2205.14135), without its tiles within a block.
+    For the backward pass it keeps only the dropout mask, as bytes. It recomputes the rest, a few blocks at a time, in
+    memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea is that
+    of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a block.
     """
 
     @staticmethod
@@ -167,7 +167,7 @@ class DropoutAttention(torch.autograd.Function):
         scale: float,
     ) -> torch.Tensor:
         B, H, T, D = query.shape
-        kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the numbers that torch's dropout draws
+        kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the same draws as torch's dropout
         output = query.new_empty(B, T, H, D)
         for some in _groups(B, H * T * T):
             probs = _probabilities(query[some], key[some], hidden[some], scale).mul_(kept[some])
@@ -192,7 +192,7 @@ class DropoutAttention(torch.autograd.Function):
 
 
 def _softmax_backward(grad: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
-    """The gradient of a softmax's scores from that of its result `probs`, over the last dimension."""
+    """The gradient of the scores, from `grad` of their softmax `probs`, over the last dimension."""
     fused = getattr(torch, "_softmax_backward_data", None)  # one pass over memory instead of three, but private
     if fused:
         return fused(grad, probs, -1, probs.dtype)

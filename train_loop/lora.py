@@ -1,8 +1,8 @@
 """LoRA (Hu et al. 2021, arXiv:2106.09685) through peft: small trained matrices beside frozen weights.
 
-A linear layer's weight W [out, in] stays as it is. Beside it A [r, in] and B [out, r] are trained, and the layer gives
-W x + lora_alpha / lora_r * B A dropout(x). B begins as zeros, so the model begins as it was. peft puts them into the
-model in place: it stays a model of transformers, with a few more parameters. `merged` adds the product to W.
+A linear layer's weight W [out, in] is frozen. A [r, in] and B [out, r] are trained, and the layer returns
+W x + lora_alpha / lora_r * B A dropout(x). B starts at zero, so the model starts unchanged. peft adds A and B to the
+model in place: it stays a transformers model, with a few more parameters. `merged` adds the product to W.
 """
 
 import copy
@@ -23,10 +23,10 @@ NAME = "default"  # of the adapter in peft's modules; there is one
 
 
 def add_lora(model: PreTrainedModel, settings: Settings, has_new_tokens: bool) -> None:
-    """Freezes `model`, and puts trained matrices into it, in place, drawn from `settings.seed`.
+    """Freezes `model` and adds trainable matrices, in place, drawn from `settings.seed`.
 
-    Where the embedding has rows of new tokens, it is trained too, and the head with it: frozen rows would mean nothing.
-    Raises UserError if `lora_target_modules` names what is no linear layer.
+    If there are new tokens, the embedding and the head are trained too: frozen rows of new tokens would mean nothing.
+    Raises UserError if `lora_target_modules` names something that is not a linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -34,7 +34,7 @@ def add_lora(model: PreTrainedModel, settings: Settings, has_new_tokens: bool) -
     table: Any = model.get_input_embeddings()  # transformers says Module
     head: Any = model.get_output_embeddings()
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D))}
-    # a head that is tied to the embedding is left out: merging would change the embedding, too
+    # a head tied to the embedding is left out: merging would also change the embedding
     known = {name for name, m in layers.items() if m.weight is not table.weight}
     targets = settings.lora_target_modules or [ALL]
     for target in targets if targets != [ALL] else []:
@@ -65,13 +65,13 @@ def has_lora(model: nn.Module) -> bool:
 
 
 def num_parameters(model: nn.Module) -> int:
-    """Of the model that is exported: the matrices beside the weights are merged there."""
+    """Number of parameters of the exported model, in which LoRA's matrices are merged."""
     return sum(p.numel() for name, p in model.named_parameters() if ".lora_" not in name)
 
 
 def merged(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the model without LoRA that computes what `model` does, by the names that they have there.
-    `tensors`: those of `model`, unsharded."""
+    """{name: tensor} of an equivalent model without LoRA, by that model's names. `tensors`: those of `model`,
+    unsharded."""
     from peft.tuners.lora import Linear
 
     plain = {name.replace(".base_layer.", "."): t for name, t in tensors.items() if ".lora_" not in name}
@@ -86,8 +86,8 @@ def merged(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tens
 def save_adapter(
     model: PreTrainedModel, tensors: dict[str, Tensor], tokenizer: PreTrainedTokenizerFast, folder: Path
 ) -> None:
-    """Writes what was trained, as peft's `AutoPeftModelForCausalLM.from_pretrained(folder)` reads it. `tensors`: those
-    of `model`, unsharded."""
+    """Writes the trained tensors, for peft's `AutoPeftModelForCausalLM.from_pretrained(folder)`. `tensors`: those of
+    `model`, unsharded."""
     from safetensors.torch import save_file
 
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
@@ -97,5 +97,5 @@ def save_adapter(
     config: Any = copy.copy(model.peft_config[NAME])
     config.inference_mode, config.target_modules = True, sorted(config.target_modules)
     config.save_pretrained(str(folder))
-    if any(".lora_" not in name for name in trained):  # rows of new tokens: peft makes room for them by the tokenizer
+    if any(".lora_" not in name for name in trained):  # new tokens: peft resizes the embedding to the tokenizer
         tokenizer.save_pretrained(folder)

@@ -19,10 +19,10 @@ def objective(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(sum to be minimised, {name: further sum to be logged}) over some rows of a micro-batch, scalars.
 
-    `logits` [N, V] are float32, `targets` [N] the tokens that follow; a target of -100 is not one, and must add
-    nothing. Return sums, not means: the loop divides by the number of targets of the whole optimizer step. Any
-    differentiable function will do, autograd differentiates it. `of_rows`: "positions" [N] in the block, from 0; the
-    run's "step"; each "target_..." [N] of the batch. Name in the signature what you need, with a default: evaluation
+    `logits` [N, V] are float32, `targets` [N] the tokens that follow; -100 is not a target and must add nothing. Return
+    sums, not means: the loop divides by the number of targets of the optimizer step. Any function that autograd can
+    differentiate works. `of_rows`: "positions" [N] in the block, from 0; the run's "step"; each "target_..." [N] of the
+    batch. Name those that you need in the signature, each with a default, as one may be missing: evaluation
     has no step.
     """
     # inplace takes less time and memory; drop it where `logits` are used once more, as a z-loss does
@@ -48,9 +48,9 @@ def next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dic
 
 
 def plain_next_token_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(sum of nats, number of targets, extras) of a micro-batch, for evaluation: -log p(token | tokens before it in its
-    block), whatever is trained, so that its exponential is a perplexity. Extras: the objective's sum as "objective",
-    its own extras, those of `plain`, and "token_nats" [B, T - 1], the nats of each target, 0 where there is none."""
+    """(sum of nats, number of targets, extras) of a micro-batch, for evaluation: -log p(token | earlier tokens of its
+    block), whatever the objective is, so that exp gives a perplexity. Extras: the objective's sum as "objective", its
+    extras, those of `plain`, and "token_nats" [B, T - 1], the nats of each target, 0 where there is none."""
     rows: list[Tensor] = []
     kept = functools.partial(plain, nats_of_rows=rows)
     [(nll_sum, of_text), (total, extras)], _ = sum_over_rows(model, batch, kept, objective)
@@ -67,9 +67,9 @@ def plain(
     nats_of_rows: list[Tensor],
     **of_rows: Any,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross entropy, which is appended to `nats_of_rows` row by row. Not in place: the objective comes after it. Where
-    `target_is_text` [N] tells text from special tokens that stand for none, the nats and the number of the targets
-    that are text come with it."""
+    """Cross entropy; also appends the nats [N] to `nats_of_rows`. Not in place: the objective needs the logits after
+    it. `target_is_text` [N] tells text from special tokens that stand for no text; with it, the extras are the nats and
+    the number of the text targets."""
     nats = cross_entropy(logits, targets)
     nats_of_rows.append(nats.detach())
     if target_is_text is None:
@@ -79,6 +79,6 @@ def plain(
 
 
 def count_targets(labels: Tensor) -> Tensor:
-    """Number of target tokens in `labels` [..., T], as a tensor on their device. The first token of a block has no
-    token before it and is never predicted; a label of -100 is no target."""
+    """Number of targets in `labels` [..., T], as a tensor on their device. The first token of a block has no token
+    before it and is never predicted; a label of -100 is not a target."""
     return (labels[..., 1:] != IGNORED).sum()

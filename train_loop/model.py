@@ -1,8 +1,7 @@
-"""Tokenizer and model: from the hub, a folder, a GGUF file or a config alone. This is the place for a teacher or frozen
-weights.
+"""Tokenizer and model: from the hub, a folder, a GGUF file or only a config. Add a teacher or frozen weights here.
 
-Weights are always float32, whatever the checkpoint holds: half precision would round most of an update away. The launch
-config sets a lower precision for the forward and backward passes (autocast).
+Weights are always float32, also if the checkpoint is not: half precision would round most of an update away. The launch
+config can set a lower precision for the forward and backward passes (autocast).
 """
 
 import importlib.util
@@ -15,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import (  # type: ignore[attr-defined]  # its automatic classes are exported as a checker cannot see
+from transformers import (  # type: ignore[attr-defined]  # mypy cannot see these exports
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -39,8 +38,8 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def load_config(settings: Settings) -> PreTrainedConfig:
-    """The model's config, with `config_overrides` in it. Raises UserError if there is none, where it is not that of
-    a causal language model, and where a block is longer than the positions that the model has."""
+    """The model's config, with `config_overrides` applied. Raises UserError if there is no config, if it is not of a
+    causal language model, or if `block_size` is above the model's number of positions."""
     for setting, package, oldest in (("gguf_file", "gguf", "0.19"), ("lora_r", "peft", "0.21")):
         if getattr(settings, setting) and importlib.util.find_spec(package) is None:
             raise UserError(f'{setting} needs the package {package}: python -m pip install "{package}>={oldest}"')
@@ -70,10 +69,10 @@ def load_tokenizer(
     train_rows: Iterable[dict[str, Any]] | Source | None,
     config: PreTrainedConfig | None = None,
 ) -> PreTrainedTokenizerFast:
-    """A fast tokenizer: the one named, the model's own, or a byte-level BPE trained on `train_rows`. The model's own
-    gets the end-of-text token of the model's `config` where it has none.
+    """A fast tokenizer: the named one, the model's own, or a byte-level BPE trained on `train_rows`. If the model's own
+    has no end-of-text token, it gets that of the model's `config`.
 
-    Raises UserError if there is none, or it is a slow one.
+    Raises UserError if there is none, or only a slow one.
     """
     if settings.tokenizer_vocab_size:
         assert isinstance(train_rows, Iterable)  # a stream trains no tokenizer (`contradictions`)
@@ -84,7 +83,7 @@ def load_tokenizer(
     if (folder / "vocab.json").is_file() and not any(
         (folder / f).is_file() for f in ("tokenizer.json", "config.json", "tokenizer_config.json")
     ):
-        # GPT-2's original two files name no class, and AutoTokenizer cannot know them
+        # GPT-2's two original files name no class, so AutoTokenizer cannot load them
         return GPT2TokenizerFast(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     origin = {} if settings.tokenizer_name else _origin(settings)
     tokenizer = _load(AutoTokenizer, name, settings, "tokenizer", **origin)
@@ -98,12 +97,12 @@ def load_tokenizer(
 
 
 def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """The causal language model in float32, with a place in its vocabulary for every token.
+    """The causal language model in float32, with an embedding row for every token.
 
-    From scratch its weights are drawn from `settings.seed`, and its vocabulary is the tokenizer's, or larger where
-    `config_overrides` says so. A pretrained model's vocabulary grows where the tokenizer has new tokens. Raises
-    UserError if weights are missing or do not fit, where the tokenizer is another model's, and where the model sees
-    the tokens that it is to predict.
+    From scratch: `settings.seed` gives its weights, and its vocabulary is the tokenizer's, or a larger one from
+    `config_overrides`. A pretrained model's vocabulary grows if the tokenizer has new tokens. Raises UserError if
+    weights are missing or do not fit, if the tokenizer is a different model's, or if the model sees the tokens that it
+    must predict.
     """
     torch.manual_seed(settings.seed)
     has_new_tokens = False
@@ -117,7 +116,7 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
             model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=settings.trust_remote_code
             )
-        except Exception as error:  # architectures raise anything for sizes that they do not support
+        except Exception as error:  # architectures raise any class for unsupported sizes
             raise UserError(
                 f"a {config.model_type} model cannot be made "
                 + (
@@ -149,7 +148,7 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
 
 
 def _origin(settings: Settings) -> dict[str, Any]:
-    """Where in `model_name_or_path` the model is, as the loaders' options."""
+    """The loaders' options that say where in `model_name_or_path` the model is."""
     return {"revision": settings.model_revision} | ({"gguf_file": settings.gguf_file} if settings.gguf_file else {})
 
 
@@ -173,7 +172,7 @@ def _load(loader: Any, name: str, settings: Settings, what: str, **options: Any)
 
 
 def _own_vocabulary(settings: Settings) -> dict[str, int]:
-    """{token: id} of the tokenizer that comes with the model, {} where none does."""
+    """{token: id} of the tokenizer that comes with the model, {} if there is none."""
     name = str(settings.model_name_or_path)
     try:
         return _load(AutoTokenizer, name, settings, "tokenizer", **_origin(settings)).get_vocab()
@@ -191,11 +190,11 @@ def _pretrained_model(settings: Settings, config: PreTrainedConfig) -> PreTraine
         config=config,
         dtype=torch.float32,
         output_loading_info=True,
-        # a GGUF file's blocks of few bits become numbers, once and for all: blocks cannot be trained
+        # a GGUF file is dequantised once, when it is loaded: quantised weights cannot be trained
         quantization_config=GgufConfig(dequantize=True) if settings.gguf_file else None,
         **_origin(settings),
     )
-    if missing := sorted(info["missing_keys"]):  # transformers would draw them at random, with a warning
+    if missing := sorted(info["missing_keys"]):  # transformers would only warn, and draw them at random
         raise UserError(f"model {name} lacks {num_of(len(missing), 'weight')}, e.g. {missing[0]}")
     if (unused := sorted(info["unexpected_keys"])) and int(os.environ.get("RANK", 0)) == 0:  # e.g. an encoder's
         warn(
@@ -206,8 +205,8 @@ def _pretrained_model(settings: Settings, config: PreTrainedConfig) -> PreTraine
 
 
 def _check_sizes(config: PreTrainedConfig, settings: Settings) -> None:
-    """Raises UserError if a block is longer than the positions that the model has, and where heads of attention
-    cannot share keys and values: transformers would make such a model, and fail in its first pass."""
+    """Raises UserError if `block_size` is above the model's number of positions, or if attention heads cannot share
+    keys and values: transformers would build such a model and fail in its first forward pass."""
     text_config = config.get_text_config(decoder=True)
     num_heads, num_shared = (getattr(text_config, f"num_{name}_heads", None) for name in ("attention", "key_value"))
     if num_heads and num_shared and num_heads % num_shared:
@@ -221,7 +220,7 @@ def _check_sizes(config: PreTrainedConfig, settings: Settings) -> None:
     reserved = 0
     if config.model_type in AFTER_PADDING and config.pad_token_id is not None:
         reserved = config.pad_token_id + 1
-    # XLNet says -1: any number
+    # -1 (XLNet): no limit
     if positions and positions > 0 and settings.block_size > positions - reserved:
         why = f" ({positions} less the {reserved} up to the padding token's id)" if reserved else ""
         raise UserError(

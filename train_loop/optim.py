@@ -18,8 +18,8 @@ def build_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.O
     """AdamW in two groups: weights of linear layers and embeddings are decayed, biases and norms are not.
 
     With `settings.optimizer` "muon", a third group comes first: the weights of the hidden linear layers, with Muon.
-    Chosen by the type of the module, not by names. Tied weights are one parameter, and so come once. Raises UserError
-    if "muon" finds no hidden linear layer.
+    Module types decide the group, not names. Tied weights are one parameter and appear once. Raises UserError if
+    "muon" finds no hidden linear layer.
     """
     matrices = {id(module.weight) for module in model.modules() if isinstance(module, MATRICES)}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -48,11 +48,11 @@ def build_optimizer(model: PreTrainedModel, settings: Settings) -> torch.optim.O
 class Muon(torch.optim.Optimizer):
     """Muon for the matrices of hidden layers, its first group, and AdamW for the others.
 
-    Muon takes a step along the momentum of the gradient with all its singular values set to about 1. Times
-    0.2 sqrt(longer side), the step is about as large as one of AdamW, so that both have the same rate and decay
-    (Liu et al. 2025, Muon is Scalable for LLM Training, arXiv:2502.16982, section 2.2). A transposed matrix, as GPT-2's
-    Conv1D has it, takes the transposed step. `torch.optim.Muon` does the same in bfloat16 alone: on a CPU without
-    instructions for it a step takes twenty times as long.
+    Muon steps along the momentum of the gradient, with all its singular values set to about 1. The step is multiplied
+    by 0.2 sqrt(longer side). It is then about as large as AdamW's, so both use the same rate and decay (Liu et al.
+    2025, Muon is Scalable for LLM Training, arXiv:2502.16982, section 2.2). A transposed matrix, as in GPT-2's Conv1D,
+    gets the transposed step. `torch.optim.Muon` works only in bfloat16: on a CPU without bfloat16 instructions a step
+    takes twenty times as long.
     """
 
     def __init__(
@@ -75,22 +75,22 @@ class Muon(torch.optim.Optimizer):
                 continue
             momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
             momentum.lerp_(p.grad, 1 - group["momentum"])
-            update = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov: this step's gradient once more
+            update = orthogonal(p.grad.lerp(momentum, group["momentum"]))  # Nesterov: adds this step's gradient again
             p.mul_(1 - group["lr"] * group["weight_decay"])
             p.add_(update, alpha=-0.2 * math.sqrt(max(p.shape)) * group["lr"])
-        # the groups and the state are this optimizer's own: a loaded checkpoint puts others in their place
+        # set at each step: loading a checkpoint replaces this optimizer's groups and state
         self.adamw.param_groups, self.adamw.state = others, self.state
         self.adamw.step()
 
 
 def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
-    """`matrix` with each singular value s, of which the largest is 1, moved to between 0.7 and 1.2; those below a
-    thousandth get there only in part. Five steps of Newton-Schulz's iteration, s <- a s + b s^3 + c s^5, which needs
-    products alone; a, b, c by Keller Jordan (https://kellerjordan.github.io/posts/muon)."""
+    """`matrix`, scaled to singular values s of at most 1, each of which is then moved to between 0.7 and 1.2. Values
+    below a thousandth move only part of the way. Five Newton-Schulz steps, s <- a s + b s^3 + c s^5, use products only;
+    a, b, c by Keller Jordan (https://kellerjordan.github.io/posts/muon)."""
     a, b, c = 3.4445, -4.7750, 2.0315
     is_tall = len(matrix) > matrix.shape[1]
-    x = matrix.T if is_tall else matrix  # the products are of the shorter side
-    x = x / (x.norm() + 1e-7)  # at least as large as the largest singular value
+    x = matrix.T if is_tall else matrix  # so that `square` has the size of the shorter side
+    x = x / (x.norm() + 1e-7)  # the norm is at least the largest singular value
     for _ in range(5):
         square = x @ x.T
         x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -98,7 +98,7 @@ def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
 
 
 def lr_factor(step: int, num_steps: int, settings: Settings) -> float:
-    """The share of `settings.learning_rate` with which the next optimizer step is taken, after `step` of `num_steps`.
+    """The share of `settings.learning_rate` that the next optimizer step uses, after `step` of `num_steps` steps.
 
     A pure function. It gives the values of transformers' schedules of the same names; `wsd` (warm-up, stable, decay)
     is its `warmup_stable_decay` with a linear decay. `settings.SCHEDULES` lists the parameters of each schedule.
@@ -129,8 +129,8 @@ def lr_factor(step: int, num_steps: int, settings: Settings) -> float:
 def build_scheduler(optimizer: torch.optim.Optimizer, settings: Settings, num_steps: int, step: int = 0) -> LambdaLR:
     """The schedule of a run of `num_steps` optimizer steps that has taken `step` of them.
 
-    Not to be passed through Accelerate's `prepare`, which would step it once for each process.
+    Do not pass it to Accelerate's `prepare`, which would step it once for each process.
     """
     for group in optimizer.param_groups:
-        group.setdefault("initial_lr", group["lr"])  # what LambdaLR multiplies, and needs where it begins later on
+        group.setdefault("initial_lr", group["lr"])  # LambdaLR multiplies it, and needs it when resuming
     return LambdaLR(optimizer, lambda done: lr_factor(done, num_steps, settings), last_epoch=step - 1)

@@ -1,4 +1,4 @@
-"""What a model does with a block, tried out on a few tokens before training: a config may say otherwise, or nothing."""
+"""Tests on a few tokens, before training, of what a model does with a block: its config may be silent or wrong."""
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +15,10 @@ from train_loop.data import TrainingData
 @torch.no_grad()
 def is_causal(model: PreTrainedModel) -> bool:
     """Whether the logits at a position stay the same when the tokens after it change. If not, the model sees what it
-    is to predict, and its loss means nothing.
+    must predict, and its loss means nothing.
 
-    It is tried out, not looked up: two rows of 12 tokens, alike in the first half, go through the model once. Dropout
-    is off, and torch's random numbers afterwards are those that would have come without this.
+    The test runs the model, it does not read the config: two rows of 12 tokens with an equal first half take one
+    forward pass. Dropout is off, and torch's random state is restored.
     """
     ids = torch.arange(12).repeat(2, 1) * 7
     ids[1, 6:] += 1
@@ -30,16 +30,16 @@ def is_causal(model: PreTrainedModel) -> bool:
             first, second = model(input_ids=ids, use_cache=False).logits[:, :6]
     finally:
         model.train(was_training)
-    # Rounding aside there is no difference in a causal model. The smallest one seen in a random one that is not was a
-    # thousandth of the logits' spread. Logits that are not numbers are the loop's affair: it stops at them.
+    # A causal model differs only by rounding. The smallest difference seen in a random non-causal model was a
+    # thousandth of the logits' spread. Non-finite logits pass here: the loop stops at them.
     return not (first - second).abs().max() > 1e-5 * first.std()
 
 
 @torch.no_grad()
 def keeps_documents_apart(model: PreTrainedModel) -> bool:
-    """Whether a document's logits are the same alone and after another one in a block, when `position_ids` begin anew.
+    """Whether a document has the same logits alone and after another document in its block, if `position_ids` restart.
 
-    Tried out, not looked up: a model may accept positions and not mask by them, or carry a state along."""
+    The test runs the model: it may accept positions but not mask by them, or carry a state along."""
     ids = torch.arange(12)[None] * 7 % _num_embeddings(model)
     positions = torch.cat([torch.arange(6), torch.arange(6)])[None]
     was_training = model.training
@@ -55,7 +55,7 @@ def keeps_documents_apart(model: PreTrainedModel) -> bool:
 
 
 def keep_apart_where_possible(model: PreTrainedModel, splits: Iterable[TrainingData]) -> list[str]:
-    """Changes `splits` that keep documents apart where the model cannot do it. Returns a sentence for the user."""
+    """Sets `documents_apart` of `splits` to False if the model cannot do it. Returns sentences for the user."""
     splits = [split for split in splits if split.documents_apart]
     if not splits or keeps_documents_apart(model):
         return []
@@ -71,7 +71,7 @@ def _num_embeddings(model: PreTrainedModel) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """What a model does between its last hidden states and its logits, and adds to its own loss."""
+    """What a model does between its last hidden states and its logits, and what it adds to its loss."""
 
     in_chunks: bool  # logits = capped(scale * (hidden @ weight.T + bias)), and nothing else
     scale: float = 1.0
@@ -86,7 +86,7 @@ class Head:
 
 
 def head_of(model: PreTrainedModel) -> Head:
-    """What `inspect_head` finds of `model`, looked at once. `model` is not wrapped by DDP."""
+    """The result of `inspect_head`, computed once per model. `model` is not wrapped by DDP."""
     if "inspected_head" not in model.__dict__:
         model.__dict__["inspected_head"] = inspect_head(model)
     return model.__dict__["inspected_head"]
@@ -94,8 +94,8 @@ def head_of(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def inspect_head(model: PreTrainedModel) -> Head:
-    """Finds out what `model` does to its logits. Made-up numbers, from tiny to huge, are put in the place of what its
-    last linear layer returns: what the model makes of them is seen exactly, whatever its weights are."""
+    """Finds out what `model` does to its logits. Made-up numbers, from tiny to huge, replace the result of its last
+    linear layer. The logits then show exactly what the model does to them, whatever its weights are."""
     weight, remarks = _auxiliary_weight(model)
     full = lambda why: Head(False, auxiliary_weight=weight, remarks=(f"from full logits: {why}", *remarks))  # noqa: E731
     head = model.get_output_embeddings()

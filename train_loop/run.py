@@ -1,4 +1,4 @@
-"""A run, from its settings to the folder that it leaves. This file is the table of contents:
+"""A run, from its settings to its output folder. This file is the table of contents:
 
 settings -> rows -> blocks -> model -> optimizer -> where an earlier run was -> loop -> export
 """
@@ -41,10 +41,10 @@ from train_loop.tuning import sharing_cores
 
 
 def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> bool:
-    """Trains and exports; or evaluates (`eval_only`), or says what a run would take (`dry_run`).
+    """Trains and exports; or only evaluates (`eval_only`), or reports the time and memory of a run (`dry_run`).
 
     Returns whether output_dir holds a finished run. `repository`: the model's name on the hub, None if it is not
-    pushed. Raises UserError for what the user can mend, and Stopped.
+    pushed. Raises UserError if the user can fix it, and Stopped.
     """
     accelerator = build_accelerator(settings)
     is_main, show_progress = accelerator.is_main_process, quiet_libraries(accelerator)
@@ -86,7 +86,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             settings = fit_micro_batch(model, train_split, settings, accelerator)
         for remark in check_loss(model, train_split, settings, accelerator):
             accelerator.print(f"loss        {remark}")
-        set_seed(settings.seed, device_specific=True)  # dropout differs from process to process
+        set_seed(settings.seed, device_specific=True)  # each process has its own dropout
         whole = accelerator.unwrap_model(model)
         arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
@@ -184,7 +184,7 @@ def evaluate_only(
     held_out: str,
     show_progress: bool,
 ) -> None:
-    """Prints the loss of a model, and leaves it in output_dir if there is one."""
+    """Prints the loss of a model, and writes it to output_dir if that is set."""
     accelerator.print(banner(settings, accelerator, model, eval_splits, held_out), flush=True)
     model, began = prepare(accelerator, model), time.perf_counter()
     results = evaluate_splits(model, eval_splits, settings, accelerator, show_progress)

@@ -1,6 +1,6 @@
-"""What a process does about its memory and its threads: memory that stays, huge pages, threads that let others work.
+"""Memory and threads of a process: it keeps freed memory, uses huge pages, and its idle threads give up their cores.
 
-Measured to pay (tests/benchmarks/README.md). `--tuning false` leaves memory and threads as the libraries have them.
+tests/benchmarks/README.md has the gain. `--tuning false` leaves memory and threads as the libraries set them.
 """
 
 import contextlib
@@ -15,18 +15,18 @@ from pathlib import Path
 from train_loop.settings import Settings
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # as malloc.h of the GNU C library numbers them
-HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # with one of these the user has decided
-LOOK_SECONDS = 0.25  # between two looks at whether cores are short
-SHORT = 0.2  # cores are short where this process's threads together waited for one for this share of the time
-STAY_SECONDS = 5.0  # how long they count as short after that
+HOW_THREADS_WAIT = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")  # if one is set, the user has decided
+LOOK_SECONDS = 0.25  # between two checks whether cores are short
+SHORT = 0.2  # cores are short if the threads' summed wait for a core is above this share of the time
+STAY_SECONDS = 5.0  # how long they then count as short
 
 
 def keep_memory() -> None:
-    """Asks the GNU C library to keep freed memory, and torch to ask for huge pages. To be called before torch is
-    imported; elsewhere than on Linux with that library it does nothing.
+    """Makes the GNU C library keep freed memory, and torch use huge pages. Call it before torch is imported. It has no
+    effect without Linux and that library.
 
-    A training step frees and asks for buffers of hundreds of megabytes. Each would be given back to the system and
-    come again as pages of 4 KiB to be cleared one by one.
+    A training step frees and allocates buffers of hundreds of megabytes. By default each returns to the system, and
+    comes back as pages of 4 KiB that are cleared one by one.
     """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read by torch at its first allocation
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
@@ -38,7 +38,7 @@ def keep_memory() -> None:
 @contextlib.contextmanager
 def uncollected() -> Iterator[None]:
     """Disables garbage collection inside it, and excludes the objects made inside it from later collections. Importing
-    torch and transformers makes a million objects that stay; Python would search through them again and again."""
+    torch and transformers makes a million lasting objects; Python would search them again and again."""
     gc.disable()
     try:
         yield
@@ -48,8 +48,8 @@ def uncollected() -> Iterator[None]:
 
 
 def num_threads(settings: Settings) -> int:
-    """CPU threads for this process: its share of the cores, unless the settings say otherwise. The launcher sets
-    OMP_NUM_THREADS=1 where its config says nothing: one core would work, the others look on."""
+    """CPU threads for this process: its share of the cores, unless the settings say otherwise. By default the launcher
+    sets OMP_NUM_THREADS=1: one core would work, and the others would be idle."""
     processes_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     return settings.num_threads or max(1, num_cores() // processes_here)
 
@@ -61,15 +61,15 @@ def num_cores() -> int:
 
 @contextlib.contextmanager
 def sharing_cores() -> Iterator[None]:
-    """Within it, threads that wait for each other sleep at once while other processes want the cores, too.
+    """Inside it, threads that wait for each other sleep at once while other processes need the cores too.
 
-    The threads of GNU OpenMP, which torch's wheels for Linux bring, spin for milliseconds before they sleep. On an idle
-    machine that is fast. On a busy one a thread spins on one core while the thread that it waits for is waiting for a
-    core. The library has a documented rule (GOMP_SPINCOUNT in its manual): in a process with more of its threads than
-    there are cores, threads hardly spin. So while cores are short, this process holds more threads, which do nothing.
-    The number of threads that share a computation stays as it is, and so do its results.
+    The threads of GNU OpenMP, which torch's Linux wheels include, spin for milliseconds before they sleep. On an idle
+    machine that is fast. On a busy one, a thread spins on a core that the thread it waits for may need. The library has
+    a documented rule (GOMP_SPINCOUNT in its manual): threads hardly spin if their process has more of them than there
+    are cores. So while cores are short, this process holds extra threads that do nothing. The number of threads that
+    share a computation does not change, so its results do not change.
 
-    It does nothing where one of `HOW_THREADS_WAIT` is set, or where there is no Linux to ask.
+    It has no effect if one of `HOW_THREADS_WAIT` is set, or if Linux's /proc is absent.
     """
     if any(name in os.environ for name in HOW_THREADS_WAIT) or not os.path.exists("/proc/self/schedstat"):
         yield
@@ -100,22 +100,22 @@ def _watch_cores(over: threading.Event) -> None:
 
 
 def seconds_without_core() -> float:
-    """How long this process's threads have been ready to run and had no core, in sum over those that live now."""
+    """Seconds that this process's threads were ready to run without a core, summed over live threads."""
     nanoseconds = 0
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it has ended since
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # thread has ended
             nanoseconds += int(Path(f"/proc/self/task/{thread}/schedstat").read_text().split()[1])
     return nanoseconds / 1e9
 
 
 def hold_threads() -> threading.Event:
-    """Makes this process's OpenMP threads more than there are cores, until the event is set."""
+    """Keeps more OpenMP threads in this process than there are cores, until the event is set."""
     import torch
 
     let_go, size = threading.Event(), torch.get_num_threads()
 
-    def hold_a_team() -> None:  # each thread of Python that computes gets a team of its own, which ends with it
-        torch.zeros(2**15 * size, dtype=torch.uint8).add_(1)  # so many numbers that the whole team is needed
+    def hold_a_team() -> None:  # a Python thread that computes gets its own team of OpenMP threads
+        torch.zeros(2**15 * size, dtype=torch.uint8).add_(1)  # large enough to use the complete team
         let_go.wait()
 
     for _ in range((num_cores() - size) // (size - 1) + 1 if size > 1 else 0):

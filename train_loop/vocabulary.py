@@ -1,4 +1,4 @@
-"""Tokenizer and model fit each other: every token has a row in the embedding, and the special tokens are the same."""
+"""Makes tokenizer and model fit: every token has a row in the embedding, and the special tokens are the same."""
 
 import os
 from collections.abc import Callable
@@ -17,13 +17,13 @@ AFTER_PADDING = "camembert", "data2vec-text", "roberta", "roberta-prelayernorm",
 
 
 def size_of_vocabulary(tokenizer: PreTrainedTokenizerFast) -> int:
-    """The rows that an embedding needs: ids may have gaps, so there may be more of them than tokens."""
+    """Number of rows that an embedding needs. Ids may have gaps: it may exceed the number of tokens."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, overrides: dict[str, str]) -> None:
-    """Gives a config for a model from scratch the tokenizer's vocabulary and special tokens, where `overrides`
-    (`config_overrides` by name) does not name them. Raises UserError if they do not fit the tokenizer."""
+    """Copies the tokenizer's vocabulary size and special tokens to the config of a model from scratch, except those in
+    `overrides` (`config_overrides` by name). Raises UserError if they do not fit the tokenizer."""
     text_config, needed = config.get_text_config(decoder=True), size_of_vocabulary(tokenizer)
     if "vocab_size" not in overrides:
         text_config.vocab_size = needed
@@ -36,7 +36,7 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, ove
         if name in overrides:
             continue
         token_id, problem = getattr(tokenizer, name), None
-        try:  # None too: the config's own default is a token of another vocabulary
+        try:  # set even if None: the config's default belongs to another vocabulary
             setattr(config, name, token_id)
         except StrictDataclassError as error:
             problem = error
@@ -48,11 +48,11 @@ def fit_config(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, ove
 
 
 def give_end_of_text(tokenizer: PreTrainedTokenizerFast, config: PreTrainedConfig) -> None:
-    """Where the tokenizer of a pretrained model names no end-of-text token, the one that the model's config names
-    becomes it, if it is in the vocabulary. A line says so. `tokenizer` must be the model's own: in another one the same
-    id is another token."""
+    """Sets the tokenizer's end-of-text token, if it has none, to the one of the pretrained model's config, if that is
+    in the vocabulary. Prints a line. `tokenizer` must be the model's own: in a different one the same id means a
+    different token."""
     ids = getattr(config.get_text_config(decoder=True), "eos_token_id", None)
-    token_id = ids[0] if isinstance(ids, list) and ids else ids  # of several the first ends a text, others a turn
+    token_id = ids[0] if isinstance(ids, list) and ids else ids  # of several, the first ends a text, others a turn
     token = tokenizer.convert_ids_to_tokens(token_id) if isinstance(token_id, int) else None
     if tokenizer.eos_token is None and token is not None:
         tokenizer.eos_token = token
@@ -65,15 +65,15 @@ def add_new_tokens(
     settings: Settings,
     own_vocabulary: Callable[[], dict[str, int]],
 ) -> bool:
-    """Makes the embedding and the head of a pretrained `model` larger, in place, where `tokenizer` has more tokens.
-    Returns whether it has. A line says how many.
+    """Enlarges the embedding and head of a pretrained `model`, in place, if `tokenizer` has more tokens. Returns
+    whether it did. Prints how many.
 
-    A new row is the mean of the old ones and a very small random part (transformers' `mean_resizing`, after Hewitt
-    2021, "Initializing new word embeddings for pretrained language models"). It follows from the weights and
-    `settings.seed`. Tied weights stay tied.
+    A new row is the mean of the old rows plus a very small random part (transformers' `mean_resizing`, after Hewitt
+    2021, "Initializing new word embeddings for pretrained language models"). The weights and `settings.seed` determine
+    it. Tied weights stay tied.
 
-    `own_vocabulary` returns {token: id} of the model's own tokenizer, {} where it has none. Raises UserError where
-    `tokenizer` is not that one with tokens added: the model knows the same ids as other tokens then.
+    `own_vocabulary` returns {token: id} of the model's own tokenizer, {} if it has none. Raises UserError if
+    `tokenizer` is not the model's own with added tokens: its ids then mean other tokens to the model.
     """
     table: Any = model.get_input_embeddings()  # transformers says Module
     old_size, needed = table.num_embeddings, size_of_vocabulary(tokenizer)
@@ -82,7 +82,7 @@ def add_new_tokens(
     vocabulary = tokenizer.get_vocab()
     new = sorted((i, token) for token, i in vocabulary.items() if i >= old_size)
     some = ", ".join(f"{token!r} ({i})" for i, token in new[:5]) + (", ..." if len(new) > 5 else "")
-    if not {token for _, token in new} <= tokenizer.get_added_vocab().keys():  # a vocabulary that itself is larger
+    if not {token for _, token in new} <= tokenizer.get_added_vocab().keys():  # the base vocabulary is larger
         own = own_vocabulary() if settings.tokenizer_name else {}
         if not own or any(vocabulary.get(token) != i for token, i in own.items()):
             raise UserError(
@@ -91,7 +91,7 @@ def add_new_tokens(
                 "tokenizer_name, or a folder to which you saved it after add_tokens"
             )
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # transformers warns of how it makes the rows, which the line below says
+    logging.set_verbosity_error()  # its warning repeats the line printed below
     try:
         torch.manual_seed(settings.seed)
         model.resize_token_embeddings(needed, mean_resizing=True)

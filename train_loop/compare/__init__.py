@@ -1,4 +1,4 @@
-"""Runs beside each other, and whether one is better: `python -m train_loop.compare`, which is __main__.py.
+"""Compares runs, and says whether one is better: `python -m train_loop.compare`, which is __main__.py.
 
 command.py   what the command prints            differences.py   which loss is lower, in words and in a table
 runs.py      folders of runs, and their recipes intervals.py     how sure a difference is

@@ -15,9 +15,9 @@ NAME_COLUMNS = 30
 
 @dataclass(frozen=True)
 class Measured:
-    """Recipes on the same pieces of text. `losses`: {recipe: [S, n]}, the sums over the n pieces of each of its S runs;
-    `weights` [n]: what they are divided by. The pieces are the blocks, and the sums nats over `weights` targets; where
-    the tokens differ the pieces are of as many bytes each, and the sums bits over `weights` bytes."""
+    """Losses of recipes on the same pieces of text. `losses`: {recipe: [S, n]}, a sum for each of its S runs and n
+    pieces; `weights` [n] divide them. Pieces are blocks, sums are nats, and `weights` count targets. If the tokens
+    differ, pieces have equal numbers of bytes, sums are bits, and `weights` count bytes."""
 
     losses: dict[str, np.ndarray]
     weights: np.ndarray
@@ -34,7 +34,7 @@ class Measured:
 
 
 def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> Measured:
-    """Raises UserError if nats are missing, or where the runs were not evaluated on the same text."""
+    """Raises UserError if nats are missing, or if the runs were not evaluated on the same text."""
     found = {name: [run.block_nats(best, set_name) for run in runs] for name, runs in recipes.items()}
     steps = {name: [run.evaluation(best).step or 0 for run in runs] for name, runs in recipes.items()}
     all_found = [nats for several in found.values() for nats in several]
@@ -55,7 +55,7 @@ def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> 
             "another setting of the evaluation differs. Losses per token of different tokens cannot be compared. Where "
             "the text is the same, evaluate both with --named_perplexities: then they are compared in bits per byte"
         )
-    # of different tokens of one text: as many pieces as the fewest blocks, each of as many bytes
+    # same text, different tokens: as many pieces as the fewest blocks, of equal numbers of bytes
     num_bytes = min(int(nats.num_bytes.sum()) for nats in all_found if nats.num_bytes is not None)
     ends = np.linspace(0, num_bytes, min(len(nats.nats) for nats in all_found) + 1)
     losses = {name: np.stack([_bits_between(ends, nats) for nats in several]) for name, several in found.items()}
@@ -63,7 +63,7 @@ def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> 
 
 
 def _bits_between(ends: np.ndarray, nats: BlockNats) -> np.ndarray:
-    """[n] bits of the text between n + 1 `ends`, in bytes. Within a block they are spread evenly over its bytes."""
+    """[n] bits of the text between n + 1 `ends`, in bytes. A block's bits are spread evenly over its bytes."""
     assert nats.num_bytes is not None and nats.text_nats is not None
     byte_ends = np.concatenate([[0], nats.num_bytes.cumsum()])
     bits = np.concatenate([[0], nats.text_nats.astype(np.float64).cumsum()]) / math.log(2)
@@ -113,7 +113,7 @@ def loss_table(measured: Measured) -> str:
 
 
 def amount(found: Difference) -> str:
-    """The difference without its sign, and half its interval, with two digits of the latter."""
+    """The difference without its sign, +- half its interval, which gets two digits."""
     digits = decimals(found)
     return f"{abs(found.value):.{digits}f} +- {found.half_width:.{digits}f}"
 

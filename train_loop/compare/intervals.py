@@ -3,16 +3,16 @@
 S: runs of a recipe, which differ in the seed alone, n: blocks of the validation set, in the order of the text,
 G: groups of neighbouring blocks.
 
-Over the text: the blocks of one document are alike, so n blocks are worth fewer than n independent ones. The blocks are
-put into ten groups of neighbours, and the groups' means are taken as independent: Student's t with nine degrees of
-freedom. These are the batch means of simulation studies. With 10 to 30 groups, more would make the interval little
-narrower, and would let neighbouring groups depend on each other (Schmeiser, Batch size effects in the analysis of
-simulation output, Operations Research 30, 1982). Ten keep documents apart best.
+Over the text: the blocks of one document are similar, so n blocks carry less information than n independent ones. The
+blocks form ten groups of neighbours, and the groups' means count as independent: Student's t with nine degrees of
+freedom. Simulation studies call these batch means. More than 10 to 30 groups would make the interval little narrower,
+and neighbouring groups would depend on each other (Schmeiser, Batch size effects in the analysis of simulation output,
+Operations Research 30, 1982). Ten groups separate documents best.
 
 Over seeds: the variance of the runs' losses, with Welch's and Satterthwaite's degrees of freedom (Welch, The
-generalization of Student's problem, Biometrika 34, 1947). Each run meets the same text: runs and groups are two crossed
-factors. What a run does in a group beyond both is in either variance, and is counted once (analysis of variance with
-two factors; Searle, Casella and McCulloch, Variance Components, 1992, chapter 4).
+generalization of Student's problem, Biometrika 34, 1947). All runs see the same text: runs and groups are two crossed
+factors. Their interaction is part of both variances, and is counted once (analysis of variance with two factors;
+Searle, Casella and McCulloch, Variance Components, 1992, chapter 4).
 """
 
 import functools
@@ -26,28 +26,28 @@ NUM_GROUPS = 10
 
 @dataclass(frozen=True)
 class Difference:
-    """Nats per token by which the second recipe's loss is higher than the first's, and half the width of its 95 %
-    interval. The squares of `from_text` and `from_seeds` add up to its square; None: the seeds are not known."""
+    """How much higher the second recipe's loss is than the first's, in nats per token, and half its 95 % interval.
+    half_width^2 = from_text^2 + from_seeds^2. `from_seeds` is None if each recipe has one run."""
 
     value: float
     half_width: float
     from_text: float
     from_seeds: float | None
-    share_lower: float  # of the blocks with targets, in which the second is lower
+    share_lower: float  # of the blocks with targets: where the second is lower
     share_higher: float
 
     @property
     def is_clear(self) -> bool:
-        """Whether the interval leaves zero out."""
+        """Whether the interval excludes zero."""
         return abs(self.value) > self.half_width
 
 
 def difference(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Difference:
-    """Of two recipes' `nats`, [S, n] each, on the same blocks, which have `weights` [n]: their numbers of targets.
+    """The difference of two recipes from their nats, [S, n] each, on the same blocks. `weights` [n]: their targets.
 
-    Where both recipes have one run the interval is that of these two models; it says nothing about other seeds. Where
-    one of them has one run, its seeds are taken to spread as the other's do. Blocks without targets are left out; at
-    least two with targets are needed.
+    If both recipes have one run, the interval is for these two models and says nothing about other seeds. If only one
+    has one run, its seeds are assumed to vary like the other's. Blocks without targets are left out; at least two with
+    targets are needed.
     """
     has_targets = np.asarray(weights) > 0
     runs = [np.asarray(nats, dtype=np.float64)[:, has_targets] for nats in (first, second)]
@@ -94,8 +94,8 @@ def half_width(parts: list[tuple[float, int]]) -> float:
     """Half of a 95 % interval whose variance is the sum of `parts`, (variance, degrees of freedom) each, with the
     degrees of freedom of Welch and Satterthwaite.
 
-    These are rarely whole. Between whole ones the quantile is interpolated in their inverse: rounded down, 1.99 would
-    widen the interval threefold.
+    These are rarely integers. Between integers the quantile is interpolated in their inverse: rounding 1.99 down would
+    make the interval three times as wide.
     """
     variance = sum(part for part, _ in parts)
     if not variance:
@@ -108,9 +108,8 @@ def half_width(parts: list[tuple[float, int]]) -> float:
 
 @functools.cache
 def t_quantile(freedom: int, probability: float = 0.975) -> float:
-    """The value below which Student's t with so many degrees of freedom is with this probability, by bisection of its
-    distribution function: the finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun, Handbook of Mathematical
-    Functions."""
+    """The quantile of Student's t with `freedom` degrees of freedom, by bisection of its distribution function: the
+    finite sums 26.7.3 and 26.7.4 of Abramowitz and Stegun, Handbook of Mathematical Functions."""
 
     def distribution(t: float) -> float:
         theta = math.atan(t / math.sqrt(freedom))

@@ -12,9 +12,9 @@ from train_loop.report import MIN_POINTS_TO_SMOOTH, points, pyplot, save_figure,
 def draw(
     recipes: dict[str, list[Run]], measured: Measured | None, path: Path | str, set_name: str | None = None
 ) -> None:
-    """Training losses (smoothed) on the left, losses on validation set `set_name` (else the first) on the right: the
-    mean over a recipe's runs, in a band from the lowest run to the highest, and without the untrained model's, beside
-    which the others would look alike. Below, with `measured`, each recipe's distance to the lowest loss with its 95 %
+    """Left: training losses (smoothed). Right: losses on validation set `set_name` (else the first), the mean over a
+    recipe's runs, with a band from the lowest run to the highest. The untrained model's loss is left out: beside it
+    the others would look alike. Below, with `measured`: each recipe's distance to the lowest loss, with its 95 %
     interval."""
     plt = pyplot()
     height = 4.2 + (0.9 + 0.3 * len(recipes) if measured else 0)

@@ -20,16 +20,16 @@ NOT_THE_RECIPE = {*SAY_NOTHING, "seed", "run_name", "report_to", "mirror", "save
 
 @dataclass(frozen=True)
 class Run:
-    """A folder that a run left, finished or not, or that an evaluation left (`eval_only`)."""
+    """The folder of a run, finished or not, or of an evaluation (`eval_only`)."""
 
     folder: Path
     settings: dict[str, Any]
-    lines: list[Line]  # of metrics.jsonl; of an evaluation one, at step 0
+    lines: list[Line]  # of metrics.jsonl; an evaluation has one, at step 0
     kept: dict[str, Kept]
 
     def evaluation(self, best: bool) -> Kept:
-        """The evaluation to compare: that of the exported model, or with `best` the one with the lowest loss. Raises
-        UserError if its nats are not there."""
+        """The evaluation to compare: of the exported model, or with `best` the one with the lowest loss. Raises
+        UserError if its nats are missing."""
         when = "best" if best or self.settings.get("load_best_model_at_end") else "last"
         if self.settings.get("eval_only"):
             when = "last"
@@ -42,14 +42,14 @@ class Run:
         return self.kept[when]
 
     def block_nats(self, best: bool, name: str | None) -> BlockNats:
-        """Of the validation set `name`, or of the first. Raises UserError if there is none."""
+        """Nats of validation set `name`, else the first. Raises UserError if there is none."""
         sets = self.evaluation(best).sets
         if name is not None and name not in sets:
             raise UserError(f"{self.folder} has no validation set {name}; it has {', '.join(sets)}")
         return sets[name] if name is not None else next(iter(sets.values()))
 
     def metric(self, metric: str, name: str | None) -> str:
-        """What `loss` or `perplexity` of validation set `name`, or of the first, is called in `lines`."""
+        """The key in `lines` of the `loss` or `perplexity` of validation set `name`, else the first."""
         if name is not None and name not in {next(iter(kept.sets)) for kept in self.kept.values()}:
             return f"eval_{name}_{metric}"
         return "eval_loss" if metric == "loss" else metric
@@ -92,8 +92,8 @@ def short_names(folders: list[Path]) -> list[str]:
 def recipes(runs: dict[str, Run]) -> dict[str, list[str]]:
     """{name of a recipe: names of its runs}, in the order of the runs. `runs` by their names.
 
-    Runs are one recipe where their settings differ in the seed alone, and their names in the number of the seed: a-1
-    and a-2 are a-*. The name counts because a change in the code is in no setting. A recipe with one run has its name.
+    Runs are one recipe if their settings differ only in the seed, and their names only in the seed's number: a-1 and
+    a-2 are a-*. The name counts because no setting shows a change in the code. A recipe with one run has its name.
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for name, run in runs.items():

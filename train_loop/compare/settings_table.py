@@ -1,4 +1,4 @@
-"""What the runs did differently: a table of settings, and of the lowest loss of each."""
+"""A table of the settings that differ between the runs, and of each run's lowest loss."""
 
 from collections.abc import Iterable
 from statistics import geometric_mean, mean
@@ -11,9 +11,9 @@ COLUMNS = 80  # of the table
 
 
 def settings_table(recipes: dict[str, list[Run]], set_name: str | None = None) -> str:
-    """The settings that differ between the recipes and the lowest loss of each on validation set `set_name`, or on the
-    first, as text that is at most 80 columns wide: as many recipes beside each other as fit. Of several runs all values
-    stand in a cell, and the mean of their losses."""
+    """The settings that differ between the recipes, and the lowest loss of each on validation set `set_name`, else the
+    first, as text of at most 80 columns, with as many recipes side by side as fit. A cell has the values of all runs
+    of the recipe; losses are their mean."""
     runs = [run for of_recipe in recipes.values() for run in of_recipe]
     names = dict.fromkeys(name for run in runs for name in run.settings if name not in SAY_NOTHING)
     # a setting that a run does not know is newer than the run
@@ -55,7 +55,7 @@ def _lowest(run: Run, set_name: str | None) -> tuple[float, float, float] | None
 
 
 def _all(cells: Iterable[str]) -> str:
-    """Those that differ, in their order."""
+    """The distinct cells, in order."""
     return ", ".join(dict.fromkeys(cells))
 
 
@@ -68,6 +68,6 @@ def _text(value: Any) -> str:
 
 
 def _row(name: str, cells: list[str], first: int, width: int) -> str:
-    # of a long cell the end tells more: a path's name, a run's number
+    # the end of a long cell tells more: a path's name, a run's number
     cells = [cell if len(cell) <= width else "..." + cell[3 - width :] for cell in cells]
     return f"{name:<{first}}" + "".join(f"  {cell:>{width}}" for cell in cells)

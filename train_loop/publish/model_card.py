@@ -32,10 +32,10 @@ class Published(Protocol):
     held_out: str  # which training rows are the validation data, in words
     optimizer: str  # its class
     eval_names: Sequence[str]  # of the validation sets
-    inherited: dict[str, Any]  # from the cards of the model and the data set that it is made from
+    inherited: dict[str, Any]  # from the cards of the base model and the data set
 
 
-METRICS = {  # of an evaluation line: the name that people know it by
+METRICS = {  # key of an evaluation line: name on the card
     "eval_loss": "loss",
     "perplexity": "perplexity",
     "word_perplexity": "word_perplexity",
@@ -45,8 +45,8 @@ METRICS = {  # of an evaluation line: the name that people know it by
 
 
 def inherited_metadata(settings: Settings) -> dict[str, Any]:
-    """What the new card inherits from cards on the hub: the license of the base model, the language of the data. Empty
-    if there are no such cards or entries."""
+    """What the new card inherits from cards on the hub: the base model's license, the data's language. Empty if there
+    are no such cards or entries."""
     found: dict[str, Any] = {}
     if is_hub_name(settings.model_name_or_path):
         found |= _card_data(ModelCard, settings.model_name_or_path, ("license", "license_name", "license_link"))
@@ -67,14 +67,14 @@ def _card_data(kind: type[ModelCard] | type[DatasetCard], name: str, keys: tuple
 def model_card(
     publisher: Published, model: PreTrainedModel, lines: list[Line], results: dict[str, Any] | None = None
 ) -> str:
-    """The README.md of an exported folder, as text: the metadata that the hub reads, losses, use, how it was made.
+    """The README.md of an exported folder, as text: the hub's metadata, losses, use, and how the model was made.
 
-    `lines`: of metrics.jsonl; `results`: of the finished run, None before it is.
+    `lines`: of metrics.jsonl; `results`: of the finished run, else None.
     """
     s, repository = publisher.settings, publisher.repository
     evaluations = [line for line in lines if "eval_loss" in line]
     exported_step, choice = (results or {}).get("exported_step"), ""
-    # {}: the record was lost, which must not keep a model from being exported
+    # {}: the record is lost; the model must still be exported
     last = next((line for line in reversed(evaluations) if exported_step in (None, line["step"])), {})
     if results and exported_step and last:
         num = sum(line["step"] > 0 for line in evaluations)
@@ -173,7 +173,7 @@ def _data(s: Settings) -> str:
 
 
 def _places(value: str | list[Any]) -> str:
-    """A file without its folder, a data set's name; of several their names and what else is said of each."""
+    """A file without its folder, or a data set's name; for several, each name and its other entries."""
     if isinstance(value, str):
         return value if is_hub_name(value) else Path(value).name
     said = []
@@ -194,7 +194,7 @@ def _metadata(publisher: Published, title: str, metrics: dict[str, float], last:
     found = []
     for name, values in results.items():
         one = evaluated.get(name, s)
-        file = utf8(str(one.validation_file or one.train_file or "")).decode()  # YAML would escape it in another way
+        file = utf8(str(one.validation_file or one.train_file or "")).decode()  # YAML would escape it differently
         found += [
             EvalResult(
                 task_type="text-generation",
