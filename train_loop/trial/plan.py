@@ -83,7 +83,7 @@ def bytes_exchanged(
 ) -> float:
     """Bytes that each of n processes sends in an optimizer step. DDP sums gradients in a ring: 2 (n - 1) / n times
     their size. FSDP gathers all weights, frozen ones too, twice per micro-batch (maybe in `half` precision); the last
-    one scatters the gradients' sum. Each of these sends (n - 1) / n times the size."""
+    scatters the gradients' sum. A gather or scatter sends (n - 1) / n of the size."""
     weights = sum(p.nbytes for p in model.parameters())
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     size = accumulation * (1 if half else 2) * weights + gradients if sharded else 2 * gradients
@@ -91,8 +91,8 @@ def bytes_exchanged(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts, within it, the bytes of tensors that torch makes and has not freed. `peak` is their highest sum.
-    It counts by shapes: no kernel's workspace, and nothing that an allocator keeps."""
+    """Counts the bytes of tensors that torch makes within it and has not freed; `peak` is their highest sum.
+    It counts by shapes, without a kernel's workspace or what an allocator keeps."""
 
     def __init__(self, *existing: torch.Tensor) -> None:
         super().__init__()
