@@ -1,9 +1,9 @@
-"""Rows of text become windows of equal blocks. The loop needs what is named here, and nothing behind it.
+"""Rows of text become windows of equal blocks. The loop uses only the names exported here.
 
-rows.py       rows from files, folders, data sets     sources.py     the same in chunks, from any place on
+rows.py       rows from files, folders, data sets     sources.py     the same in chunks, from any place
 tokens.py     rows -> one file of tokens on disk      streaming.py   chunks -> blocks, while training runs
 prompts.py    prompts and chats -> tokens with marks  chats.py       what the assistant wrote in a chat
-marks.py      what is known of a token beside its id  token_ids.py   what the tokenizer makes of texts
+marks.py      facts about a token, beside its id      token_ids.py   what the tokenizer makes of texts
 columns.py    which columns hold the rows
 blocks.py     tokens -> blocks -> windows, and the order of an epoch
 text.py       the words and bytes of the text that tokens stand for

@@ -1,12 +1,12 @@
 """Rows of text become equal blocks of tokens:
 
     1. rows      rows.py         a line of a file, a file of a folder, an entry of a data set
-    2. tokens    tokens.py       each row as `tokenizer(row)` does, one after the other, in one file of int32 on disk;
-                                 on request with the end-of-text token after each row that is not empty; with marks
-                                 on tokens that are no targets (prompts.py, marks.py)
-    3. blocks    group_texts     the whole split's tokens cut every `block_size`; what is left at the end is dropped
+    2. tokens    tokens.py       each row as `tokenizer(row)` does, in order, in one int32 file on disk. On request
+                                 the end-of-text token follows each row that is not empty. Tokens that are not
+                                 targets carry marks (prompts.py, marks.py)
+    3. blocks    group_texts     all tokens of the split, cut every `block_size`; the remainder is dropped
     4. order     block_order     which blocks an epoch takes, and in which order
-    5. windows   Windows         the micro-batches of one optimizer step, for one process, from an order of blocks
+    5. windows   Windows         one process's micro-batches of one optimizer step, in the epoch's order
 
 B: blocks in a micro-batch, T: tokens in a block, M: micro-batches in a window.
 """
@@ -37,34 +37,34 @@ IGNORED = -100  # the label of a token that is not a target, as in torch's cross
 
 @dataclass(frozen=True)
 class Window:
-    """What one process trains on in one optimizer step, and where the run is in the data after it."""
+    """One process's data for one optimizer step, and the position in the data after it."""
 
     tensors: dict[str, torch.Tensor]  # {"input_ids", "labels", ...}, each [M, B, T]
     end: Place
 
 
 class TrainingData(Protocol):
-    """What the loop asks of its training data: `Split` (prepared) and `streaming.Stream` have it."""
+    """What the loop needs of its training data. `Split` (prepared) and `streaming.Stream` have it."""
 
     name: str
-    blocks: np.ndarray  # [n, T]; a stream has its first block here, for whoever wants to try one
-    documents_apart: bool  # attention and positions begin anew with each row in a block
+    blocks: np.ndarray  # [n, T]; of a stream only the first block, for trial passes
+    documents_apart: bool  # attention and positions restart at each row in a block
 
     @property
     def num_blocks(self) -> int | None:
-        """None: not known."""
+        """None if unknown."""
 
     def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
-        """How many blocks an epoch takes; None: not known."""
+        """Number of blocks in an epoch; None if unknown."""
 
     def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
         """This process's windows from `start` to the end of its epoch."""
 
     def identity(self) -> dict[str, Any]:
-        """What stands for the training data in a checkpoint's identity."""
+        """The training data's part of a checkpoint's identity."""
 
     def summary(self) -> str:
-        """A line about the data; of several sources, a line for each."""
+        """One line about the data; with several sources, one each."""
 
 
 @dataclass
@@ -75,10 +75,10 @@ class Split:
     blocks: np.ndarray
     num_rows: int = 0
     num_tokens: int = 0  # of all rows
-    num_dropped: int = 0  # tokens after the last block that are not used, where all blocks are
-    documents_apart: bool = False  # attention and positions begin anew with each row in a block
-    tail: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # those that eval_stride reaches
-    text: CoveredText | None = None  # what the tokens of blocks and tail stand for, with named_perplexities
+    num_dropped: int = 0  # unused tokens after the last block, if all blocks are used
+    documents_apart: bool = False  # attention and positions restart at each row in a block
+    tail: np.ndarray = field(default_factory=lambda: np.zeros(0, dtype=np.int32))  # last tokens, for eval_stride
+    text: CoveredText | None = None  # text of the tokens in blocks and tail, with named_perplexities
     marking: Marking = PLAIN  # of the tokens
     counts: Counts = field(default_factory=Counts)  # of marked rows
 
@@ -100,8 +100,8 @@ class Split:
         return np.concatenate([(of_piece[:, 1:] != IGNORED).sum(1) for of_piece in labels])
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """`block_order` of an epoch, checked: the indices of its blocks, [n]. Raises ValueError if it names a block
-        that there is not, or one more than once."""
+        """The checked `block_order` of an epoch: the indices of its blocks, [n]. Raises ValueError if an index is not
+        an integer, names no block, or is repeated."""
         order = np.asarray(block_order(self.blocks, seed, epoch))
         where = f"block_order (train_loop/data/blocks.py), epoch {epoch}"
         if order.ndim != 1 or order.dtype.kind not in "iu" or not len(order):
@@ -146,7 +146,7 @@ class Split:
         return hashlib.blake2b(np.ascontiguousarray(self.blocks).data, digest_size=16).hexdigest()
 
     def identity(self) -> dict[str, Any]:
-        """What stands for the training data in a checkpoint's identity."""
+        """The training data's part of a checkpoint's identity."""
         return {"training blocks": self.digest()}
 
     def summary(self) -> str:
@@ -173,9 +173,9 @@ class Split:
 def load_split(
     rows: Rows, tokenizer: PreTrainedTokenizerFast, name: str, settings: Settings, show_progress: bool = False
 ) -> Split:
-    """`rows` as a `Split`; `name` is "training" or "validation", after the source's or the set's own name where there
-    are several. Raises UserError if the tokens do not fill a block, or where the tokenizer lacks the end-of-text
-    token that is asked for."""
+    """`rows` as a `Split`. `name` is "training" or "validation"; with several sources or sets, their own name comes
+    before it. Raises UserError if the tokens do not fill a block, or if the tokenizer lacks a requested end-of-text
+    token."""
     end_of_text, marking = marking_of(tokenizer, rows.kind, settings)
     tokens, counts = tokenize_rows(rows, tokenizer, name, end_of_text, show_progress, marking)
     blocks, num_dropped = group_texts([tokens], settings.block_size)
@@ -199,19 +199,19 @@ def load_split(
 
 
 def group_texts(rows: Sequence[np.ndarray], block_size: int) -> tuple[np.ndarray, int]:
-    """(blocks [n, block_size], number of tokens dropped): the rows' tokens, one row after the other, cut every
-    `block_size`; the tokens of a last, short block are dropped. One single array is cut where it lies, not copied."""
+    """(blocks [n, block_size], number of tokens dropped). The rows' tokens are joined in order and cut every
+    `block_size`. The tokens of a last, short block are dropped. A single array is not copied."""
     tokens = rows[0] if len(rows) == 1 else np.concatenate([np.asarray(row, dtype=np.int32) for row in rows])
     num_blocks = len(tokens) // block_size
     return tokens[: num_blocks * block_size].reshape(num_blocks, block_size), len(tokens) - num_blocks * block_size
 
 
 def block_order(blocks: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """The order in which the `blocks` [n, T] come in an epoch: their indices, shuffled.
+    """The order of the `blocks` [n, T] in an epoch: their indices, shuffled.
 
-    It may leave blocks out, but must name none twice, and must be a pure function of what it is given: a resumed run
-    calls it again. The first epoch's length decides how many steps the run has. Of several sources `blocks` are those
-    of the epoch (mixture.py); np.asarray(blocks) reads them.
+    It may leave blocks out, but must name none twice. It must be a pure function of its arguments: a resumed run calls
+    it again. The first epoch's length sets the run's number of steps. With several sources, `blocks` are those of the
+    epoch (mixture.py); np.asarray(blocks) reads them.
     """
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(blocks))
 
@@ -220,12 +220,12 @@ class Windows(torch.utils.data.Dataset):
     """This process's part of each optimizer step: item i is {"input_ids", "labels"}, each [M, B, T] of int64, and with
     `documents_apart` also {"position_ids"}.
 
-    A window takes the next `world_size * M * B` blocks of `order`. A last, short one takes as many micro-batches as
-    its blocks need, filled up with blocks that have no targets: each block is seen once, and every process has the
+    A window takes the next `world_size * M * B` blocks of `order`. A last, short window has only the micro-batches
+    that its blocks need, padded with blocks without targets. So each block is seen once, and every process has the
     same number of micro-batches.
 
-    `documents_apart`: at the first token of each row positions begin at 0 again, and that token is no target. From
-    positions that do not rise by one, transformers' models build attention masks that keep documents apart.
+    `documents_apart`: positions restart at 0 at the first token of each row, and that token is not a target. Where
+    positions do not rise by one, transformers' models build attention masks that separate documents.
     """
 
     def __init__(
@@ -239,7 +239,7 @@ class Windows(torch.utils.data.Dataset):
         documents_apart: bool = False,
     ) -> None:
         self.blocks, self.order, self.documents_apart = blocks, order, documents_apart
-        # a micro-batch that is larger than the data has no more fillers than it takes to share it evenly
+        # if the micro-batch is larger than the data, pad only as far as an even share per process needs
         self.micro_batch_size = min(micro_batch_size, -(-len(order) // world_size))
         self.world_size, self.rank = world_size, rank
         self.blocks_per_window = world_size * num_micro_batches * self.micro_batch_size
@@ -258,8 +258,8 @@ class Windows(torch.utils.data.Dataset):
 
 
 def model_inputs(tokens: np.ndarray, documents_apart: bool) -> dict[str, np.ndarray]:
-    """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T]; where documents are kept apart
-    also {"position_ids"}, and the first token of a document is no target."""
+    """{"input_ids", "labels"}, each [..., T] of int64, from blocks of `tokens` [..., T]. With `documents_apart` also
+    {"position_ids"}, and the first token of a document is not a target."""
     inputs = inputs_and_labels(tokens)
     if documents_apart:
         inputs["position_ids"] = positions_in_documents(tokens)
@@ -270,22 +270,22 @@ def model_inputs(tokens: np.ndarray, documents_apart: bool) -> dict[str, np.ndar
 def inputs_and_labels(tokens: np.ndarray) -> dict[str, np.ndarray]:
     """{"input_ids", "labels"}, each [..., T] of int64, of blocks of `tokens` [..., T], in training and evaluation.
 
-    A token without a mark (marks.py) is a target: both are the same, the shift to the next token happens in the loss.
-    A token whose label is -100 is not a target: a mask of your own goes here.
+    A token without NOT_A_TARGET (marks.py) is a target: its label is its id. The loss does the shift to the next token.
+    A token whose label is -100 is not a target. Put a mask of your own here.
     """
     ids = ids_of(tokens)
     return {"input_ids": ids, "labels": np.where(has_mark(tokens, NOT_A_TARGET), IGNORED, ids)}
 
 
 def positions_in_documents(tokens: np.ndarray) -> np.ndarray:
-    """The position of each token [..., T] within its row, the first of the block beginning with the block."""
+    """The position [..., T] of each token in its row. The first row counts from the block's beginning."""
     index = np.arange(tokens.shape[-1])
     return index - np.maximum.accumulate(np.where(has_mark(tokens, ROW_BEGINS), index, 0), axis=-1)
 
 
 def load_windows(windows: Windows, first: int = 0, pin_memory: bool = False) -> torch.utils.data.DataLoader:
-    """A DataLoader over `windows` from index `first` on. It has a generator of its own: iterating over a DataLoader
-    draws from torch's global one otherwise, and evaluation would change training."""
+    """A DataLoader over `windows`, starting at index `first`. It has its own generator: otherwise iterating would draw
+    from torch's global generator, and evaluation would change training."""
     return torch.utils.data.DataLoader(
         windows,
         batch_size=None,

@@ -1,9 +1,9 @@
-"""Chats become tokens through the tokenizer's chat template, and what the assistant wrote in them is found.
+"""The tokenizer's chat template turns chats into tokens. This file finds which of them the assistant wrote.
 
-A template may mark it with {% generation %} and {% endgeneration %}. With any other template, each assistant's turn
-is found by differences: the chat is also rendered up to before the turn (with the beginning that the template gives an
-answer when text is generated) and up to after it. Both texts must be beginnings of the whole chat's text. The turn is
-what lies between them, with the token that ends it.
+A template may mark them with {% generation %} and {% endgeneration %}. With any other template, each assistant turn is
+found by difference. The chat is also rendered once up to the turn (with the generation prompt) and once up to the
+turn's end. Both texts must be prefixes of the complete chat's text. The turn is what lies between them, including the
+token that ends it.
 """
 
 import re
@@ -21,7 +21,7 @@ GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks 
 
 
 class RowProblem(UserError):
-    """What is wrong with one of several rows; `index` says with which, from 0."""
+    """A problem with one of several rows; `index` is the row's, from 0."""
 
     def __init__(self, index: int, reason: str) -> None:
         super().__init__(reason)
@@ -42,8 +42,8 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
 def rendered(
     chats: Sequence[Messages], numbers: Sequence[int], tokenizer: PreTrainedTokenizerFast, **options: Any
 ) -> list[str]:
-    """The text of each chat. `numbers`: the index of the row that each is of, for `RowProblem`, which is raised where
-    the template refuses a chat."""
+    """The text of each chat. `numbers`: the row index of each chat. Raises `RowProblem` with that index if the template
+    refuses a chat."""
     chat_template(tokenizer)
     texts = []
     for chat, number in zip(chats, numbers, strict=True):
@@ -57,7 +57,7 @@ def rendered(
 def assistants_tokens(
     chats: list[Messages], tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem if that cannot be told."""
+    """(ids, which of them the assistant wrote) of each chat. Raises RowProblem if that is unclear."""
     if GENERATION.search(chat_template(tokenizer)):
         yield from _as_marked(chats, tokenizer)
         return
@@ -85,7 +85,7 @@ def _as_marked(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> Ite
     try:
         found: Any = tokenizer.apply_chat_template(chats, return_dict=True, return_assistant_tokens_mask=True)
     except TemplateError:
-        rendered(chats, range(len(chats)), tokenizer)  # says which chat it is
+        rendered(chats, range(len(chats)), tokenizer)  # names the chat
         raise
     for number, (ids, mask) in enumerate(zip(found["input_ids"], found["assistant_masks"], strict=True)):
         is_target = np.array(mask, dtype=bool)
@@ -95,8 +95,8 @@ def _as_marked(chats: list[Messages], tokenizer: PreTrainedTokenizerFast) -> Ite
 
 
 def _turns(chats: list[Messages], texts: list[str], tokenizer: PreTrainedTokenizerFast) -> list[list[tuple[str, str]]]:
-    """Of each chat, of each turn of the assistant: the text up to before it, and up to after it. `texts`: of the whole
-    chats."""
+    """For each assistant turn of each chat: (the text before the turn, the text up to its end). `texts`: of the
+    complete chats."""
     numbers, befores, afters = [], [], []
     for number, chat in enumerate(chats):
         for i, message in enumerate(chat):
@@ -116,5 +116,5 @@ def _turns(chats: list[Messages], texts: list[str], tokenizer: PreTrainedTokeniz
     inner_texts = rendered([afters[i] for i in inner], [numbers[i] for i in inner], tokenizer)
     after_texts = dict(zip(inner, inner_texts, strict=True))
     for i, (number, before) in enumerate(zip(numbers, before_texts, strict=True)):
-        found[number].append((before, after_texts.get(i, texts[number])))  # after the last turn is the whole chat
+        found[number].append((before, after_texts.get(i, texts[number])))  # the last turn ends the chat
     return found

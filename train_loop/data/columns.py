@@ -1,7 +1,7 @@
-"""Which columns of the data hold its rows, and what a row of them must be.
+"""Which columns of the data hold its rows, and what a valid row is.
 
-A row is a text; or a prompt and its completion, each a text or a list of messages; or a chat, a list of messages. A
-message is {"role", "content"} and whatever further texts the chat template knows.
+A row is a text, a prompt with its completion (each a text or a list of messages), or a chat (a list of messages). A
+message is {"role", "content"}, plus any texts that the chat template uses.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class RowColumns:
     kind: str = TEXT
 
     def row_of(self, values: Sequence[Any]) -> tuple[Row, str]:
-        """(row, "") of the cells of the columns; or ("", what is wrong with them)."""
+        """(row, "") from the cells of the columns, or ("", the problem with them)."""
         problem = ""
         if self.kind == TEXT:
             problem = _problem_of_text(self.names[0], values[0])
@@ -52,10 +52,10 @@ class RowColumns:
 def columns_meant(
     names: list[str], texts: list[str], chats: list[str], settings: Settings, where: str = "the data"
 ) -> RowColumns:
-    """The columns that are set, or "text", or "prompt" and "completion", or "messages", or the only one of text.
+    """`text_column` if set, else the first of: "text", "prompt" and "completion", "messages", the only text column.
 
-    `names`: of all columns; `texts` and `chats`: of those that seem to hold texts and lists of messages. `where`:
-    what holds them, for the message. Raises UserError if there is no such column, or no way to choose.
+    `names`: all columns. `texts`, `chats`: those that seem to hold texts, or lists of messages. `where`: the data's
+    name in the message. Raises UserError if there is no such column, or if the choice is ambiguous.
     """
     meant = settings.text_column
     if meant and len({*meant}) < len(meant):
@@ -81,7 +81,7 @@ def columns_meant(
         return RowColumns(tuple(meant), PROMPT)
     is_chat = meant[0] in chats or (
         meant == ["messages"] and meant[0] not in texts
-    )  # a wrong row is named with its line
+    )  # a wrong row is reported with its line
     return RowColumns(tuple(meant), CHAT if is_chat else TEXT)
 
 
@@ -95,7 +95,7 @@ def texts_of(row: Row) -> list[str]:
 
 
 def num_characters(cell: Any) -> int:
-    """Of all texts in a cell, or a row."""
+    """Characters in all texts of a cell or row."""
     if isinstance(cell, str):
         return len(cell)
     parts = cell.values() if isinstance(cell, dict) else cell if isinstance(cell, (list, tuple)) else ()
@@ -127,5 +127,5 @@ def _problem_of_messages(name: str, value: Any) -> str:
 
 
 def _messages(value: list[dict[str, Any]]) -> Messages:
-    """Messages without what is no text: a table fills up the keys that a message lacks with null."""
+    """Messages with their text values only: a table gives null to keys that a message lacks."""
     return [{key: text for key, text in message.items() if isinstance(text, str)} for message in value]

@@ -8,7 +8,7 @@ from train_loop.files import file_kind, open_file
 
 
 def format_of(path: str, each_file_is_a_row: bool = False, streamed: bool = False) -> Format:
-    """The format of a file, by its ending. A .json file is one value, an array, or has a value a line, as .jsonl."""
+    """The format of a file, by its extension. A .json file is one array, or has one value per line like .jsonl."""
     kind = file_kind(path)
     if kind == "text":
         return Documents() if each_file_is_a_row else Lines()

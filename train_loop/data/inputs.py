@@ -16,9 +16,9 @@ from train_loop.settings import Settings, sources_of, validation_sets_of, weight
 
 
 def load_sources(settings: Settings) -> tuple[dict[str, Rows | Source], dict[str, Rows], str]:
-    """(training rows, validation rows, note): of each source by its name, {} when only evaluating validation files; of
-    each validation set by its name. Without a validation_file each source has a set, of its own name: "validation", if
-    there is one source. The note says where held-out rows come from.
+    """(training rows, validation rows, note). Training rows: by source name, {} when only evaluating validation files.
+    Validation rows: by set name. Without a validation_file each source has a set of the same name; a single source's
+    set is "validation". The note says where held-out rows come from.
 
     Raises UserError as `load_rows` and `load_source` do.
     """
@@ -43,7 +43,7 @@ def load_sources(settings: Settings) -> tuple[dict[str, Rows | Source], dict[str
 
 
 def all_rows(train_rows: Mapping[str, Rows | Source]) -> Iterator[dict[str, Any]]:
-    """The rows of all sources, for a tokenizer to be trained on; no source may be a stream."""
+    """The rows of all sources, to train a tokenizer. No source may be a stream."""
     for rows in train_rows.values():
         assert isinstance(rows, Rows)  # a stream trains no tokenizer (`contradictions`)
         yield from rows
@@ -63,7 +63,7 @@ def load_training(
         called, own = "training" if len(rows) == 1 else f"{name} training", of_each[name]
         if isinstance(of_one, Rows):
             splits[name] = load_split(of_one, tokenizer, called, own, show_progress)
-        else:  # sources share the room for blocks that are shuffled
+        else:  # sources share the shuffle buffer
             size = round(buffer_size * shares[name]) if shares else buffer_size
             own = replace(own, shuffle_buffer_size=size)
             streams[name] = Stream(of_one, tokenizer, own, called)
@@ -78,7 +78,7 @@ def load_training(
 def load_validation(
     rows: dict[str, Rows], tokenizer: PreTrainedTokenizerFast, settings: Settings, show_progress: bool = False
 ) -> dict[str, Split]:
-    """The validation sets by their names, in their order: the first decides about the best model. Raises UserError as
+    """The validation sets by name, in their order. The first one selects the best model. Raises UserError as
     `load_split` does."""
     of_each = sources_of(settings) | validation_sets_of(settings)
     splits = {}

@@ -1,4 +1,4 @@
-"""JSON files: an object a line, or one array."""
+"""JSON files: one object a line, or one array."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -14,7 +14,7 @@ from train_loop.files import open_file
 class JsonLines(Lines):
     """A file with one JSON object a line; blank lines are skipped."""
 
-    # pairs show a key that is given twice; Python's integers have a limit of digits, and none of them is text
+    # pairs show a repeated key; float avoids Python's limit on integer digits, and no number is text
     decoder = json.JSONDecoder(object_pairs_hook=tuple, parse_int=float)
 
     def _objects(self, path: str, place: int, chunk: bytes) -> Iterator[tuple[int, tuple]]:
@@ -23,7 +23,7 @@ class JsonLines(Lines):
             byte, place = place, place + len(line)
             if not line.removeprefix(BOM).strip():
                 continue
-            text = decode(path, byte, line).removeprefix("\ufeff")  # files with a BOM that were joined
+            text = decode(path, byte, line).removeprefix("\ufeff")  # joined files have BOMs inside
             try:
                 row = self.decoder.decode(text.rstrip("\r\n"))
             except (ValueError, RecursionError) as error:
@@ -54,7 +54,7 @@ class JsonLines(Lines):
 
 
 class JsonArray:
-    """A file that is one JSON array, of objects or of texts. It is read into memory at once."""
+    """A file that is one JSON array, of objects or of texts. It is read into memory completely."""
 
     def _rows(self, path: str) -> Iterator[tuple]:
         with reading(path), open_file(path) as file:
@@ -96,7 +96,7 @@ def _reason(error: ValueError | RecursionError) -> str:
 
 
 def _row_of(pairs: tuple, columns: RowColumns) -> tuple[Row, str]:
-    """(row, "") of a JSON object, as pairs; or ("", what is wrong with it)."""
+    """(row, "") from the pairs of a JSON object, or ("", the problem)."""
     values = []
     for column in columns.names:
         found = [value for name, value in pairs if name == column]
@@ -116,15 +116,15 @@ def _row_of(pairs: tuple, columns: RowColumns) -> tuple[Row, str]:
 
 
 def _plain(value: Any) -> Any:
-    """A JSON value with dicts in the place of tuples of pairs."""
+    """A JSON value with dicts instead of tuples of pairs."""
     if isinstance(value, tuple):
         return {name: _plain(part) for name, part in value}
     return [_plain(part) for part in value] if isinstance(value, list) else value
 
 
 def _columns_of(rows: Iterable[tuple]) -> tuple[list[str], list[str], list[str]]:
-    """(all columns, those of text, those of lists) of JSON objects: a column is one of text, or of lists, if none of
-    its values is anything else."""
+    """(all columns, text columns, list columns) of JSON objects. A text column holds only texts, a list column only
+    lists; null does not count."""
     kinds: dict[str, set[type]] = {}
     for row in rows:
         for name, value in row:

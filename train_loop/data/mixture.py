@@ -1,13 +1,12 @@
-"""The training blocks of several sources, each cut by itself.
+"""The training blocks of several sources, each source cut separately.
 
-Without weights an epoch takes all blocks of all sources. With them each source gives its share of an epoch's blocks,
-and an epoch ends with the source that is used up first, so that no block comes twice in it. The other sources continue
-in the next epoch where they were: each of their blocks comes once before one comes again. `block_order` shuffles what
-an epoch takes.
+Without weights, an epoch takes all blocks of all sources. With weights, each source gives its share. The epoch ends
+when the first source is used up, so no block appears twice in an epoch. The other sources continue in the next epoch
+where they stopped: each of their blocks is used once before any repeats. `block_order` shuffles the blocks of an epoch.
 
-A stream does not know its length: each block comes from the source that is most behind its share. The end of the source
-that is used up first is the epoch's. A longer one continues in the next epoch, and begins again, in another order, when
-all of it has come; only there, where one round follows another, a block may come twice in an epoch.
+A stream does not know its length. Each block comes from the source that is furthest behind its share. The epoch ends
+when the first source ends. A longer source continues in the next epoch. When it ends, it restarts in a different order;
+only at such a restart may a block appear twice in an epoch.
 
 T: tokens in a block, n: blocks.
 """
@@ -29,8 +28,8 @@ WEIGHTS = "weights of the sources"  # in a checkpoint's identity
 
 
 class JoinedBlocks:
-    """Blocks [n, T] of several arrays, read where they lie: those with the numbers `chosen` among all blocks, one array
-    after the other. Of numpy it has what a function of blocks needs: len, shape, indices, np.asarray."""
+    """Blocks [n, T] of several arrays, joined without a copy. `chosen`: their numbers among all blocks, counted through
+    the arrays in order. It supports len, shape, indexing and np.asarray, like a numpy array."""
 
     def __init__(self, parts: Sequence[np.ndarray], chosen: np.ndarray | None = None) -> None:
         self.parts, self.begins = parts, np.cumsum([0, *map(len, parts)])
@@ -53,16 +52,16 @@ class JoinedBlocks:
 
 
 def blocks_of_shares(sizes: Sequence[int], shares: Sequence[float]) -> list[int]:
-    """How many blocks each source gives to an epoch, at least one: as many as there are together until the first source
-    of `sizes` blocks is used up. `shares` are 1 together."""
+    """The number of blocks of each source in an epoch, at least 1 each. The epoch ends when the first source is used
+    up. `sizes`: blocks of each source. `shares` sum to 1."""
     num_blocks = min(size / share for size, share in zip(sizes, shares, strict=True))
     return [max(1, round(num_blocks * share)) for share in shares]
 
 
 def blocks_of_epoch(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: int) -> np.ndarray:
-    """The numbers [n] of the blocks that an epoch takes, among those of all sources one after the other: `counts` of
-    each source's `sizes`. A source's blocks have an order, made of the seed, and each epoch takes the next ones in it,
-    from the first again after the last."""
+    """The numbers [n] of an epoch's blocks, counted through all sources in order: `counts` of each source's `sizes`.
+    The seed gives each source's blocks an order. Each epoch takes the next blocks in that order, and starts again at
+    its end."""
     found, begin = [], 0
     for i, (size, count) in enumerate(zip(sizes, counts, strict=True)):
         order = np.random.Generator(np.random.PCG64([seed, i, size])).permutation(size)
@@ -76,8 +75,8 @@ def _rounded(shares: Mapping[str, float] | None) -> list[float] | None:
 
 
 class Mixture(Split):
-    """The prepared blocks of several sources: a `TrainingData`. `blocks` are those of all sources, and `num_blocks` as
-    many as an epoch takes."""
+    """The prepared blocks of several sources: a `TrainingData`. `blocks` holds those of all sources; `num_blocks` is
+    the number in an epoch."""
 
     def __init__(self, splits: Mapping[str, Split], shares: Mapping[str, float] | None) -> None:
         self.splits, self.shares = splits, shares
@@ -93,7 +92,7 @@ class Mixture(Split):
 
     @property
     def num_targets(self) -> int:
-        """Target tokens of an epoch, about: epochs take other blocks of a source."""
+        """Target tokens of an epoch, estimated: epochs take different blocks."""
         counts = zip(self.splits.values(), self.counts_in_epoch, strict=True)
         return round(sum(split.num_targets * count / split.num_blocks for split, count in counts))
 
@@ -117,10 +116,10 @@ class Mixture(Split):
 
 
 class MixedStream(Stream):
-    """The blocks of several streams, in turn by their shares: a `TrainingData`.
+    """The blocks of several streams, mixed by their shares: a `TrainingData`.
 
-    `Place.stream` holds {"sources": the place in each source, and how many times it was gone through before, "taken":
-    blocks of each in this epoch, "last": the source whose end is the epoch's, None while it is not known}.
+    `Place.stream` holds {"sources": the place in each source, and its number of completed passes; "taken": blocks of
+    each in this epoch; "last": the source that ends the epoch, None while unknown}.
     """
 
     def __init__(self, streams: Mapping[str, Stream], shares: Mapping[str, float], settings: Settings) -> None:
@@ -136,11 +135,11 @@ class MixedStream(Stream):
         return "\n".join(f"{name}: {share:.1%} of the blocks; {stream.summary()}" for (name, stream), share in parts)
 
     def blocks_from(self, start: Place, settings: Settings, W: int, rank: int) -> Iterator[tuple[np.ndarray, Any]]:
-        """(block, the value of `Place.stream` after it) of each block from `start` to the end of its epoch."""
+        """Yields (block, `Place.stream` after it) for each block from `start` to the end of its epoch."""
         streams, num = list(self.streams.values()), len(self.streams)
         state = start.stream or {"sources": [{**BEGINNING, "round": 0}] * num, "taken": [0] * num, "last": None}
         places, taken, last = list(state["sources"]), list(state["taken"]), state["last"]
-        if start.stream and not start.window:  # of the epoch before: it ended with the source that was to come next
+        if start.stream and not start.window:  # of the previous epoch: the source due next had ended
             last = self._next(taken)
             places[last] = {**BEGINNING, "round": places[last]["round"] + 1}
             taken = [0] * num
@@ -163,5 +162,5 @@ class MixedStream(Stream):
             yield block, {"sources": list(places), "taken": list(taken), "last": last}
 
     def _next(self, taken: Sequence[int]) -> int:
-        """The source that is most behind its share, after `taken` blocks of each."""
+        """The source furthest behind its share, after `taken` blocks of each."""
         return min(range(len(taken)), key=lambda i: ((taken[i] + 0.5) / self.shares[i], i))

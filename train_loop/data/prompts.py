@@ -1,8 +1,8 @@
 """Rows whose tokens carry marks (`marks.py`): prompts and completions, chats, and rows that are kept apart.
 
-A prompt is tokenised alone, and together with its completion and the end-of-text token. The completion begins where
-these two begin to differ, as in TRL's SFTTrainer. If that is before the prompt's end, the model meets other tokens when
-it is asked than in training: such rows are counted. chats.py finds what the assistant wrote in a chat.
+A prompt is tokenised twice: alone, and with its completion and the end-of-text token. The completion begins at the
+first token that differs, as in TRL's SFTTrainer. If that is before the prompt's end, the model sees different prompt
+tokens in generation than in training. Such rows are counted. chats.py finds what the assistant wrote in a chat.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,8 +27,8 @@ class Marking:
     kind: str = TEXT
     completion_only: bool = False  # only completions, and what the assistant wrote, are targets
     rows: bool = False  # the first token of each row is marked
-    row_length: int | None = None  # each row is cut, or filled up, to so many tokens
-    filler: int = 0  # the id that fills up
+    row_length: int | None = None  # each row is cut or padded to this many tokens
+    filler: int = 0  # the id for padding
 
 
 PLAIN = Marking()
@@ -36,13 +36,13 @@ PLAIN = Marking()
 
 @dataclass
 class Counts:
-    """What became of the rows of a split, where its tokens do not show it."""
+    """What happened to the rows of a split, if its tokens do not show it."""
 
-    num_tokens: int = 0  # of the rows: without what fills up
+    num_tokens: int = 0  # of the rows, without padding
     num_cut: int = 0  # rows that are longer than `row_length`
-    num_lost: int = 0  # tokens that they lose
+    num_lost: int = 0  # tokens cut from them
     num_left_out: int = 0  # rows without a target in their first `row_length` tokens
-    num_merged: int = 0  # rows that do not begin with the tokens of the prompt alone
+    num_merged: int = 0  # rows whose tokens do not begin with their prompt's tokens
 
     def add(self, other: "Counts") -> None:
         for field in fields(self):
@@ -53,7 +53,7 @@ class Counts:
         return np.array([getattr(self, field.name) for field in fields(self)], dtype=np.int64).view(np.int32)
 
     def remarks(self, marking: Marking) -> list[str]:
-        """What became of rows that do not fit, a clause each."""
+        """Clauses about rows that do not fit."""
         found, length = [], marking.row_length
         if length:
             found.append("each row has a block of its own")
@@ -70,14 +70,14 @@ class Counts:
 
     @classmethod
     def split_off(cls, tokens: np.ndarray) -> tuple[np.ndarray, "Counts"]:
-        """(tokens, counts) of an array that ends with what `to_array` gave."""
+        """(tokens, counts) from an array that ends with `to_array()`."""
         size = 2 * len(fields(cls))
         return tokens[:-size], cls(*np.array(tokens[-size:]).view(np.int64).tolist())
 
 
 def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings) -> tuple[int | None, Marking]:
-    """(the id of the token that rows are to end with, or None; the marks of rows of a kind). Raises UserError if the
-    tokenizer lacks the token, and for settings that do not go with the kind."""
+    """(the id of the token that ends each row, or None; the marks of rows of this kind). Raises UserError if the
+    tokenizer lacks the token, or if the settings do not fit the kind."""
     if kind == CHAT and settings.add_eos_token:
         raise UserError("add_eos_token is for rows of text: a chat ends as the chat template ends it")
     if kind == TEXT and settings.document_attention and not settings.add_eos_token:
@@ -95,7 +95,7 @@ def marking_of(tokenizer: PreTrainedTokenizerFast, kind: str, settings: Settings
 
 
 def documents_apart(kind: str, settings: Settings) -> bool:
-    """Whether rows of a kind are kept apart in a block. A row that has a block of its own is alone there."""
+    """Whether rows of a kind are separated within a block. False if each row has a block of its own."""
     asked = settings.document_attention
     return settings.packing and (kind != TEXT if asked is None else asked)
 
@@ -103,12 +103,12 @@ def documents_apart(kind: str, settings: Settings) -> bool:
 def encode_marked(
     rows: list[Any], tokenizer: PreTrainedTokenizerFast, end_of_text: int | None, marking: Marking
 ) -> tuple[np.ndarray, Counts]:
-    """(the tokens of all rows, one after the other, with their marks, as int32; counts).
+    """(the tokens of all rows in order, with their marks, as int32; counts).
 
-    Raises `RowProblem` for a row that the chat template does not take.
+    Raises `RowProblem` for a row that the chat template refuses.
     """
     counts = Counts()
-    encoded: Iterable[tuple[list[int], Any]]  # of each row: its ids, and which are targets: a slice, or an array
+    encoded: Iterable[tuple[list[int], Any]]  # per row: its ids, and which are targets (a slice or an array)
     if marking.kind == CHAT and marking.completion_only:
         encoded = assistants_tokens(rows, tokenizer)
     elif marking.kind == CHAT:
@@ -144,7 +144,7 @@ def _ended(ids: list[int], end_of_text: int | None) -> list[int]:
 def _completions(
     rows: list[tuple[Any, Any]], tokenizer: PreTrainedTokenizerFast, end_of_text: int | None, counts: Counts
 ) -> Iterator[tuple[list[int], slice]]:
-    """(ids, where the completion is) of each row."""
+    """(ids, slice of the completion) of each row."""
     alone: dict[int, list[int]] = {}  # of the prompt, by the row's index
     whole: dict[int, list[int]] = {}
     texts = [i for i, (prompt, _) in enumerate(rows) if isinstance(prompt, str)]
@@ -171,7 +171,7 @@ def _completions(
 
 
 def _in_a_block(tokens: np.ndarray, marking: Marking, counts: Counts) -> np.ndarray:
-    """The tokens of a row, cut or filled up to `row_length`; none where no target is left."""
+    """The tokens of a row, cut or padded to `row_length`; empty if no target is left."""
     length = marking.row_length
     assert length is not None
     kept = tokens[:length]

@@ -1,4 +1,4 @@
-"""What rows of text are, and how files become them. text_files.py, json_files.py and tables.py read each kind."""
+"""`Rows`, and how files become rows. text_files.py, json_files.py and tables.py read one kind of file each."""
 
 import hashlib
 import json
@@ -19,10 +19,10 @@ from train_loop.settings import Settings
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows, {"text": a `columns.Row`}, that are read anew each time they are gone through: few are in memory at once.
+    """Rows, {"text": a `columns.Row`}. Each iteration reads them again, so few are in memory at once.
 
-    `read()` goes through all the rows there are, `digest` stands for their content, `span` says which are meant, `kind`
-    is theirs: TEXT, PROMPT or CHAT.
+    `read()` yields all rows of the data. `digest` identifies their content. `span` says which of them belong here.
+    `kind` is TEXT, PROMPT or CHAT.
     """
 
     read: Callable[[], Iterator[Row]]
@@ -45,7 +45,7 @@ class Rows:
 
 
 def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row: bool = False) -> Rows:
-    """The rows of files of one kind, one file after the other. Raises UserError if one cannot be read, or where
+    """The rows of files of one kind, one file after the other. Raises UserError if one cannot be read, or if
     there are no rows."""
     names = [str(path) for path in paths]
     formats = [format_of(path, each_is_a_row) for path in names]
@@ -59,7 +59,7 @@ def rows_of_files(paths: Sequence[Path | str], settings: Settings, each_is_a_row
         for format, path, digest in zip(formats, names, digests, strict=True):
             for place, chunk in format.chunks(path, 0, CHUNK_BYTES, columns):
                 yield from format.texts(path, place, chunk, columns)
-            if _digest(path) != digest:  # what was read belongs to no content that could be named
+            if _digest(path) != digest:  # what was read matches no version of the file
                 raise UserError(f"{path} was changed while it was read: start again")
 
     kinds = [file_kind(path) for path in names]
@@ -88,7 +88,7 @@ def cache_folder() -> Path:
 
 
 def only_text(rows: Any, settings: Settings) -> Rows:
-    """`Rows` of the columns that are meant, from a `datasets.Dataset`."""
+    """`Rows` of the chosen columns of a `datasets.Dataset`."""
     kinds = rows.features.items()
     texts = [name for name, kind in kinds if getattr(kind, "dtype", "") in ("string", "large_string")]
     chats = [name for name, kind in kinds if isinstance(getattr(kind, "feature", None), dict)]
@@ -105,7 +105,7 @@ def only_text(rows: Any, settings: Settings) -> Rows:
                 raise UserError(f"row {number:,} of {settings.dataset_name}: {problem}")
             yield row
 
-    # a private name: `datasets` has no public one for what its rows are. Without it the texts are read once more
+    # private: `datasets` has no public digest of its rows. Without it the texts are read once more
     digest = getattr(rows, "_fingerprint", None)
     if digest is None:
         content = hashlib.blake2b(digest_size=16)
@@ -116,5 +116,5 @@ def only_text(rows: Any, settings: Settings) -> Rows:
 
 
 def digest_of(values: Any) -> str:
-    """A digest of anything that JSON can say: what it depends on makes the name of a cached file, or of data."""
+    """A digest of any JSON value. It names a cached file, or data, by what that depends on."""
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).hexdigest()

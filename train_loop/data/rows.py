@@ -1,5 +1,5 @@
-"""The rows of a run: of files, a folder of them, a data set of the hub, or Python itself. A line of a text file is a
-row, with its newline, or each file of a folder is one.
+"""The rows of a run, from files, a folder, a data set of the hub, or Python itself. A row is a line of a text file,
+with its newline, or one file of a folder.
 """
 
 from dataclasses import replace
@@ -12,8 +12,8 @@ from train_loop.settings import Settings
 
 
 def load_rows(settings: Settings, validation: Rows | None = None) -> tuple[Rows | None, Rows, str]:
-    """(training rows, validation rows, note) of one source: each `Rows`; training rows are None when only evaluating a
-    validation file. The validation rows are those that are given, if any. The note says where held-out rows come from.
+    """(training rows, validation rows, note) of one source. Training rows are None when only evaluating a validation
+    file. If `validation` is given, it is the validation rows. The note says where held-out rows come from.
 
     Raises UserError if the data cannot be found or read, has no text column, or is empty.
     """
@@ -22,7 +22,7 @@ def load_rows(settings: Settings, validation: Rows | None = None) -> tuple[Rows 
 
         splits = {"train": Rows.of([topics[name] for name in sorted(topics)])}
     elif settings.dataset_name:
-        from train_loop.data.sets import prepared_splits  # imported where it is needed alone: `datasets` takes a second
+        from train_loop.data.sets import prepared_splits  # only here: importing `datasets` takes a second
 
         splits = prepared_splits(settings)
     else:
@@ -44,7 +44,7 @@ def load_rows(settings: Settings, validation: Rows | None = None) -> tuple[Rows 
 
 
 def load_file(path: Path | str, settings: Settings) -> Rows:
-    """The rows of a file, of a folder of text files, or of the files that fit a pattern."""
+    """The rows of a file, of a folder of text files, or of the files matching a pattern."""
     files = data_files(path)
     warn_of_left_out(path, files)
     return rows_of_files(files.paths, settings, files.each_is_a_row)

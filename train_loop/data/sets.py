@@ -1,6 +1,6 @@
-"""Data sets of the hub, or folders of one. `datasets` finds their files and splits; their rows are read from the files
-here, so that every text is the one in the file, as with `train_file`. What has no files of a kind that is known here
-(arrow files, a cache that was filled by `datasets` itself) is read by `datasets`.
+"""Data sets of the hub, or in a local folder. `datasets` finds their files and splits. The rows are read from the files
+here, so every text is exactly the file's, as with `train_file`. `datasets` reads only what has no files of a known kind
+(arrow files, a cache that `datasets` itself filled).
 """
 
 import contextlib
@@ -35,10 +35,10 @@ OF_NO_CONCERN = (
 
 
 def find_data_set(settings: Settings) -> tuple[Any, dict[str, list[str]] | None]:
-    """(builder of `datasets`, {split: its files}). The files are None if `datasets` must read them; the builder is
-    None if the hub is out of reach, and the files are those that an earlier run has downloaded.
+    """(builder of `datasets`, {split: its files}). The files are None if `datasets` must read them. The builder is
+    None if the hub cannot be reached and an earlier run has downloaded the files.
 
-    Raises UserError if there is no such data set, or its text would not be read as it stands.
+    Raises UserError if there is no such data set, or if reading would change its text.
     """
     name, config, builder = settings.dataset_name, settings.dataset_config_name, None
     try:
@@ -99,7 +99,7 @@ def prepared_splits(settings: Settings) -> dict[str, Rows]:
 
 
 def _download(path: str) -> str:
-    """The file in the hub's cache for an address hf://datasets/OWNER/NAME@REVISION/FILE."""
+    """The path in the hub's cache of hf://datasets/OWNER/NAME@REVISION/FILE."""
     if not (parts := re.fullmatch(r"hf://datasets/([^@]+)@([^/]+)/(.+)", path)):
         raise UserError(f"{path} cannot be read: it is not on the hub")
     from huggingface_hub import hf_hub_download
@@ -114,7 +114,7 @@ def _index(settings: Settings) -> Path:
 
 
 def _remember(settings: Settings, files: dict[str, list[str]]) -> None:
-    """For a run that does not reach the hub. A cache that cannot be written is no error here."""
+    """Saves the paths for a run without the hub. An unwritable cache is not an error here."""
     path = _index(settings)
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

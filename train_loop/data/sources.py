@@ -1,8 +1,8 @@
-"""What a stream of training data reads (`--streaming`): rows in chunks, from any place on.
+"""Sources of streamed training data (`--streaming`): rows in chunks, from any place.
 
-A source has `chunks(place)`, all the chunks from a place on (None: the beginning), each with the place where it begins;
-`texts(place, chunk)`, the chunk's rows, which takes longer and is asked for what one process tokenises alone;
-`columns`, which it reads; and `files`, which know whether they are still the same. A place is JSON, and goes into
+`chunks(place)` yields all chunks from a place on (None: the beginning), each with the place where it begins.
+`texts(place, chunk)` returns the chunk's rows. It is slower: a process calls it only for chunks that it tokenises.
+`columns` are those that are read. `files` check whether they have changed. A place is JSON and is saved in
 checkpoints.
 """
 
@@ -30,7 +30,7 @@ CHUNK_BYTES = text_files.CHUNK_BYTES
 
 
 class Source(Protocol):
-    """What a stream asks of where its rows come from: `FileSource` and `Table` have it."""
+    """What a stream needs of its source of rows. `FileSource` and `Table` have it."""
 
     columns: RowColumns
     files: Files | RemoteFiles
@@ -43,8 +43,8 @@ class Source(Protocol):
 
 
 def load_source(settings: Settings, validation: Rows | None = None) -> tuple[Source | None, Rows, str]:
-    """(training rows, validation rows, ""): a source of chunks, `FileSource` or `Table`, None when only evaluating; and
-    prepared `Rows`, those that are given, if any. Raises UserError as `rows.load_rows` does."""
+    """(training rows, validation rows, ""). Training rows: a `FileSource` or `Table`, None when only evaluating.
+    Validation rows: `validation` if given, else prepared `Rows`. Raises UserError as `rows.load_rows` does."""
     if settings.dataset_name:
         return *_load_dataset(settings, validation), ""
     if validation is None:
@@ -59,7 +59,7 @@ def load_source(settings: Settings, validation: Rows | None = None) -> tuple[Sou
 
 
 def _load_dataset(settings: Settings, validation: Rows | None) -> tuple[Source | None, Rows]:
-    from train_loop.data.sets import find_data_set  # imported where it is needed alone: `datasets` takes a second
+    from train_loop.data.sets import find_data_set  # only here: importing `datasets` takes a second
 
     builder, files = find_data_set(settings)
     splits = builder.as_streaming_dataset() if files is None else files
@@ -113,7 +113,7 @@ class Files:
                 )
 
     def identity(self) -> dict[str, str]:
-        """Sizes and samples of the content, without reading it all; and when each file was written last."""
+        """Digests of the files' sizes and samples of their content, and of their modification times."""
         digest = hashlib.blake2b(digest_size=16)
         num_samples = max(2, 64 // len(self.paths))
         for path, (size, _) in self.seen.items():
@@ -131,7 +131,7 @@ class Files:
 
 
 class RemoteFiles:
-    """Files on the hub, as they were when the run began: the library reads those of one commit."""
+    """Files on the hub, as they were when the run began: the library reads one commit."""
 
     def __init__(self, paths: Sequence[str], versions: list[list]) -> None:
         self.paths, self.versions = [str(path) for path in paths], versions
@@ -151,10 +151,10 @@ class RemoteFiles:
 
 
 class FileSource:
-    """The rows of files of one kind, here or on the hub. As in `rows.load_rows` a line of text is a row, and of several
-    text files that a folder or a pattern means each file is one.
+    """The rows of files of one kind, here or on the hub. As in `rows.load_rows`, a row is a line of text; of several
+    text files in a folder or matching a pattern, each file is a row.
 
-    A place is [index of the file, place in it]; it can be gone to at once, but a .gz is unpacked up to there.
+    A place is [index of the file, place in it]. Reading starts there at once, but a .gz is unpacked up to it.
     """
 
     def __init__(self, files: Files | RemoteFiles, settings: Settings, each_is_a_row: bool = False) -> None:
@@ -164,7 +164,7 @@ class FileSource:
 
     def chunks(self, place: Any) -> Iterator[tuple[Any, Any]]:
         """(place, chunk) of each chunk, from a place on, or from the beginning. Raises UserError if a file cannot
-        be read, or is no longer the one that it was."""
+        be read, or has changed."""
         first, within = place or (0, 0)
         for index in range(first, len(self.files.paths)):
             path = self.files.paths[index]
@@ -174,16 +174,16 @@ class FileSource:
             within = 0
 
     def texts(self, place: Any, chunk: Any) -> list[Row]:
-        """The rows of a chunk. Raises UserError if they are none."""
+        """The rows of a chunk. Raises UserError for a wrong row."""
         index, within = place
         return self.formats[index].texts(self.files.paths[index], within, chunk, self.columns)
 
 
 class Table:
-    """The rows of what `datasets` alone can read.
+    """The rows of data that only `datasets` can read.
 
-    `open()` gives its `IterableDataset` anew. A place is the state_dict of that: the shard, which is a file or a part
-    of one, and the row in it. Going to it reads the shard's rows up to there again; none is tokenised.
+    `open()` returns a new `IterableDataset`. A place is its state_dict: the shard (a file or a part of one) and the row
+    in it. To reach a place, the shard's rows before it are read again, but not tokenised.
     """
 
     def __init__(self, open: Callable[[], Any], files: Files | RemoteFiles, settings: Settings) -> None:

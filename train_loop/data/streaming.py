@@ -1,18 +1,18 @@
-"""Blocks of tokens from a source that is never complete in memory or on the disk (`--streaming`).
+"""Blocks of tokens from a source that is never completely in memory or on disk (`--streaming`).
 
     1. chunks    sources.py           whole rows, about half a megabyte of them, and the place where they begin
-    2. tokens    Stream._tokens       of W processes each tokenises every W-th chunk, in a thread beside the training;
-                                      then they exchange the tokens, and each continues with those of all
-    3. blocks    cut_blocks           the tokens cut every T; what is left over goes before the next chunk's, and is
+    2. tokens    Stream._tokens       each of W processes tokenises every W-th chunk, in a thread beside the training;
+                                      then they exchange the tokens, so that each has all of them
+    3. blocks    cut_blocks           the tokens cut every T; the remainder is joined to the next chunk's tokens, and
                                       dropped at the epoch's end
-    4. order     shuffle_in_groups    each `shuffle_buffer_size` blocks in an order of their own, made of (seed, epoch,
-                                      number of the group)
+    4. order     shuffle_in_groups    each group of `shuffle_buffer_size` blocks, shuffled by (seed, epoch, number of
+                                      the group)
     5. windows   Stream.windows       the micro-batches of an optimizer step, as from prepared blocks
 
-Neither W nor the size of a chunk has any influence on the blocks or their order, and without shuffling they are those
-of `blocks.group_texts`. Where a window ends is data, `Place.stream`: the place of the chunk in which the first block of
-the group begins, the token in it, the number of the group, and how many of its blocks are done. To resume from there
-the source goes to that place, and at most two groups are tokenised again.
+W and the size of a chunk have no effect on the blocks or their order. Without shuffling, the blocks are those of
+`blocks.group_texts`. `Place.stream` saves where a window ends: the place of the chunk in which the group's first block
+begins, the token in that chunk, the number of the group, and how many of its blocks are done. To resume, the source
+starts at that place, and at most two groups are tokenised again.
 """
 
 import itertools
@@ -39,18 +39,18 @@ from train_loop.position import Place
 from train_loop.settings import Settings
 
 Block = tuple[np.ndarray, tuple[Any, int]]  # its tokens, and where the first of them is: (place of its chunk, token)
-Shuffled = tuple[np.ndarray, tuple[Any, int], int, int]  # as `shuffle_in_groups` says
+Shuffled = tuple[np.ndarray, tuple[Any, int], int, int]  # see `shuffle_in_groups`
 
-NUM_ROUNDS_AHEAD = 3  # chunks of each process that are tokenised or about to be, while the training takes older ones
+NUM_ROUNDS_AHEAD = 3  # chunks that each process tokenises ahead of the training
 BEGINNING: dict[str, Any] = {"place": None, "token": 0, "group": 0, "index": 0}
 
 
 def cut_blocks(chunks: Iterable[tuple[Any, np.ndarray]], token: int, block_size: int) -> Iterator[Block]:
-    """(block [T] of int32, (place, token) of its first token) of each block. `chunks`: (place, tokens) of each chunk;
-    their first `token` tokens are left out. The tokens of a last, short block are dropped."""
+    """Yields (block [T] of int32, (place, token) of its first token). `chunks`: (place, tokens) of each chunk; their
+    first `token` tokens are skipped. The tokens of a last, short block are dropped."""
     rest, beginning = np.empty(0, dtype=np.int32), (None, 0)
     for place, tokens in chunks:
-        start = token - len(rest)  # in the chunk, of what is cut now
+        start = token - len(rest)  # index in the chunk of `tokens[0]` below
         tokens, token = np.concatenate([rest, tokens[token:]]), max(0, token - len(tokens))
         for i in range(0, len(tokens) - block_size + 1, block_size):
             yield tokens[i : i + block_size], beginning if i < len(rest) else (place, start + i)
@@ -59,11 +59,11 @@ def cut_blocks(chunks: Iterable[tuple[Any, np.ndarray]], token: int, block_size:
 
 
 def shuffle_in_groups(blocks: Iterator[Block], size: int, seed: int, epoch: int, group: int = 0) -> Iterator[Shuffled]:
-    """(block, beginning of its group's first block, number of the group, number of its blocks up to this one): each
-    `size` blocks in an order of their own, a pure function of (seed, epoch, group).
+    """Yields (block, beginning of its group's first block, number of the group, its blocks so far). Each group of
+    `size` blocks has its own order, a pure function of (seed, epoch, group).
 
-    For each block that leaves, one of the next group comes in: the source is read at an even pace. 2 x `size` blocks
-    are in memory.
+    For each block that leaves, one of the next group is read, so reading has an even pace. 2 x `size` blocks are in
+    memory.
     """
     current = list(itertools.islice(blocks, size))
     while current:
@@ -78,7 +78,7 @@ def shuffle_in_groups(blocks: Iterator[Block], size: int, seed: int, epoch: int,
 
 
 class Stream:
-    """The training blocks of a source, not counted: a `blocks.TrainingData`."""
+    """A source's training blocks, in unknown number: a `blocks.TrainingData`."""
 
     name = "training"
     num_blocks: int | None = None
@@ -86,13 +86,13 @@ class Stream:
     def __init__(
         self, source: Source, tokenizer: PreTrainedTokenizerFast, settings: Settings, name: str = "training"
     ) -> None:
-        """`name`: of the data, in messages. Raises UserError if they have not one block."""
+        """`name`: of the data, in messages. Raises UserError if it fills no block."""
         self.source, self.tokenizer, self.settings = source, tokenizer, settings
         kind, names = source.columns.kind, source.columns.names
         self.end_of_text, self.marking = marking_of(tokenizer, kind, settings)
         self.documents_apart = documents_apart(kind, settings)
         self.tells_of_cuts = self.tells_of_merged = True
-        self.num_left_out = 0  # rows that this process tokenised and that have no target in their block
+        self.num_left_out = 0  # rows that this process tokenised, without a target in their block
         recipe = tokenizer_recipe(tokenizer, self.end_of_text, self.marking)
         recipe += [settings.block_size, settings.max_train_samples, names[0] if len(names) == 1 else names]
         self._identity = {
@@ -101,7 +101,7 @@ class Stream:
             **source.files.identity(),
         }
         for block, _ in cut_blocks(self._tokens(None), 0, settings.block_size):
-            self.blocks = block[None]  # [1, T], for whoever wants to try one
+            self.blocks = block[None]  # [1, T], for trial passes
             break
         else:
             if self.num_left_out:
@@ -122,9 +122,9 @@ class Stream:
         return None
 
     def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
-        """This process's windows from `start` to the end of its epoch. The last one knows how many they are.
+        """This process's windows from `start` to the end of its epoch. The last one knows their number.
 
-        Raises UserError, on all processes alike, where a process cannot read the data.
+        Raises UserError on all processes if one of them cannot read the data.
         """
         if start.window and start.window == start.per_epoch:
             return
@@ -139,7 +139,7 @@ class Stream:
                 "the data, or start a new run"
             )
         for number in itertools.count(start.window + 1):
-            following = list(itertools.islice(blocks, per_window))  # read before it is needed, to know the last one
+            following = list(itertools.islice(blocks, per_window))  # read ahead, to know which is the last
             end = Place(start.epoch, number, start.per_epoch if following else number, window[-1][1])
             taken = np.stack([block for block, _ in window])
             batch = Windows(taken, np.arange(len(taken)), *shape, documents_apart=self.documents_apart)[0]
@@ -151,14 +151,14 @@ class Stream:
             window = following
 
     def blocks_from(self, start: Place, settings: Settings, W: int, rank: int) -> Iterator[tuple[np.ndarray, Any]]:
-        """(block, the value of `Place.stream` after it) of each block from `start` to the end of its epoch."""
+        """Yields (block, `Place.stream` after it) for each block from `start` to the end of its epoch."""
         at = start.stream if start.window and start.stream else BEGINNING
         return self.blocks_at(at, settings.seed, start.epoch, W, rank)
 
     def blocks_at(
         self, at: dict[str, Any], seed: int, epoch: int, W: int, rank: int
     ) -> Iterator[tuple[np.ndarray, dict[str, Any]]]:
-        """(block, place after it) of each block from the place `at` to the end of the data; see BEGINNING."""
+        """Yields (block, place after it) from the place `at` (see BEGINNING) to the end of the data."""
         settings, size = self.settings, max(1, self.settings.shuffle_buffer_size)
         blocks = cut_blocks(self._tokens(at["place"], W, rank), at["token"], settings.block_size)
         if settings.max_train_samples:
@@ -184,7 +184,7 @@ class Stream:
             raise UserError(f"{where}: {problem}") from problem
         self.num_left_out += counts.num_left_out
         if (counts.num_cut or counts.num_left_out) and self.tells_of_cuts:
-            self.tells_of_cuts = False  # once: how many they are is not known before the end of the data
+            self.tells_of_cuts = False  # once: their number is unknown until the data ends
             tell(
                 f"note: rows of the training data are longer than block_size {self.settings.block_size}: they are cut, "
                 "and left out where no target is left"
@@ -198,22 +198,22 @@ class Stream:
         return tokens
 
     def _tokens(self, place: Any, W: int = 1, rank: int = 0) -> Iterator[tuple[Any, np.ndarray]]:
-        """(place, tokens) of each chunk from a place on, the same on each of W processes."""
+        """Yields (place, tokens) of each chunk from a place on, the same on all W processes."""
         chunks = self.source.chunks(place)
 
         def tokenize() -> tuple[list, np.ndarray | None, Exception | None]:
-            """Of the next W chunks: their places, the tokens of this process's one, what went wrong."""
+            """Of the next W chunks: their places, the tokens of this process's chunk, the error."""
             places, tokens = [], None
             try:
                 for i, (place, chunk) in enumerate(itertools.islice(chunks, W)):
                     places.append(place)
                     if i == rank:
                         tokens = self._encode([without_blank(row) for row in self.source.texts(place, chunk)], place)
-            except Exception as error:  # of any kind: the other processes are waiting for this one
+            except Exception as error:  # any error: the other processes wait for this one
                 return places, tokens, error
             return places, tokens, None
 
-        thread = ThreadPoolExecutor(1)  # one: rounds are in order; the tokenizer has threads of its own
+        thread = ThreadPoolExecutor(1)  # one keeps the rounds in order; the tokenizer has its own threads
         try:
             rounds = deque(thread.submit(tokenize) for _ in range(NUM_ROUNDS_AHEAD))
             while True:

@@ -12,12 +12,12 @@ from train_loop.data.columns import Row, RowColumns, num_characters
 from train_loop.data.text_files import BOM, broken, line_at, reading, wrong_row
 from train_loop.files import open_file
 
-csv.field_size_limit(2**31 - 1)  # of a whole document; Python's default is 128 KiB
+csv.field_size_limit(2**31 - 1)  # a cell may be a document; Python's default is 128 KiB
 
 
 class Csv:
-    """A file of comma separated values (.tsv: of tabs) with a header. A cell is text, whatever it looks like;
-    line breaks within quotes stay as they are. An empty line is not a row."""
+    """A file of comma separated values (.tsv: of tabs) with a header. A cell is always text. Line breaks
+    within quotes are kept. An empty line is not a row."""
 
     def _records(self, path: str, byte: int) -> Iterator[tuple[int, list[str]]]:
         """(byte where it begins, its cells) of each record from a byte on."""
@@ -77,7 +77,7 @@ class Csv:
         return rows
 
     def columns(self, path: str) -> tuple[list[str], list[str], list[str]]:
-        """A column whose first 1,000 cells are all numbers is one of text only if all columns are like that."""
+        """A column whose first 1,000 cells are all numbers is a text column only if all columns are."""
         header = self._header(path)
         rows = [cells for _, cells in islice(self._records(path, 0), 1, 1001)]
         texts = [n for i, n in enumerate(header) if not all(_is_number(cells[i]) for cells in rows if i < len(cells))]
@@ -106,10 +106,10 @@ class Parquet:
 
     @contextlib.contextmanager
     def _open(self, path: str) -> Iterator[Any]:
-        import pyarrow.parquet  # imported where it is needed alone: that takes a while
+        import pyarrow.parquet  # only here: the import takes a while
 
         with reading(path, pyarrow.ArrowException), open_file(path) as file:
-            # a small buffer and no reading ahead: the memory does not depend on the size of the file's row groups
+            # small buffer, no reading ahead: memory does not depend on the size of the file's row groups
             yield pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
 
     def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, list[Any]]]:
@@ -117,7 +117,7 @@ class Parquet:
             for name in columns.names:
                 _only_index(path, file.schema_arrow.names, name)
             sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-            first, row = 0, 0  # of the row group in which the place is
+            first, row = 0, 0  # of the row group that holds the place
             while first < len(sizes) and row + sizes[first] <= place:
                 row, first = row + sizes[first], first + 1
             chunk, length = [], 0

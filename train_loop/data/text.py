@@ -1,4 +1,4 @@
-"""The text that the first tokens of a split stand for: what a perplexity per word and per byte is divided by."""
+"""The text of a split's first tokens. Perplexities per word and per byte divide by its size."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ from train_loop.data.tokens import encode, without_blank
 
 @dataclass(frozen=True)
 class CoveredText:
-    """The size of the text that n tokens stand for, and which of them do.
+    """The size of the text that n tokens stand for, and which tokens stand for text.
 
-    byte_ends [n]: bytes of the text up to the end of each token; the last one is `num_bytes`. A token that ends within
-    a character has all of its bytes, and what no token stands for (white space, in some tokenizers) is the next one's.
-    digest: stands for the text of all rows, also of those behind the n tokens.
-    words: what white space separates; line_ends: one for the end of each line, as WikiText counts them, so that a row
-    without a newline has one too; bytes: of the text in UTF-8. `is_text` [n] of bool is False for the special tokens
-    that a tokenizer puts around a row, and for the end-of-text token that `add_eos_token` puts after it: they stand for
-    no text. A special token that is written in the text, such as "<unk>", stands for these characters.
+    byte_ends [n]: bytes of the text up to the end of each token; the last is `num_bytes`. A token that ends within a
+    character has all of its bytes. Text without a token (white space, in some tokenizers) belongs to the next token.
+    digest: identifies the text of all rows, including those after the n tokens.
+    words: separated by white space. line_ends: one per line, as WikiText counts, also for a row without a newline.
+    bytes: of the text in UTF-8. is_text [n] of bool: False for the special tokens that a tokenizer puts around a row,
+    and for the end-of-text token of `add_eos_token`. A special token that is written in the text, such as "<unk>",
+    stands for these characters.
     """
 
     num_words: int
@@ -37,15 +37,14 @@ def covered_text(
 ) -> CoveredText:
     """The `CoveredText` of the first `num_tokens` tokens of `rows`, as `tokenize_rows` makes them.
 
-    The rows are tokenised once more, as far as needed, since this asks more of the tokenizer. In a row that is cut, the
-    text up to the end of the last token counts: a word that is cut there counts as one, and a character as all of its
-    bytes.
+    The rows are tokenised again, as far as needed, because offsets are needed here. A row that is cut counts up to the
+    end of its last token. A word that is cut there counts as one word, and a character as all of its bytes.
     """
     num_words = num_line_ends = num_bytes = 0
     is_text, byte_ends, num_left = [np.zeros(0, dtype=bool)], [np.zeros(0, dtype=np.int64)], num_tokens
     digest, is_cut = hashlib.blake2b(digest_size=16), False
     for row in rows:
-        text = str(without_blank(row["text"]))  # rows of text alone (`load_split`)
+        text = str(without_blank(row["text"]))  # rows of text only (`load_split`)
         digest.update(text.encode() + b"\0")
         if is_cut:
             continue
@@ -65,12 +64,12 @@ def covered_text(
         num_bytes += len(text.encode())
         num_left -= num_own
     ends = np.concatenate(byte_ends)
-    ends[-1:] = num_bytes  # with what comes behind the last token
+    ends[-1:] = num_bytes  # with what follows the last token
     return CoveredText(num_words, num_line_ends, num_bytes, np.concatenate(is_text), ends, digest.hexdigest())
 
 
 def _byte_ends(text: str, encoding: tokenizers.Encoding, is_text: np.ndarray) -> np.ndarray:
-    """[n] int64: bytes of the row's `text` up to the end of each of its n tokens, of which `is_text` stand for text."""
+    """[n] int64: bytes of the row's `text` up to the end of each of its n tokens. `is_text`: of these tokens."""
     sizes = [0, *(len(character.encode()) for character in text)]
     characters = np.zeros(len(is_text), dtype=np.int64)
     ends = np.fromiter((end for _, end in encoding.offsets), np.int64)[: len(is_text)]

@@ -1,12 +1,12 @@
-"""How a file of each kind becomes rows of text: every text is the one in the file, never a null or a number.
+"""How each kind of file becomes rows of text. Every text is exactly the file's, never a null or a number.
 
 A format reads a file in chunks. `chunks(path, place, size, columns)` yields (place, chunk) from a place in the file on,
 each chunk at least `size` bytes or characters long (the last one may be shorter). A place is a number: a byte of the
-unpacked file, or of parquet a row; 0 is the beginning. `texts(path, place, chunk, columns)` are the chunk's rows, a
+unpacked file, or a parquet row; 0 is the beginning. `texts(path, place, chunk, columns)` are the chunk's rows, a
 list of `columns.Row`. `columns(path)` is (all columns, those of text, those of lists of messages). `num_rows(path)`
 counts the rows.
 
-All of them raise UserError, which names the file and the line or row, where a file cannot be read as what it is.
+All of them raise UserError, with the file and the line or row, if a file cannot be read in its format.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from train_loop.data.columns import Row, RowColumns
 from train_loop.errors import UserError, one_line
 from train_loop.files import file_kind, open_file
 
-CHUNK_BYTES = 1 << 19  # some 0.1 s of tokenising
+CHUNK_BYTES = 1 << 19  # about 0.1 s of tokenising
 LINES = RowColumns(("text",))  # a file of text has this column
 BOM = b"\xef\xbb\xbf"  # some editors and spreadsheets begin a UTF-8 file with it; it is not part of the text
 
@@ -46,7 +46,7 @@ def wrong_row(path: str, where: str, problem: str) -> UserError:
 
 @contextlib.contextmanager
 def reading(path: str, *more_errors: type[Exception]) -> Iterator[None]:
-    """Turns what can go wrong with a file into a UserError that names it. `more_errors`: those of a library."""
+    """Turns the errors of reading a file into a UserError that names it. `more_errors`: those of a library."""
     mendable: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, *more_errors)
     try:
         yield
@@ -59,14 +59,14 @@ def reading(path: str, *more_errors: type[Exception]) -> Iterator[None]:
 
 
 def line_at(path: str, byte: int) -> str:
-    """The line in which a byte of the unpacked file stands, in words."""
+    """The line of a byte of the unpacked file, as text for messages."""
     with open_file(path) as file:
         num_lines = sum(piece.count(b"\n") for piece in iter(lambda: file.read(min(1 << 20, byte - file.tell())), b""))
     return f"line {num_lines + 1}"
 
 
 def decode(path: str, byte: int, content: bytes) -> str:
-    """The text of what stands in a file from a byte on. A byte-order mark at the file's beginning is left out."""
+    """The text of `content`, which begins at this byte of the file. A byte-order mark at byte 0 is left out."""
     has_bom = byte == 0 and content.startswith(BOM)
     try:
         return str(memoryview(content)[len(BOM) :] if has_bom else content, "utf-8")
@@ -76,7 +76,7 @@ def decode(path: str, byte: int, content: bytes) -> str:
 
 
 class Lines:
-    """A text file: a line is a row, and ends as in Python with \\n, \\r\\n or \\r; the row has \\n there."""
+    """A text file: each line is a row. It ends as in Python with \\n, \\r\\n or \\r; the row has \\n."""
 
     def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:
@@ -100,7 +100,7 @@ class Lines:
 
 
 class Documents(Lines):
-    """A text file that is one row, also if it is empty. Its line ends are \\n."""
+    """A text file that is one row, even if it is empty. Line ends become \\n."""
 
     def chunks(self, path: str, place: int, size: int, columns: RowColumns) -> Iterator[tuple[int, bytes]]:
         with reading(path), open_file(path) as file:

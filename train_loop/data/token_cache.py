@@ -27,7 +27,7 @@ from train_loop.errors import warn
 
 MAX_DAYS = 60
 HEADER = struct.Struct("<q40s")  # number of tokens, digest
-PIECE_BYTES = 1 << 22  # of which each is digested by itself: by as many threads as there are cores
+PIECE_BYTES = 1 << 22  # as many threads as there are cores digest pieces of this size
 
 
 class Damaged(Exception):
@@ -41,8 +41,8 @@ def token_folder() -> Path:
 def open_or_make(key: str, write: Callable[[BinaryIO], None]) -> np.ndarray:
     """The tokens of the file with this key, [n] of int32, read-only and memory-mapped.
 
-    Where there is none, or a damaged one, `write(file)` writes the tokens. Of several processes one does it, and the
-    others wait for it. A kill at any instant leaves no half of a file: it is written under a different name, flushed to
+    If the file is missing or damaged, `write(file)` writes the tokens. One process does this, and the others wait. A
+    kill at any time leaves no partial file under this name: the file is written under a different name, flushed to
     disk, and renamed. Raises OSError if the folder cannot be written.
     """
     path = token_folder() / f"{key}.int32"
@@ -73,7 +73,7 @@ def _open(path: Path) -> np.ndarray:
     tokens = _mapped(path, num_tokens)
     if _digest(tokens) != digest:
         raise Damaged("its content is not what was written")
-    with contextlib.suppress(OSError):  # of another user, or on a disk that is read-only
+    with contextlib.suppress(OSError):  # another user's file, or a read-only disk
         os.utime(path, (time.time(), path.stat().st_mtime))  # it was used now
     return tokens
 
@@ -101,7 +101,7 @@ def _make(path: Path, write: Callable[[BinaryIO], None]) -> None:
 
 
 def _digest(tokens: np.ndarray) -> bytes:
-    """Of every byte. Each piece is digested by itself, in threads: hashlib does not hold Python's lock."""
+    """A digest of every byte. Threads digest the pieces in parallel: hashlib releases the GIL."""
     data = tokens.view(np.uint8)
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         pieces = [data[i : i + PIECE_BYTES] for i in range(0, len(data), PIECE_BYTES)]
@@ -110,7 +110,7 @@ def _digest(tokens: np.ndarray) -> bytes:
 
 
 def cached_tokens() -> Iterator[tuple[Path, int, float]]:
-    """(path, bytes, when it was used last in seconds since 1970) of each file of tokens."""
+    """(path, bytes, time of last use in seconds since 1970) of each file of tokens."""
     for path in sorted(token_folder().glob("*.int32")):
         with contextlib.suppress(FileNotFoundError):  # removed by another process
             status = path.stat()
@@ -118,8 +118,8 @@ def cached_tokens() -> Iterator[tuple[Path, int, float]]:
 
 
 def _remove(days: float) -> list[int]:
-    """Removes the files that were not used for so many days, and what killed processes left; returns the sizes of the
-    removed files."""
+    """Removes files of tokens not used for `days`, and partial files of killed processes. Returns the sizes in bytes of
+    the former."""
     for partial in token_folder().glob("*.partial"):  # left by a process that died: its lock is free
         with contextlib.suppress(Timeout), FileLock(partial.with_suffix(".lock"), timeout=0):
             partial.unlink(missing_ok=True)
@@ -133,6 +133,6 @@ def _remove(days: float) -> list[int]:
 
 
 def clear_cached_tokens() -> list[int]:
-    """Removes all files of tokens; returns their sizes. A run that has one open keeps it until it ends: on Windows such
-    a file stays."""
+    """Removes all files of tokens; returns their sizes. A run that has a file open keeps it until the run ends. On
+    Windows such a file stays."""
     return _remove(-math.inf)

@@ -7,9 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 
 def is_plain(tokenizer: PreTrainedTokenizerFast) -> bool:
-    """Whether its class leaves a fast tokenizer's call as it is: that does nothing to the ids of its Rust part, which
-    then can be asked alone, without lists of masks and strings; and by two threads, which Python code may not bear."""
-    # two of these names are private: in a transformers that has moved them no tokenizer is plain, which takes longer
+    """Whether the class leaves a fast tokenizer's call unchanged. Then the ids are those of its Rust part, which can be
+    called directly: without lists of masks and strings, and by two threads, which Python code may not allow."""
+    # two of these names are private: if transformers moves them, no tokenizer is plain, which is only slower
     methods = ("__call__", "_encode_plus", "_convert_encoding")
     own = [getattr(type(tokenizer), name, None) for name in methods]
     return None not in own and own == [getattr(PreTrainedTokenizerFast, name, None) for name in methods]

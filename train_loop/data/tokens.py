@@ -1,7 +1,7 @@
-"""Rows of text become tokens, in one file of int32 on disk that later runs find again.
+"""Rows of text become tokens, in one file of int32 on disk that later runs reuse.
 
-Each row of text is tokenised as `tokenizer(row)` does, one after the other; on request with the end-of-text token after
-each row, of which the empty ones then have no tokens. Rows whose tokens carry marks go through prompts.py.
+Each row of text is tokenised as `tokenizer(row)` does, in order. On request the end-of-text token follows each row, and
+empty rows then have no tokens. Rows whose tokens carry marks go through prompts.py.
 """
 
 import errno
@@ -28,17 +28,17 @@ from train_loop.data.token_ids import is_plain, token_ids
 from train_loop.errors import UserError
 from train_loop.settings import Settings
 
-# rows go to the tokenizer in batches of so many, or fewer long ones; neither has any influence on the tokens
+# a batch for the tokenizer ends when it reaches either; neither has an effect on the tokens
 ROWS_PER_BATCH, CHARACTERS_PER_BATCH = 10_000, 1 << 19
-TOKENS_PER_BATCH = 1 << 20  # of rows that are filled up
-NUM_BATCHES_AHEAD = 3  # being tokenised or waiting for it: the tokenizer's threads shall never wait for Python's
-# the code that makes tokens out of files: a change in any of it makes new ones
+TOKENS_PER_BATCH = 1 << 20  # of padded rows
+NUM_BATCHES_AHEAD = 3  # in work or waiting, so that the tokenizer's threads never wait for Python's
+# the code that turns files into tokens: any change to it makes new tokens
 CODE_FILES = (
     *("chats", "columns", "formats", "json_files", "marks", "prompts", "row_files", "tables", "text_files"),
     *("token_ids", "tokens"),
 )
 CODE = digest_of([Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in CODE_FILES])
-# of a cache that is full, or that may not be written
+# of a cache that is full or not writable
 CACHE_ERRORS = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
@@ -46,7 +46,7 @@ CACHE_ERRORS = (
 
 
 def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
-    """The sentence about rows that do not fill one block. Rows that do not begin with the data's first are held out."""
+    """The message for rows that do not fill one block. Rows that do not begin at the data's first are held out."""
     size = f"{len(rows):,} row{'s' if len(rows) != 1 else ''} of {num_tokens:,} tokens together"
     ways = f"give a block_size of at most {num_tokens}, or more text"
     if rows.span.start:
@@ -58,7 +58,7 @@ def too_few(name: str, rows: Rows, num_tokens: int, settings: Settings) -> str:
 
 
 def no_target_left(name: str, marking: Marking) -> str:
-    """The sentence about rows that are all left out, because each has its targets after its first block."""
+    """The message if every row is left out, because its targets come after its first block."""
     return f"no row of the {name} data has a target in its first {marking.row_length} tokens: give a larger block_size"
 
 
@@ -70,12 +70,12 @@ def tokenize_rows(
     show_progress: bool = False,
     marking: Marking = PLAIN,
 ) -> tuple[np.ndarray, Counts]:
-    """(the tokens of all rows, one after the other: a memory-mapped array [tokens] of int32, read-only; counts, of rows
-    that are marked). `end_of_text` is the id of the token to put after each row that is not empty, or None.
+    """(the tokens of all rows in order: a read-only, memory-mapped array [tokens] of int32; counts of marked rows).
+    `end_of_text` is the id of the token to put after each row that is not empty, or None.
 
-    They are kept beside the cache of `datasets` under a name made of what they depend on: the rows, the tokenizer and
-    the code. They are verified when they are opened, and damaged ones are made again. Raises UserError for a row that
-    is null or that the chat template does not take, and where the cache cannot be written.
+    The tokens are cached beside the cache of `datasets`. The file's name is a digest of the rows, the tokenizer and the
+    code. A file is verified when it is opened; a damaged one is made again. Raises UserError for a row that is null or
+    that the chat template refuses, and if the cache cannot be written.
     """
     span = [rows.span.start, rows.span.stop]
     key = digest_of([rows.digest, span, *tokenizer_recipe(tokenizer, end_of_text, marking), CODE])
@@ -105,7 +105,7 @@ def tokenize_rows(
 
 
 def tokenizer_recipe(tokenizer: PreTrainedTokenizerFast, end_of_text: int | None, marking: Marking = PLAIN) -> list:
-    """What the tokens of a row depend on, as JSON takes it."""
+    """What the tokens of a row depend on, as JSON values."""
     tokenizer("")  # a first call may change its settings, e.g. switch off a truncation, and so its serialisation
     recipe: list = [
         [str(type(tokenizer)), tokenizer.backend_tokenizer.to_str(), tokenizer.split_special_tokens],
@@ -113,16 +113,16 @@ def tokenizer_recipe(tokenizer: PreTrainedTokenizerFast, end_of_text: int | None
     ]
     if marking != PLAIN:
         recipe.append(asdict(marking))
-    if marking.kind != TEXT:  # chats, or maybe prompts that are
+    if marking.kind != TEXT:  # chats, or prompts that may be
         template = tokenizer.chat_template
         recipe += [template, {name: str(token) for name, token in tokenizer.special_tokens_map.items()}]
-        recipe += [transformers.__version__]  # which makes texts of chats
+        recipe += [transformers.__version__]  # it renders chats
     return recipe
 
 
 def encode(texts: list[Any], tokenizer: PreTrainedTokenizerFast, end_of_text: int | None) -> np.ndarray:
     """The tokens of all texts, one after the other, as an array of int32; see `tokenize_rows`."""
-    if end_of_text is not None:  # an empty row is no document: it has neither an end nor a token that begins it
+    if end_of_text is not None:  # an empty row is not a document: it gets no end and no begin token
         texts = [text for text in texts if text]
         if not texts:
             return np.empty(0, dtype=np.int32)
@@ -143,14 +143,14 @@ def _write_tokens(
 ) -> None:
     """Writes the tokens of all rows, and the counts of marked ones.
 
-    The tokenizer's own threads work on one batch after the other; two threads here hand them over and make arrays of
-    what comes back, while this one reads rows and writes arrays.
+    The tokenizer's own threads work on one batch at a time. One or two threads here submit the batches and turn the
+    results into arrays. The calling thread reads rows and writes arrays.
     """
     batches: deque[Future[tuple[np.ndarray, Counts]]] = deque()
     counts, num_rows = Counts(), 0
 
     def tokenize(rows: list[Row], number: int) -> tuple[np.ndarray, Counts]:
-        """`number`: of rows before these."""
+        """`number`: of rows before `rows`."""
         if marking == PLAIN:
             return encode(rows, tokenizer, end_of_text), Counts()
         try:
@@ -178,7 +178,7 @@ def _write_tokens(
 
 
 def _batches(rows: Rows, name: str, marking: Marking) -> Iterator[list[Row]]:
-    """The rows in lists."""
+    """The rows in batches."""
     batch: list[Row] = []
     length, most = 0, ROWS_PER_BATCH if marking.row_length is None else max(1, TOKENS_PER_BATCH // marking.row_length)
     for number, row in enumerate(rows, start=1):
@@ -194,5 +194,5 @@ def _batches(rows: Rows, name: str, marking: Marking) -> Iterator[list[Row]]:
 
 
 def without_blank(row: Row) -> Row:
-    """A row; one of text that is white space alone is an empty one, as in the hub's WikiText."""
+    """The row; a text of white space alone becomes empty, as in the hub's WikiText."""
     return "" if isinstance(row, str) and row.isspace() else row

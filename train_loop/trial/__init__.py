@@ -1,4 +1,4 @@
-"""What is tried before the first step: whether the loss is what it must be, what fits into memory, what a run takes.
+"""Checks before the first step: whether the loss is right, what fits into memory, and what a run costs.
 
 loss_check.py   one block through the loss          micro_batch.py  the largest micro-batch that memory allows
 plan.py         memory and time of a run (`--dry_run`)

@@ -17,11 +17,11 @@ PIECE_TOKENS = 65  # of a block, to check whether the objective is a sum
 
 
 def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator) -> list[str]:
-    """Sentences for the user about the loss of one training block: where the objective looks like a mean, and where
-    the model's own loss (`labels=`) is not plain cross entropy. One block, so that the peak of memory does not move;
-    nothing under FSDP. The model is in evaluation mode, so no random number is drawn.
+    """Remarks for the user about the loss of one training block: if the objective looks like a mean, or if the model's
+    own loss (`labels=`) is not plain cross entropy. One block does not change the peak of memory. Under FSDP nothing is
+    checked. The model is in evaluation mode, so no random number is drawn.
 
-    Raises TypeError or ValueError where `next_token_loss` or `objective` does not return what it must.
+    Raises TypeError or ValueError if `next_token_loss` or `objective` returns something wrong.
     """
     if accelerator.distributed_type == "FSDP":
         return []
@@ -46,7 +46,7 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
             plain = plain_next_token_loss(model, batch)
             nll_sum, num_targets = plain[0].item(), int(plain[1])
             own = _own_loss(model, batch) if num_targets else None
-            # few enough tokens that both copies are one chunk of rows
+            # so few tokens that both copies are one chunk of rows
             piece = {name: value[:, :PIECE_TOKENS] for name, value in batch.items()}
             copies = {name: torch.cat([value, value]) for name, value in piece.items()}
             of_one, of_two = (next_token_loss(model, some | options)[0].item() for some in (piece, copies))
@@ -65,7 +65,7 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
         ]
     if own is not None:
         mean, T = nll_sum / num_targets, batch["labels"].shape[1]
-        tolerance = 1e-4 if accelerator.mixed_precision == "no" else 1e-2  # of bfloat16's logits
+        tolerance = 1e-4 if accelerator.mixed_precision == "no" else 1e-2  # bfloat16 logits
         # some models divide by the T tokens of a block, of which T - 1 are targets
         if min(abs(own / mean - 1), abs(own / (mean * (T - 1) / T) - 1)) > tolerance:
             remarks += [
@@ -76,8 +76,8 @@ def check_loss(model: nn.Module, split: TrainingData, settings: Settings, accele
 
 
 def _own_loss(model: nn.Module, batch: dict[str, torch.Tensor]) -> float | None:
-    """The loss that the model itself computes, nats per target, without a mixture's auxiliary loss; None if it has
-    none."""
+    """The model's own loss in nats per target, without a mixture of experts' auxiliary loss; None if it has no
+    loss."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return None
     verbosity = logging.get_verbosity()

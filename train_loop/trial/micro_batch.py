@@ -16,14 +16,14 @@ from train_loop.settings import Settings
 def fit_micro_batch(
     model: torch.nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> Settings:
-    """`settings` with a micro-batch that fits into the memory of every process, and accumulation so that the blocks of
-    an optimizer step stay the same: with dropout off, the losses do too.
+    """`settings` with a micro-batch that fits into the memory of every process. Accumulation grows to match: the blocks
+    of an optimizer step stay the same and, with dropout off, so do the losses.
 
-    One forward and backward pass is tried with the optimizer's two moments beside it; where it runs out of memory the
-    micro-batch is divided by its smallest prime factor, on all processes together. Weights and random states are left
-    as they were. Processes exchange nothing during a try, so one that fails keeps no other waiting (under FSDP they do:
-    there a failure of one alone ends in a time-out). A CPU's memory only counts where a limit makes allocations fail;
-    the kernel's out-of-memory killer cannot be caught.
+    A try is one forward and backward pass beside the optimizer's two moments. If a process runs out of memory, all of
+    them divide the micro-batch by its smallest prime factor. Weights and random states do not change. Processes
+    exchange nothing during a try, so a failure of one blocks no other. Under FSDP they do, and a failure of one alone
+    ends in a time-out. On CPUs this works only if a limit makes allocations fail: the kernel's out-of-memory killer
+    cannot be caught.
 
     Raises UserError if not even one block fits.
     """
@@ -40,7 +40,7 @@ def fit_micro_batch(
 
 
 def trial_batch(split: TrainingData, num_blocks: int, device: torch.device) -> dict[str, torch.Tensor]:
-    """A micro-batch of the first `num_blocks` training blocks, taken again from the first where there are fewer:
+    """A micro-batch of the first `num_blocks` training blocks, repeated from the first if there are fewer:
     {"input_ids", "labels", ...}, each [num_blocks, T]."""
     blocks = torch.arange(num_blocks).numpy() % len(split.blocks)
     window = Windows(split.blocks, blocks, num_blocks, 1, documents_apart=split.documents_apart)[0]

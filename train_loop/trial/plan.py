@@ -1,10 +1,10 @@
-"""What a run will take, before it is run (`--dry_run`): memory, time, and which of them sets the limit.
+"""Plans a run before it starts (`--dry_run`): its memory, its time, and which of them sets the limit.
 
-The arithmetic comes first, from shapes alone: it holds for the launch config at hand, also where this machine cannot
-run it. Then a few real steps are taken with the real model and thrown away: nothing is written to output_dir.
+The arithmetic comes first. It needs only shapes, so it holds for the launch config even if this machine cannot run it.
+Then the real model takes a few real steps. Their result is discarded: nothing is written to output_dir.
 
 P: parameters, 4 bytes each (a tied weight once). Per process, DDP: weights 4 P, gradients 4 P, AdamW's two moments 8 P,
-and with several processes the exchange's copy of the gradients 4 P. FSDP: a share of each, beside the layers at work.
+and with several processes the exchange's copy of the gradients 4 P. FSDP: a share of each, plus the layers in use.
 """
 
 import dataclasses
@@ -50,11 +50,11 @@ def state_bytes(
     model: torch.nn.Module, num_processes: int = 1, sharded: bool = False, accumulates: bool = False, half: bool = False
 ) -> dict[str, int]:
     """{"weights", "gradients", "optimizer", "exchange"}: bytes of one process, for AdamW in the parameters' precision.
-    Muon has one moment of a hidden matrix, so a little less.
+    Muon needs a little less: it has one moment per hidden matrix.
 
-    `sharded`: FSDP, each process has a share by rows, rounded up; gradients are whole while they `accumulate`, and the
-    exchange holds whole what is at work, in `half` precision if that is the launch config's: everything outside the
-    layers, and two layers (one comes while one computes).
+    `sharded`: FSDP. Each process has a share by rows, rounded up. Gradients are unsharded if the run `accumulates`. The
+    exchange holds unsharded weights, in `half` precision if the launch config says so: everything outside the layers,
+    and two layers (one arrives while one computes).
     """
     parts = num_processes if sharded else 1
     of = lambda tensors: sum(t.nbytes for t in tensors)  # noqa: E731
@@ -81,9 +81,9 @@ def state_bytes(
 def bytes_exchanged(
     model: torch.nn.Module, num_processes: int, sharded: bool, accumulation: int, half: bool = False
 ) -> float:
-    """Bytes that each process sends in an optimizer step: the gradients' sum in a ring, 2 (n - 1) / n times their size;
-    under FSDP each micro-batch gathers the weights, frozen ones too, twice and maybe in `half` precision, and the last
-    scatters the gradients' sum: (n - 1) / n times the size each."""
+    """Bytes that each of n processes sends in an optimizer step. DDP sums gradients in a ring: 2 (n - 1) / n times
+    their size. FSDP gathers all weights, frozen ones too, twice per micro-batch (maybe in `half` precision); the last
+    scatters the gradients' sum. A gather or scatter sends (n - 1) / n of the size."""
     weights = sum(p.nbytes for p in model.parameters())
     gradients = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     size = accumulation * (1 if half else 2) * weights + gradients if sharded else 2 * gradients
@@ -91,12 +91,12 @@ def bytes_exchanged(
 
 
 class LiveBytes(TorchDispatchMode):
-    """Within it, the bytes of the tensors that torch makes and has not freed: `peak` is their highest sum.
-    Counted by shapes: neither what a kernel needs inside nor what an allocator keeps."""
+    """Counts the bytes of tensors that torch makes within it and has not freed; `peak` is their highest sum.
+    It counts by shapes, without a kernel's workspace or what an allocator keeps."""
 
     def __init__(self, *existing: torch.Tensor) -> None:
         super().__init__()
-        self.existing = list(existing)  # kept alive, so that no new tensor gets their place
+        self.existing = list(existing)  # kept alive, so that no new tensor gets their id
         self.known = {id(t.untyped_storage()) for t in existing}
         self.live = self.peak = 0
 
@@ -122,9 +122,9 @@ class LiveBytes(TorchDispatchMode):
 def working_bytes(
     model: torch.nn.Module, split: TrainingData, settings: Settings, accelerator: Accelerator
 ) -> tuple[float, float, int]:
-    """(fixed, per block, tried): bytes that the passes of a micro-batch need at their peak, gradients included, as a
-    line through what two smaller ones need; above a chunk of the head's rows it is straight. `tried`: of the larger.
-    Raises UserError if they have no target."""
+    """(fixed, per block, tried): bytes at the peak of a micro-batch's passes, gradients included. The first two give a
+    line through the peaks of two smaller ones: above a chunk of the head's rows the peak grows linearly. `tried` is
+    the larger one's peak. Raises UserError if they have no target."""
     rows = ROWS_PER_CHUNK.get(accelerator.device.type, ROWS_PER_CHUNK_ELSEWHERE)
     size = max(1, min(-(-rows // (settings.block_size - 1)), settings.per_device_train_batch_size // 2))
     peaks = []
@@ -132,13 +132,13 @@ def working_bytes(
         batch = trial_batch(split, num_blocks, accelerator.device)
         with torch.random.fork_rng(), accelerator.no_sync(model):
             with LiveBytes(*model.parameters(), *model.buffers(), *batch.values()) as counted:
-                for _ in range(min(settings.gradient_accumulation_steps, 2)):  # gradients are there in the second
+                for _ in range(min(settings.gradient_accumulation_steps, 2)):  # the second has gradients
                     accelerator.backward(next_token_loss(model, batch)[0])
             model.zero_grad(set_to_none=True)
         peaks.append(counted.peak)
     if not count_targets(batch["labels"]):
         raise UserError(NO_TARGET)
-    # where the gradients alone set the peak a block needs at least its ids and labels
+    # if gradients alone set the peak, a block needs at least its ids and labels
     per_block = max((peaks[1] - peaks[0]) / size, 16.0 * settings.block_size)
     return peaks[0] - size * per_block, per_block, peaks[1]
 
@@ -154,8 +154,8 @@ def measure(
     stop: StopSignal,
 ) -> dict[str, float]:
     """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
-    micro-batch. Of more than two micro-batches in a step two are taken, and the others are counted like them. Raises
-    UserError if the steps that count have no target."""
+    micro-batch. At most two micro-batches of a step are run; the time of the others is computed from these. Raises
+    UserError if the measured steps have no target."""
     world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
     num_steps = NUM_MICRO_BATCHES // accumulation
     few = dataclasses.replace(
@@ -227,7 +227,7 @@ def print_plan(
     accelerator: Accelerator,
     stop: StopSignal,
 ) -> None:
-    """Prints the plan on the main process; to be called on all. Trains `model` a few steps: not to be used further."""
+    """Prints the plan on the main process; call it on all. It trains `model` a few steps: do not use it further."""
     say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
     W, B, A = accelerator.num_processes, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
@@ -254,7 +254,7 @@ def print_plan(
     working = max(0.0, fixed + B * per_block)
     say(f"activations {gib(working)} beside the state at the peak; {gib(per_block)} for each block more or less")
     counted = sum(here.values()) + working
-    if device.type == "cpu":  # it holds libraries and data, too, and all that was needed for the small ones
+    if device.type == "cpu":  # it also holds libraries, data, and what the small micro-batches needed
         counted = max(peak_memory_gib() * GIB, resident_bytes() + counted - here["weights"] - tried)
     room = available - sum(here.values()) + here["weights"] - fixed
     largest = max(0, math.floor(room / per_block))
@@ -270,7 +270,7 @@ def print_plan(
     found = measure(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
     num_blocks = train_split.blocks_in_epoch(
         settings.seed
-    )  # None of a stream: its evaluations at an epoch's end are not counted
+    )  # None for a stream: evaluations at an epoch's end are not counted
     num_steps, per_epoch = settings.num_steps(num_blocks, W), settings.steps_per_epoch(num_blocks, W)
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
