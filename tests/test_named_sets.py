@@ -94,8 +94,8 @@ def test_a_file_that_is_really_called_so_is_no_name_and_a_file(tmp_path, monkeyp
         (["a=wiki.txt", "a=mine.jsonl"], "--validation_file: a is the name of two items"),
         (["wiki.txt", "wiki.txt"], "--validation_file: wiki is the name of two items"),
         (["wiki.txt", "*.jsonl"], "--validation_file, item 2: '*' is no name"),
-        (["wiki.txt", "text=mine.jsonl"], "item 2: the name text would collide with the name of another number"),
-        (["wiki.txt", "my_text=mine.jsonl"], "the name my_text would collide"),
+        (["wiki.txt", "text=mine.jsonl"], "item 2: the name text has another meaning in metrics.jsonl"),
+        (["wiki.txt", "my_text=mine.jsonl"], "the name my_text has another meaning"),
         (["wiki.txt", "b=none.txt"], "validation_file none.txt: no such file"),
     ],
 )

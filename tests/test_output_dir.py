@@ -45,7 +45,7 @@ def content(folder):
 
 
 def fork(deed):
-    """The process number of a child that does the deed and waits to be killed. It has begun when this returns."""
+    """The process number of a child that starts its action and waits to be killed. It has begun when this returns."""
     done, told = os.pipe()
     if not (pid := os.fork()):
         with deed():
@@ -64,7 +64,7 @@ def test_of_two_runs_that_start_at_the_same_moment_one_trains_and_the_other_refu
     (error,) = [line for path in tmp_path.glob("*.err") for line in path.read_text().splitlines() if "error" in line]
     # a refused run waits a second for the lock, in which a run as short as this one may end
     is_used = f"is used by another run: process .* on host {re.escape(socket.gethostname())}, since 20"
-    assert re.search(f"output_dir {re.escape(str(tmp_path))}/run ({is_used}|is not empty: choose another)", error)
+    assert re.search(f"output_dir {re.escape(str(tmp_path))}/run ({is_used}|is not empty: choose a different)", error)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
     assert [line["step"] for line in lines_of(tmp_path / "run")] == [line["step"] for line in lines_of(finished)]
     assert {path.name for path in (tmp_path / "run").iterdir()} == EXPORTED | {"checkpoints"}

@@ -15,7 +15,7 @@ from train_loop.main import main
 
 @pytest.fixture(scope="module")
 def runs(text_file, tmp_path_factory):
-    """A run from scratch with every kind of perplexity, and one that goes on from its folder, with data of its own."""
+    """A run from scratch with every kind of perplexity, and one that continues from its folder with other data."""
     folder = tmp_path_factory.mktemp("runs")
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=2", "--named_perplexities"]
     assert main([*arguments, f"--output_dir={folder}/first"]) == 0

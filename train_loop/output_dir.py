@@ -93,7 +93,8 @@ def check_output_dir(settings: Settings) -> None:
                 f"output_dir {path} is not empty, and there is no {MARK} in it, so it is not the folder of a run. "
                 "--overwrite_output_dir deletes only what a run left: choose a different output_dir"
             )
-        for name, inside in _inputs_in(path, settings):
+        if found := next(_inputs_in(path, settings), None):
+            name, inside = found
             raise UserError(
                 f"{name} {inside} is in output_dir {path}, which --overwrite_output_dir would delete: choose a "
                 "different output_dir"
@@ -102,7 +103,7 @@ def check_output_dir(settings: Settings) -> None:
         way_on = (
             ", or resume the run in it with --resume_from_checkpoint auto, or delete it with --overwrite_output_dir"
         )
-        raise UserError(f"output_dir {path} is not empty: choose another one{way_on if is_run else ''}")
+        raise UserError(f"output_dir {path} is not empty: choose a different one{way_on if is_run else ''}")
 
 
 def _inputs_in(path: Path, settings: Settings) -> Iterator[tuple[str, str]]:

@@ -113,7 +113,7 @@ def load_libraries(arguments, folder):
     if os.waitpid(pid, 0)[1]:
         raise SystemExit("the first run failed")
     for name in json.loads((folder / "modules.json").read_text()):
-        with contextlib.suppress(Exception):  # some want to be imported by another one
+        with contextlib.suppress(Exception):  # some can only be imported by another module
             importlib.import_module(name)
 
 

@@ -5,7 +5,7 @@
 The nodes are two network namespaces of this machine, each with its own slurmd; slurmctld is on the first. Everything
 lies in a temporary folder, which stays if something is wrong, and all that is started is ended. Jobs of two processes,
 one on each node: one is preempted by a job of a higher partition, one likewise while it is still loading, one is warned
-before the end of its time. They must queue again by themselves, go on from their checkpoints, and end with the weights
+before the end of its time. They must queue again by themselves, resume from their checkpoints, and end with the weights
 and the metrics of a job that was left alone, bit for bit. A cancelled job must stay cancelled.
 """
 

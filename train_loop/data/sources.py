@@ -195,23 +195,26 @@ class Table:
     def chunks(self, place: Any) -> Iterator[tuple[Any, list[Any]]]:
         """(place, cells of each row) of each chunk, from a place on, or from the beginning."""
         chunk, length = [], 0
-        try:
-            rows = self.open().select_columns([*self.columns.names])
-            if place is not None:
-                rows.load_state_dict(place)
-            for row in rows:
-                chunk.append([row[name] for name in self.columns.names])
-                length += num_characters(chunk[-1])
-                if length >= CHUNK_BYTES or len(chunk) == ROWS_PER_BATCH:
-                    self.files.check()
-                    yield place, chunk
-                    chunk, length, place = [], 0, rows.state_dict()
-        except Exception as error:  # the loader's errors have no common class
-            self.files.check()
-            raise UserError(f"the training data cannot be read: {one_line(error)}") from error
+        rows = self.open().select_columns([*self.columns.names])
+        if place is not None:
+            rows.load_state_dict(place)
+        for row in self._read(rows):
+            chunk.append([row[name] for name in self.columns.names])
+            length += num_characters(chunk[-1])
+            if length >= CHUNK_BYTES or len(chunk) == ROWS_PER_BATCH:
+                self.files.check()
+                yield place, chunk
+                chunk, length, place = [], 0, rows.state_dict()
         if chunk:
             self.files.check()
             yield place, chunk
+
+    def _read(self, rows: Any) -> Iterator[dict[str, Any]]:
+        try:
+            yield from rows
+        except Exception as error:  # the loader's errors have no common class
+            self.files.check()
+            raise UserError(f"the training data cannot be read: {one_line(error)}") from error
 
     def texts(self, place: Any, chunk: list[Any]) -> list[Row]:
         rows = []

@@ -95,7 +95,7 @@ def _read_item(f: dataclasses.Field, item: Any, where: str, problems: list[str])
     if not re.fullmatch(NAME, name):
         problems.append(f"{where} {name!r} is no name: letters, digits, '.', '_' and '-'. Give one, as NAME=...")
     elif TAKEN.fullmatch(name):
-        problems.append(f"{where} the name {name} would collide with the name of another number: give another one")
+        problems.append(f"{where} the name {name} has another meaning in metrics.jsonl: give a different one")
     return {"name": name, **found}
 
 
