@@ -133,6 +133,23 @@ def blocks():
     return rows
 
 
+@pytest.fixture(scope="session")
+def two_texts(tmp_path_factory):
+    """A folder with long.txt and short.txt, of words that only one of them has, valid.txt, and a tokenizer for them."""
+    from train_loop.data.rows import Rows
+    from train_loop.model import load_tokenizer
+    from train_loop.settings import Settings
+
+    folder, generator = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
+    for name, letters, size in (("long", "abcdef", 1200), ("short", "uvwxyz", 150)):
+        words = ["".join(word) for word in generator.choice(list(letters), (size, 8))]
+        (folder / f"{name}.txt").write_text("".join(f"{word}\n" for word in words))
+    (folder / "valid.txt").write_text("abc uvw\n" * 40)
+    rows = Rows.of(["abcdefuvwxyz\n"])
+    load_tokenizer(Settings(tokenizer_vocab_size=257), rows).save_pretrained(folder / "tokenizer")
+    return folder
+
+
 def save_model(folder, text_file, model_type="gpt2", num_tokens=300, **values):
     """Leaves a tiny model with random weights in `folder`, with a tokenizer of its own. `values` go into its config."""
     import datasets

@@ -67,6 +67,7 @@ def test_out_of_memory_is_a_sentence(arguments, monkeypatch, capsys):
         (["--traceback", "false"], "", False),
         (["--traceback=false"], "traceback: true", False),
         ([], "traceback: true", True),
+        ([], "", False),
     ],
 )
 def test_traceback_is_a_setting_like_any_other(flags, recipe, shown, tmp_path, capsys):
