@@ -36,7 +36,7 @@ from train_loop.publish import Publisher
 from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, write_block_nats
 from train_loop.services import Services
 from train_loop.settings import Settings
-from train_loop.trial import check_loss, fit_micro_batch
+from train_loop.trial import Planned, check_loss, fit_micro_batch, print_plan
 from train_loop.tuning import sharing_cores
 
 
@@ -90,12 +90,10 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         whole = accelerator.unwrap_model(model)
         arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
-            from train_loop.trial import print_plan
-
             accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
             scheduler = build_scheduler(optimizer, settings, num_steps)
-            print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
+            print_plan(Planned(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop))
             return False
 
         # -> where an earlier run was
