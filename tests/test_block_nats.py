@@ -56,7 +56,7 @@ def test_with_a_stride_the_blocks_are_windows_and_count_what_is_new_in_them():
     assert begin - 5 + T >= len(TOKENS) > begin - 10 + T
 
 
-def test_other_tokens_another_cut_and_other_targets_are_other_blocks():
+def test_different_tokens_cuts_or_targets_make_different_blocks():
     model, accelerator = make_model(), Accelerator(cpu=True)
     changed = BLOCKS.copy()
     changed[4, 11] += 1
@@ -119,7 +119,7 @@ def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
         assert_same_run(tmp_path / f"{step}", reference)
 
 
-def test_the_best_goes_where_the_validation_data_are_others(run_folder, tmp_path):
+def test_the_best_evaluation_is_dropped_if_the_validation_data_changed(run_folder, tmp_path):
     """Which a resume allows: the best of a run is of the blocks that its last evaluation was made on, or missing."""
     arguments, reference = run_folder
     copy_until(15, reference, tmp_path / "run")

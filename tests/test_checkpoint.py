@@ -82,7 +82,7 @@ def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, argumen
 
 
 @pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.NAdam])
-def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments, tmp_path, monkeypatch):
+def test_a_run_with_a_different_optimizer_resumes_bit_for_bit(other, arguments, tmp_path, monkeypatch):
     """One with states of other shapes than the weights', one with numbers that are tensors: a reader's change to
     optim.py is one line."""
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
@@ -153,7 +153,7 @@ def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(run_dir / "checkpoints") == [best, 58, 59, 60]
 
 
-def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, arguments, reference, capsys):
+def test_a_finished_run_says_so_and_is_extended_only_on_request(interrupted, arguments, reference, capsys):
     resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
     assert main(resume) == 0
     before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
@@ -253,7 +253,7 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "or resume the run in it with --resume_from_checkpoint auto" in capsys.readouterr().err
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):
+def test_a_different_number_of_processes_resumes_with_the_same_batches(text_file, tmp_path, capsys):
     """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
@@ -304,7 +304,7 @@ def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments,
     assert [line["step"] for line in lines_of(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(arguments, tmp_path):
+def test_a_killed_worker_is_restarted_and_the_run_resumes_without_a_flag(arguments, tmp_path):
     arguments = [*arguments, "--per_device_train_batch_size=4"]
     launcher = (*TWO, "--max_restarts=2")
     environment = {"DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
@@ -365,7 +365,7 @@ def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, referenc
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(arguments, tmp_path):
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_complete(arguments, tmp_path):
     """The first one comes while a step takes for ever."""
     output_dir = tmp_path / "run"
     running = subprocess.Popen(

@@ -180,7 +180,7 @@ def test_a_null_row_is_named(tokenizer):
         tokenize_rows(rows, tokenizer, "training")
 
 
-def test_too_little_text_for_one_block_is_said(tokenizer):
+def test_too_little_text_for_one_block_is_an_error(tokenizer):
     rows = Rows.of(["one"])
     with pytest.raises(ValueError, match="less than one block of 64"):
         load_split(rows, tokenizer, "training", Settings(block_size=64))

@@ -140,7 +140,7 @@ def step_of(metrics, step, **values):
     metrics.count_step(step, step / 3, sums, torch.tensor(4), values)
 
 
-def test_a_line_holds_numbers_and_tensors_of_ones_own(tmp_path):
+def test_a_line_of_metrics_holds_your_own_numbers_and_tensors(tmp_path):
     """Those of the last step; a tensor is read when the line is written, and a checkpoint can keep it."""
     metrics = Metrics(tmp_path, 9, is_main=True)
     weight = torch.nn.Parameter(torch.ones(3))
@@ -167,7 +167,7 @@ def test_a_line_holds_numbers_and_tensors_of_ones_own(tmp_path):
         ("tokens_seen", 1.0, "a line of metrics already has tokens_seen"),
     ],
 )
-def test_what_cannot_stand_in_a_line_is_an_error_at_the_first_step(name, value, said, tmp_path):
+def test_a_value_that_a_line_cannot_hold_is_an_error_at_the_first_step(name, value, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         step_of(Metrics(tmp_path, 9, is_main=True), 1, **{name: value})
 

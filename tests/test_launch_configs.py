@@ -86,7 +86,7 @@ def hosts():
         yield pair
 
 
-def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, text_file, tmp_path):
+def test_two_hosts_train_as_one_process_does_and_one_process_resumes_their_run(hosts, text_file, tmp_path):
     """multi_node.yaml with a process on each host against one with two micro-batches to a step; then one process goes
     on from the hosts' checkpoint of step 18. Without dropout: its random numbers are each process's own."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]

@@ -132,7 +132,7 @@ def test_every_family_of_models_trains_and_reloads(model_type, text_file, tmp_pa
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == model.get_input_embeddings().num_embeddings
 
 
-def test_a_pretrained_model_goes_on_from_where_it_was(trained, text_file, tmp_path):
+def test_a_pretrained_model_starts_at_its_own_loss(trained, text_file, tmp_path):
     arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--max_train_steps=2"]
     arguments += ["--num_threads=1"]  # as before: another number may sum in another order
     assert main([f"--model_name_or_path={trained}", *arguments, f"--output_dir={tmp_path}/more"]) == 0

@@ -143,7 +143,7 @@ def test_a_file_of_a_copy_is_written_nowhere_but_in_its_folder(arguments, place,
     assert not list((place / "deep").rglob("outside.txt"))
 
 
-def test_whole_checkpoints_of_the_folder_go_before_the_mirrors(arguments, place, mirrored, capsys):
+def test_complete_checkpoints_in_the_folder_win_over_the_mirror(arguments, place, mirrored, capsys):
     shutil.copytree(mirrored / "run", place / "run")
     for step in (3, 4):
         shutil.rmtree(place / "run" / "checkpoints" / f"step-00000{step}")

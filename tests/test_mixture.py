@@ -199,7 +199,7 @@ def test_streams_are_taken_in_turn_by_weight_and_the_epoch_ends_with_the_shorter
     assert np.abs(behind).max() <= 1, "at each block of the epoch"
 
 
-def test_a_longer_stream_goes_on_in_the_next_epoch_and_each_of_its_blocks_comes_once(two_texts, monkeypatch):
+def test_a_longer_stream_continues_in_the_next_epoch_and_no_block_comes_twice(two_texts, monkeypatch):
     """The long one has more than three epochs' blocks."""
     stream, settings = mixed_stream(two_texts, monkeypatch)
     seen, start, lengths = [], Place(), []

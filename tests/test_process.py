@@ -204,7 +204,7 @@ def unbroken(text_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BROKEN_CONSOLES)
-def test_training_goes_on_without_a_console(name, unbroken, arguments, tmp_path):
+def test_training_continues_without_a_console(name, unbroken, arguments, tmp_path):
     words = " ".join(f"'{word}'" for word in [sys.executable, "train_loop/main.py", *arguments])
     done = shell(BROKEN_CONSOLES[name].format(words))
     assert done.returncode == 0, done.stderr

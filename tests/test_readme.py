@@ -32,7 +32,7 @@ TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
 
 
-def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
+def test_every_command_works_as_written_one_after_the_other(healthy, text_file, tmp_path):
     """In one folder, with the files that the pages speak of; two steps of each run."""
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
