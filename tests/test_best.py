@@ -115,7 +115,7 @@ def test_a_run_that_stopped_early_and_was_killed_before_its_export_is_exported_a
 
 
 def test_a_damaged_best_model_is_reported_and_the_last_one_exported(watched, tmp_path, capsys, monkeypatch):
-    """The disk fails in the last step, after the run had gone on from the best."""
+    """The disk fails in the last step, some steps after the best evaluation."""
     shutil.copytree(watched["folder"] / "alone", tmp_path / "run")
     damaged, count_step = tmp_path / "run" / "checkpoints" / "step-000012", Metrics.count_step
 
@@ -160,7 +160,7 @@ def test_the_untrained_model_is_never_the_best_and_the_first_of_equals_is():
 
 @pytest.mark.parametrize("threshold, end", [(0.0, 100), (0.5, 3)])
 def test_small_gains_count_only_above_the_threshold(threshold, end):
-    """As in transformers: the best is the lowest all the same."""
+    """As in transformers, the threshold is for patience alone: the best model is the one with the lowest loss."""
     settings = {"early_stopping_patience": 2, "early_stopping_threshold": threshold}
     position, found = position_after([9.0, 5.0, 4.9, 4.8], **settings)
     assert (found, position.best_step) == (end, 3)

@@ -106,8 +106,8 @@ def test_a_run_keeps_its_last_and_its_best_evaluation(run_folder):
 
 
 def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
-    """From a checkpoint before the best evaluation and from one behind it; what is on the disk by then is of later
-    steps, or gone."""
+    """From a checkpoint before the best evaluation and from one after it. The file on the disk is of later steps then,
+    or missing."""
     arguments, reference = run_folder
     best = read_block_nats(reference / BLOCK_NATS)["best"].step
     for step in (best - best % 5, 15):
@@ -120,7 +120,7 @@ def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
 
 
 def test_the_best_evaluation_is_dropped_if_the_validation_data_changed(run_folder, tmp_path):
-    """Which a resume allows: the best of a run is of the blocks that its last evaluation was made on, or missing."""
+    """A resume with changes allows other validation data. The best evaluation so far was made on other blocks then."""
     arguments, reference = run_folder
     copy_until(15, reference, tmp_path / "run")
     changed = ["--max_eval_samples=20", "--resume_with_changes", "--resume_from_checkpoint=auto"]

@@ -33,7 +33,7 @@ NO_SYSTEM = (
 
 
 def prepared(folder, rows, tokenizer, kind="jsonl", **more):
-    """The `Split` of rows; `block_size` is by default all of one."""
+    """The `Split` of `rows`, from a file of this kind."""
     path = folder / f"rows.{kind}"
     if kind == "parquet":
         path.write_bytes(parquet(rows))

@@ -83,8 +83,8 @@ def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, argumen
 
 @pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.NAdam])
 def test_a_run_with_a_different_optimizer_resumes_bit_for_bit(other, arguments, tmp_path, monkeypatch):
-    """One with states of other shapes than the weights', one with numbers that are tensors: a reader's change to
-    optim.py is one line."""
+    """As after a change of one line in optim.py: an optimizer whose states have other shapes than the weights, and one
+    that keeps its numbers as tensors."""
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
     arguments = [*arguments, "--max_train_steps=10"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
@@ -254,7 +254,8 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
 
 
 def test_a_different_number_of_processes_resumes_with_the_same_batches(text_file, tmp_path, capsys):
-    """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
+    """Two processes begin, one resumes with two micro-batches in a step. Without dropout the losses agree up to
+    rounding."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
     arguments += ["--per_device_train_batch_size=4"]
@@ -348,7 +349,7 @@ def wait_for(path, seconds=300):
 
 
 def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, reference):
-    """`accelerate launch` of one process passes no signal on: it dies, and the run must notice."""
+    """With one process, `accelerate launch` does not pass the signal on: it dies, and the run must notice that."""
     arguments = [*arguments, f"--output_dir={tmp_path}/run", "--max_train_samples=100"]
     launched = subprocess.Popen(
         [*LAUNCH, "train_loop/main.py", *arguments],
@@ -366,7 +367,7 @@ def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, referenc
 
 
 def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_complete(arguments, tmp_path):
-    """The first one comes while a step takes for ever."""
+    """The first Ctrl-C comes in a step that does not end."""
     output_dir = tmp_path / "run"
     running = subprocess.Popen(
         [sys.executable, PROGRAMS / "hangs_after_step_5.py", output_dir, *arguments, f"--output_dir={output_dir}"],

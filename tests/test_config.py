@@ -236,7 +236,7 @@ VALUES = st.one_of(
 @hypothesis.example([("mirror", "\0")])
 @hypothesis.given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=5))
 def test_any_value_of_any_setting_is_accepted_or_named_in_an_error(pairs):
-    """Whatever stands on the command line: settings within their ranges, or a ValueError that names a flag."""
+    """Any command line gives settings within their ranges, or a ValueError that names a flag."""
     argv = [*MODEL, *DATA, *(f"--{name}={value}" for name, value in pairs)]
     try:
         settings = read_settings(argv)

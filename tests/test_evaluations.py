@@ -141,7 +141,7 @@ def step_of(metrics, step, **values):
 
 
 def test_a_line_of_metrics_holds_your_own_numbers_and_tensors(tmp_path):
-    """Those of the last step; a tensor is read when the line is written, and a checkpoint can keep it."""
+    """The values are those of the last step. A tensor is read when the line is written; a checkpoint can hold it."""
     metrics = Metrics(tmp_path, 9, is_main=True)
     weight = torch.nn.Parameter(torch.ones(3))
     step_of(metrics, 1, weight_norm=weight.norm(), temperature=3)
@@ -173,7 +173,7 @@ def test_a_value_that_a_line_cannot_hold_is_an_error_at_the_first_step(name, val
 
 
 def test_a_second_pass_over_a_window_is_a_second_call(blocks):
-    """Its gradients are added to those of the first; sums are of each pass."""
+    """The gradients of the second call are added to those of the first. The returned sums are those of each call."""
     accelerator, model = Accelerator(cpu=True), make_model()
     ids = torch.from_numpy(blocks[:6].astype(np.int64)).reshape(3, 2, BLOCK)
     tensors, num_targets = {"input_ids": ids, "labels": ids}, count_targets(ids)

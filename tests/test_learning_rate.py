@@ -76,7 +76,7 @@ def test_warm_up_may_be_a_share_of_the_steps():
 
 
 def test_a_recipe_with_both_names_of_the_warm_up_is_read_if_one_is_zero(tmp_path):
-    """As train_config.yaml of a version has it that had two settings."""
+    """An older version had two settings, and its train_config.yaml has both."""
     for steps, ratio, wanted in ((5, 0.0, 5), (0, 0.1, 0.1), (0, 0.0, 0)):
         (tmp_path / "r.yaml").write_text(f"num_warmup_steps: {steps}\nwarmup_ratio: {ratio}\n")
         assert read_settings([*WORDS, f"--config={tmp_path}/r.yaml"]).num_warmup_steps == wanted

@@ -33,7 +33,7 @@ ALONE = process()
 
 
 def numbered(first, size):
-    """Blocks that say who they are: each of one token, its number."""
+    """Blocks that can be told apart: block i consists of the token i."""
     return Split("training", np.arange(first, first + size, dtype=np.int32)[:, None].repeat(T, axis=1))
 
 

@@ -223,7 +223,7 @@ def test_a_mistake_in_next_token_loss_is_a_sentence_before_the_first_step(traine
 
 @pytest.mark.parametrize("first", [True, False])
 def test_logits_that_are_used_beside_an_inplace_cross_entropy_are_an_error(first, trained, blocks, monkeypatch):
-    """Silently, they would be other numbers."""
+    """Without an error, the objective would silently use other numbers."""
 
     def objective(logits, targets, **of_rows):
         before = logits.logsumexp(-1).square().sum() if first else 0

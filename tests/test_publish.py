@@ -45,7 +45,7 @@ def test_the_table_has_a_row_for_each_evaluation(runs):
 
 
 def test_the_card_names_nothing_of_the_hub_that_is_not_there(runs):
-    """Neither a folder as the base model nor a file as the data set, and no license that nobody gave."""
+    """A folder is not named as the base model, a file not as the data set, and no license is invented."""
     for name in ("first", "second"):
         assert metadata_load(runs / name / "README.md").keys() == {
             "library_name",

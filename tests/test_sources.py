@@ -135,7 +135,7 @@ def test_two_processes_train_on_the_mixture_of_one(how, arguments, two_texts, tm
 
 
 def test_a_streamed_mixture_that_is_resumed_ends_as_if_left_alone(arguments, two_texts, tmp_path, monkeypatch):
-    """In the first epoch, at its end, and in the second, in which the long stream goes on where it was."""
+    """Resumed in the first epoch, at its end, and in the second, where the long stream continues."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 400)
     words = [word for word in arguments if not word.startswith("--checkpointing_steps")]
     words += ["--streaming", "--shuffle_buffer_size=20", "--max_train_steps=27", "--checkpointing_steps=9"]

@@ -57,7 +57,7 @@ def tokenizer(texts, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that the text has some thirty."""
+    """Small chunks, so that the text has about thirty."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
 
 
@@ -319,7 +319,7 @@ def test_two_processes_resume_the_stream_of_one(arguments, tmp_path):
 
 
 def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(arguments, texts, tmp_path):
-    """The second one: the second chunk is its."""
+    """It is the second process: the second chunk is its share."""
     path = write("txt", tmp_path, texts)
     content = bytearray(path.read_bytes())
     content[700] = 0xFF
