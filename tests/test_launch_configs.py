@@ -88,7 +88,7 @@ def hosts():
 
 def test_two_hosts_train_as_one_process_does_and_one_process_resumes_their_run(hosts, text_file, tmp_path):
     """multi_node.yaml with a process on each host, against one process with two micro-batches in a step. Then one
-    process resumes from the hosts' checkpoint of step 18. Without dropout, whose random numbers differ between processes."""
+    process resumes from the hosts' checkpoint of step 18. Without dropout, whose numbers differ between processes."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--learning_rate=1e-3", "--per_device_train_batch_size=4", "--checkpointing_steps=9"]
     first, second = launch_on_both(hosts, ON_CPUS, [*arguments, f"--output_dir={tmp_path}/two"])

@@ -22,8 +22,6 @@ from train_loop.settings import Settings
 from train_loop.whole import utf8
 
 CARD = "README.md"
-
-
 EXPORT_PARTIAL = ".export.partial"  # the folder in output_dir to which the files are written first
 
 
@@ -92,9 +90,9 @@ class Publisher:
         self.step: int | None = None
 
     def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
-        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
-        Returns what `export` does, and the same of the records that can be written again from a checkpoint, on the main
-        one; {} on the others."""
+        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Call it on every process.
+        Returns on the main process {name: size and digest} of the exported files and of the records that a checkpoint
+        can restore, {} on the others."""
         self.end()
         is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
         state_dict = unsharded_tensors(whole, keep=is_main)
