@@ -87,8 +87,8 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         for remark in check_loss(model, train_split, settings, accelerator):
             accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # each process has its own dropout
-        whole = accelerator.unwrap_model(model)
-        arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
+        unwrapped = accelerator.unwrap_model(model)
+        arithmetic = banner(settings, accelerator, unwrapped, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
             accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
@@ -100,7 +100,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         clock = Clock(settings.save_minutes, settings.max_minutes, stop.began)
         checkpoints, position = Checkpoints(settings, accelerator, decides, clock), Position()
         at_the_end.callback(checkpoints.end)
-        mfu = mfu_per_token_rate(whole, settings, accelerator)
+        mfu = mfu_per_token_rate(unwrapped, settings, accelerator)
         trackers = Trackers(settings)
         metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu, list(eval_splits))
         at_the_end.callback(trackers.finish)

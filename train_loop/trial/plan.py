@@ -229,20 +229,20 @@ def print_plan(run: Planned) -> None:
     say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
     W, B, A = accelerator.num_processes, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    whole, device = accelerator.unwrap_model(model), accelerator.device
+    unwrapped, device = accelerator.unwrap_model(model), accelerator.device
     sharded, runs_sharded = asks_for_fsdp(), accelerator.distributed_type == "FSDP"
     available = available_bytes(device)
 
     half = accelerator.mixed_precision in ("bf16", "fp16")
 
     def parts_of(sharded: bool) -> dict[str, int]:
-        return state_bytes(whole, W, sharded, A > 1, half)
+        return state_bytes(unwrapped, W, sharded, A > 1, half)
 
     parts, here = parts_of(sharded), parts_of(runs_sharded)
     listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     how = f"FSDP over {W}" if sharded else f"DDP, {W} copies" if W > 1 else "one process"
-    size = sum(p.numel() for p in whole.parameters())
-    sent = bytes_exchanged(whole, W, sharded, A, half)
+    size = sum(p.numel() for p in unwrapped.parameters())
+    sent = bytes_exchanged(unwrapped, W, sharded, A, half)
     say(f"state       of a process ({how}): {listed} = {gib(sum(parts.values()))}, for {size:,} parameters")
     if W > 1:
         say(f"exchange    each process sends {gib(sent)} in an optimizer step")
