@@ -327,7 +327,7 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, clock=
     accelerator = accelerator or Accelerator(cpu=True)
     torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
     torch.manual_seed(settings.seed)
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings), 1)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     metrics = Metrics(output_dir, num_steps, is_main=True)
     position = Position()

@@ -63,7 +63,7 @@ def epoch_of(split, epoch, accelerator=ALONE):
 def test_an_epoch_has_70_and_30_percent_and_ends_with_the_source_that_is_used_up_first():
     """b has 30 blocks, so an epoch has 100: all of b, 70 of a, and none twice."""
     split = mixture()
-    assert split.num_blocks == split.blocks_in_epoch(42) == 100
+    assert split.num_blocks == split.blocks_in_epoch(SETTINGS) == 100
     for epoch in range(3):
         numbers = epoch_of(split, epoch)
         assert len(numbers) == len(set(numbers)) == 100
@@ -123,7 +123,7 @@ def test_block_order_gets_the_blocks_of_the_epoch_and_may_look_at_them(monkeypat
     """Sorted by their first token, and every second one: half of a mixture."""
     monkeypatch.setattr(data, "block_order", lambda blocks, seed, epoch: np.argsort(np.asarray(blocks)[:, 0])[::2])
     numbers = epoch_of(mixture(), 0)
-    assert len(numbers) == 50 == mixture().blocks_in_epoch(42) and numbers == sorted(numbers)
+    assert len(numbers) == 50 == mixture().blocks_in_epoch(SETTINGS) and numbers == sorted(numbers)
     monkeypatch.setattr(data, "block_order", lambda blocks, seed, epoch: [len(blocks)])
     with pytest.raises(ValueError, match="names block 100, but there are blocks 0 to 99"):
         mixture().order(42, 0)

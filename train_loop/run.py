@@ -75,7 +75,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             return False
 
         # -> optimizer
-        run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
+        run_length = train_split.blocks_in_epoch(settings), accelerator.num_processes
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
         decides = run_identity(

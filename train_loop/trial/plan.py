@@ -195,7 +195,7 @@ def measure(run: Planned) -> dict[str, float]:
         raise UserError(NO_TARGET)
     tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
     blocks_of_step = few.blocks_per_step(world_size)
-    num_blocks = run.train_split.blocks_in_epoch(settings.seed) or blocks_of_step
+    num_blocks = run.train_split.blocks_in_epoch(settings) or blocks_of_step
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines if line["step"] > num_steps // 2)
 
@@ -267,7 +267,7 @@ def print_plan(run: Planned) -> None:
 
     found = measure(run)
     # None for a stream: evaluations at the ends of its epochs are not counted
-    num_blocks = train_split.blocks_in_epoch(settings.seed)
+    num_blocks = train_split.blocks_in_epoch(settings)
     num_steps, per_epoch = settings.num_steps(num_blocks, W), settings.steps_per_epoch(num_blocks, W)
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
