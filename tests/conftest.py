@@ -209,7 +209,7 @@ def hub(text_file, tmp_path_factory):
 
 @pytest.fixture
 def healthy(hub):
-    """The hub, which is well again after the test, and without what was pushed."""
+    """The hub. After the test it is reset: it fails no more, and nothing is pushed to it."""
     yield hub
     hub.reset()
 
@@ -367,7 +367,7 @@ def run_program(name, *arguments, **options):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Within it this process can write no larger one: what meets the limit sees a full disk, with EFBIG for ENOSPC."""
+    """Inside it this process cannot write larger files: a longer write fails as on a full disk (EFBIG, not ENOSPC)."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -383,7 +383,7 @@ def lines_of(output_dir):
 
 
 def without_timings(output_dir):
-    """The lines of metrics.jsonl, but for what two runs of the same job never share."""
+    """The lines of metrics.jsonl without timings, which differ between two runs of the same job."""
     lines = lines_of(output_dir)
     for line in lines:
         line.pop("tokens_per_second", None)
@@ -405,7 +405,7 @@ def weights_of(output_dir):
 
 
 def largest_difference(first, second):
-    """Of any number in two state dicts."""
+    """The largest difference between the numbers of two state dicts."""
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)
 

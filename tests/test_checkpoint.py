@@ -308,7 +308,7 @@ def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments,
 def test_a_killed_worker_is_restarted_and_the_run_resumes_without_a_flag(arguments, tmp_path):
     arguments = [*arguments, "--per_device_train_batch_size=4"]
     launcher = (*TWO, "--max_restarts=2")
-    environment = {"DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
+    environment = {"SIGNAL": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
     arguments_of_run = [*arguments, f"--output_dir={tmp_path}/run"]
     done = run_program("rank_1_dies_once.py", *arguments_of_run, launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr
@@ -323,7 +323,7 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
     launched = subprocess.Popen(
         [*TWO, PROGRAMS / "rank_1_dies_once.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DEED": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
