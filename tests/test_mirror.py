@@ -124,9 +124,9 @@ def flip(path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("damage", [flip, lambda path: path.unlink()], ids=["flipped", "missing"])
-def test_a_damaged_copy_is_not_taken(name, damage, arguments, place, mirrored, capsys):
-    damage(place / "mirror" / "step-000003" / name)
+@pytest.mark.parametrize("spoil", [flip, lambda path: path.unlink()], ids=["flipped", "missing"])
+def test_a_damaged_copy_is_not_taken(name, spoil, arguments, place, mirrored, capsys):
+    spoil(place / "mirror" / "step-000003" / name)
     assert main([*arguments, f"--output_dir={place}/run", f"--mirror={place}/mirror"]) == 0
     assert "step-000002 was fetched" in capsys.readouterr().err
     assert_same_run(place / "run", mirrored / "run")
