@@ -126,7 +126,7 @@ def test_with_layers_that_are_computed_again_the_run_is_the_same_bit_for_bit(run
 
 
 def test_tuned_modules_give_the_gradients_of_plain_ones_with_dropout(model):
-    """The tuned MLP of GPT-2 computes a part again, and must drop the same there. Tolerance: rounding of float32."""
+    """The tuned MLP of GPT-2 recomputes a part, where dropout must draw the same mask. Tolerance: float32 rounding."""
     found = []
     for tuning in (True, False):
         settings = Settings(model_name_or_path=str(model), block_size=32, tuning=tuning, lora_r=4, lora_dropout=0.2)
