@@ -45,7 +45,7 @@ def train(
     """
     metrics, checkpoints, stop = services.metrics, services.checkpoints, services.stop
     accelerator, device = services.accelerator, services.accelerator.device
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), accelerator.num_processes)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings), accelerator.num_processes)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
     windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)
