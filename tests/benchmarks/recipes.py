@@ -69,8 +69,9 @@ def table(folders: list[Path]) -> None:
                 reached.append(share * steps[0] / lines[-1]["step"] if steps else float("inf"))
             against = difference(nats[REFERENCE], nats[name], targets)
             minus = f"{against.value:+.4f} +- {against.half_width:.4f}"
+            shares = [f"{share:.2f}", f"{max(reached):.2f}"]
             row = [folder.name, name, len(runs), f"{num_tokens(runs[0]):,}", f"{evaluations[0][0]['eval_loss']:.4f}"]
-            row += [f"{losses[name]:.4f}", "" if name == REFERENCE else minus, f"{share:.2f}", f"{max(reached):.2f}"]
+            row += [f"{losses[name]:.4f}", *(["", "1", ""] if name == REFERENCE else [minus, *shares])]
             print(f"| {' | '.join(map(str, row))} |")
 
 
