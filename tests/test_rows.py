@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ONLINE, run_program
 from hub_server import HubServer
-from hypothesis import HealthCheck, given, settings, target
+from hypothesis import HealthCheck, assume, given, settings, target
 from hypothesis import strategies as st
 
 from train_loop.data import sources
@@ -96,6 +96,8 @@ def write_json(rows):
 
 
 def write_csv(rows, quoting=csv.QUOTE_MINIMAL, end="\r\n"):
+    if sys.version_info < (3, 11):  # its csv module neither writes nor reads one: such a file is refused
+        assume(not any("\0" in row for row in rows))
     file = io.StringIO(newline="")
     writer = csv.writer(file, quoting=quoting, lineterminator=end)
     writer.writerows([["id", "text", "date"], *([i, row, ""] for i, row in enumerate(rows))])
