@@ -133,6 +133,23 @@ def blocks():
     return rows
 
 
+@pytest.fixture(scope="session")
+def two_texts(tmp_path_factory):
+    """A folder with long.txt and short.txt, of words that only one of them has, valid.txt, and a tokenizer for them."""
+    from train_loop.data.rows import Rows
+    from train_loop.model import load_tokenizer
+    from train_loop.settings import Settings
+
+    folder, generator = tmp_path_factory.mktemp("texts"), np.random.default_rng(0)
+    for name, letters, size in (("long", "abcdef", 1200), ("short", "uvwxyz", 150)):
+        words = ["".join(word) for word in generator.choice(list(letters), (size, 8))]
+        (folder / f"{name}.txt").write_text("".join(f"{word}\n" for word in words))
+    (folder / "valid.txt").write_text("abc uvw\n" * 40)
+    rows = Rows.of(["abcdefuvwxyz\n"])
+    load_tokenizer(Settings(tokenizer_vocab_size=257), rows).save_pretrained(folder / "tokenizer")
+    return folder
+
+
 def save_model(folder, text_file, model_type="gpt2", num_tokens=300, **values):
     """Leaves a tiny model with random weights in `folder`, with a tokenizer of its own. `values` go into its config."""
     import datasets
@@ -192,7 +209,7 @@ def hub(text_file, tmp_path_factory):
 
 @pytest.fixture
 def healthy(hub):
-    """The hub, which is well again after the test, and without what was pushed."""
+    """The hub. After the test it is reset: it fails no more, and nothing is pushed to it."""
     yield hub
     hub.reset()
 
@@ -310,7 +327,7 @@ def train(model, train_blocks, eval_blocks, output_dir, accelerator=None, clock=
     accelerator = accelerator or Accelerator(cpu=True)
     torch.set_num_threads(1)  # more would only wait for each other, and where cores are busy, long
     torch.manual_seed(settings.seed)
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), 1)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings), 1)
     prepared, optimizer = accelerator.prepare(model, build_optimizer(model, settings))
     metrics = Metrics(output_dir, num_steps, is_main=True)
     position = Position()
@@ -350,7 +367,7 @@ def run_program(name, *arguments, **options):
 
 @contextlib.contextmanager
 def largest_file(size):
-    """Within it this process can write no larger one: what meets the limit sees a full disk, with EFBIG for ENOSPC."""
+    """Inside it this process cannot write larger files: a longer write fails as on a full disk (EFBIG, not ENOSPC)."""
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -366,7 +383,7 @@ def lines_of(output_dir):
 
 
 def without_timings(output_dir):
-    """The lines of metrics.jsonl, but for what two runs of the same job never share."""
+    """The lines of metrics.jsonl without timings, which differ between two runs of the same job."""
     lines = lines_of(output_dir)
     for line in lines:
         line.pop("tokens_per_second", None)
@@ -388,7 +405,7 @@ def weights_of(output_dir):
 
 
 def largest_difference(first, second):
-    """Of any number in two state dicts."""
+    """The largest difference between the numbers of two state dicts."""
     assert first.keys() == second.keys()
     return max((first[name] - second[name]).abs().max().item() for name in first)
 

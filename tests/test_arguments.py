@@ -73,7 +73,9 @@ def test_the_page_lists_them_as_they_are():
         ("--max_steps=-1", "max_train_steps", None),
         ("--max-steps=10", "max_train_steps", 10),
         ("--warmup_steps 5", "num_warmup_steps", 5),
-        ("--warmup_steps 0.1", "warmup_ratio", 0.1),
+        ("--warmup_steps 0.1", "num_warmup_steps", 0.1),
+        ("--warmup_ratio 0.1", "num_warmup_steps", 0.1),
+        ("--warmup_ratio 0 --num_warmup_steps 5", "num_warmup_steps", 5),
         ("--save_steps 50", "checkpointing_steps", "50"),
         ("--save_strategy epoch --save_steps 50", "checkpointing_steps", "epoch"),
         ("--save_strategy steps --save_steps 50", "checkpointing_steps", "50"),
@@ -119,7 +121,7 @@ def test_a_recipe_may_hold_aliases_and_a_flag_wins_over_them(tmp_path):
 
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
-def test_what_is_refused_names_the_flag_and_the_way_on(name):
+def test_a_refused_argument_names_what_to_give_instead(name):
     words = f"--{name}" if name not in ("data_seed", "optim", "dtype", "torch_dtype") else f"--{name}=7"
     if name in ("average_tokens_across_devices", "keep_linebreaks", "use_fast_tokenizer"):
         words += "=false"
@@ -130,7 +132,7 @@ def test_what_is_refused_names_the_flag_and_the_way_on(name):
 
 
 @pytest.mark.parametrize("name", sorted(NO_EFFECT))
-def test_what_has_no_effect_is_taken_and_said(name, capsys):
+def test_an_argument_without_effect_is_accepted_with_a_note(name, capsys):
     assert read_settings([*DATA, f"--{name}", "4"]) == read_settings(DATA)
     assert capsys.readouterr().err == f"note: {name} has no effect: {NO_EFFECT[name]}\n"
 
@@ -143,17 +145,17 @@ def test_two_names_for_one_setting_are_refused_where_they_differ():
 
 
 @pytest.mark.parametrize("flag", ["--ds_config", "--save_step_interval"])
-def test_an_unknown_flag_is_not_taken_for_one_that_looks_a_little_like_it(flag):
+def test_an_unknown_flag_is_not_taken_for_a_similar_one(flag):
     assert problems_of(flag, "4") == [f"the command line: {flag} is not a setting"]
 
 
-def test_a_file_alone_is_answered_with_the_flag_for_it():
+def test_a_file_without_a_flag_is_answered_with_the_flag():
     assert problems_of("args.json") == [
         "the command line: 'args.json' is not the value of any flag; did you mean --config args.json?"
     ]
 
 
-def test_the_hubs_name_of_wikitext_is_said():
+def test_the_old_name_of_wikitext_is_answered_with_the_hubs_name():
     problems = problems_of("--dataset_name=wikitext", "--dataset_config_name=wikitext-2-raw-v1", "--do_train")
     assert problems == ["dataset_name wikitext: the hub has it as Salesforce/wikitext; give that name"]
 
@@ -206,7 +208,7 @@ def test_the_flag_that_they_add_on_a_cpu_is_answered(names, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_what_run_clm_does_otherwise_is_said_to_those_who_write_its_flags(capsys):
+def test_who_uses_run_clms_flags_is_told_what_differs_here(capsys):
     read_settings(["--model_name_or_path=m", "--dataset_name=d", "--do_eval"])
     error = capsys.readouterr().err
     assert error == "note: the default of block_size is 128; run_clm takes the model's positions, at most 1,024\n"

@@ -59,7 +59,7 @@ def test_a_run_stops_when_patience_has_run_out_and_says_why(watched):
     assert steps_in(folder / "checkpoints") == [step, step + 12]  # one newest, and the best
 
 
-def test_killed_and_resumed_it_is_the_run_left_alone_best_and_patience_too(watched):
+def test_best_model_and_patience_survive_a_kill(watched):
     folder = watched["folder"]
     assert_same_run(folder / "killed", folder / "alone")
     assert_exports_its_best(folder / "killed")
@@ -70,7 +70,7 @@ def test_killed_and_resumed_it_is_the_run_left_alone_best_and_patience_too(watch
     assert positions[0] == positions[1] and positions[0]["num_worse"] == 6
 
 
-def test_looking_at_a_run_does_not_change_it(watched):
+def test_samples_trackers_and_saves_of_best_models_do_not_change_a_run(watched):
     """Samples, trackers, saves of best models: up to the early end, the lines of a run without, bit for bit."""
     alone, plain = watched["folder"] / "alone", watched["folder"] / "plain"
     lines, without = without_timings(alone), without_timings(plain)
@@ -79,7 +79,7 @@ def test_looking_at_a_run_does_not_change_it(watched):
     assert lines_of(plain)[-1]["step"] == 40 and "exported_step" not in (plain / "all_results.json").read_text()
 
 
-def test_resuming_a_run_that_stopped_early_says_so_and_goes_on_with_more_patience(watched, tmp_path, capsys):
+def test_a_run_that_stopped_early_says_so_and_continues_with_more_patience(watched, tmp_path, capsys):
     folder = tmp_path / "run"
     shutil.copytree(watched["folder"] / "alone", folder)
     arguments = [a for a in watched["arguments"] if a not in ("--report_to", "tensorboard", "mlflow")]
@@ -114,10 +114,8 @@ def test_a_run_that_stopped_early_and_was_killed_before_its_export_is_exported_a
     assert_exports_its_best(tmp_path / "run")
 
 
-def test_a_best_model_that_is_damaged_at_the_end_is_said_to_be_and_the_last_is_exported(
-    watched, tmp_path, capsys, monkeypatch
-):
-    """The disk fails in the last step, after the run had gone on from the best."""
+def test_a_damaged_best_model_is_reported_and_the_last_one_exported(watched, tmp_path, capsys, monkeypatch):
+    """The disk fails in the last step, some steps after the best evaluation."""
     shutil.copytree(watched["folder"] / "alone", tmp_path / "run")
     damaged, count_step = tmp_path / "run" / "checkpoints" / "step-000012", Metrics.count_step
 
@@ -162,7 +160,7 @@ def test_the_untrained_model_is_never_the_best_and_the_first_of_equals_is():
 
 @pytest.mark.parametrize("threshold, end", [(0.0, 100), (0.5, 3)])
 def test_small_gains_count_only_above_the_threshold(threshold, end):
-    """As in transformers: the best is the lowest all the same."""
+    """As in transformers, the threshold is for patience alone: the best model is the one with the lowest loss."""
     settings = {"early_stopping_patience": 2, "early_stopping_threshold": threshold}
     position, found = position_after([9.0, 5.0, 4.9, 4.8], **settings)
     assert (found, position.best_step) == (end, 3)

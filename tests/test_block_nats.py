@@ -56,7 +56,7 @@ def test_with_a_stride_the_blocks_are_windows_and_count_what_is_new_in_them():
     assert begin - 5 + T >= len(TOKENS) > begin - 10 + T
 
 
-def test_other_tokens_another_cut_and_other_targets_are_other_blocks():
+def test_different_tokens_cuts_or_targets_make_different_blocks():
     model, accelerator = make_model(), Accelerator(cpu=True)
     changed = BLOCKS.copy()
     changed[4, 11] += 1
@@ -106,8 +106,8 @@ def test_a_run_keeps_its_last_and_its_best_evaluation(run_folder):
 
 
 def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
-    """From a checkpoint before the best evaluation and from one behind it; what is on the disk by then is of later
-    steps, or gone."""
+    """From a checkpoint before the best evaluation and from one after it. The file on the disk is of later steps then,
+    or missing."""
     arguments, reference = run_folder
     best = read_block_nats(reference / BLOCK_NATS)["best"].step
     for step in (best - best % 5, 15):
@@ -119,8 +119,8 @@ def test_a_resumed_run_keeps_the_same_bytes(run_folder, tmp_path):
         assert_same_run(tmp_path / f"{step}", reference)
 
 
-def test_the_best_goes_where_the_validation_data_are_others(run_folder, tmp_path):
-    """Which a resume allows: the best of a run is of the blocks that its last evaluation was made on, or missing."""
+def test_the_best_evaluation_is_dropped_if_the_validation_data_changed(run_folder, tmp_path):
+    """A resume with changes allows other validation data. The best evaluation so far was made on other blocks then."""
     arguments, reference = run_folder
     copy_until(15, reference, tmp_path / "run")
     changed = ["--max_eval_samples=20", "--resume_with_changes", "--resume_from_checkpoint=auto"]

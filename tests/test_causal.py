@@ -157,7 +157,7 @@ def test_the_vocabulary_from_scratch_reaches_the_tokenizers_largest_id():
     assert from_scratch("gpt2", TINY_CONFIGS["gpt2"], gap).get_input_embeddings().num_embeddings == 31
 
 
-def test_a_larger_vocabulary_is_to_be_had_and_a_smaller_one_is_refused():
+def test_a_larger_vocabulary_is_accepted_and_a_smaller_one_refused():
     sizes = TINY_CONFIGS["gpt2"]
     model = from_scratch("gpt2", {**sizes, "vocab_size": 64})
     assert model.config.vocab_size == 64 and model.get_output_embeddings().weight.shape[0] == 64

@@ -111,6 +111,24 @@ def test_the_focal_loss_is_trained_without_full_logits_and_validation_stays_plai
     assert all(line["loss"] < 0.98 * line["nll"] for line in lines if "nll" in line)
 
 
+def test_tokens_of_a_single_byte_count_twice_in_training_alone(change, text_file, tmp_path):
+    main = change("weights_of_tokens")
+    assert main([*TINY, *SHORT, f"--train_file={text_file}", f"--output_dir={tmp_path}/run"]) == 0
+    lines = lines_of(tmp_path / "run")
+    assert all(1 < line["loss"] / line["nll"] < 2 for line in lines if "nll" in line)
+    assert all(line["eval_objective"] > line["eval_loss"] == line["eval_nll"] for line in lines if "eval_loss" in line)
+
+    from train_loop.data.blocks import inputs_and_labels
+    from train_loop.loss import next_token_loss
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run").eval()
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(0))
+    batch = {name: torch.from_numpy(array) for name, array in inputs_and_labels(ids.numpy()).items()}
+    nats = F.cross_entropy(model(input_ids=ids).logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
+    wanted = (nats * (1 + (ids[:, 1:] < 256).float())).sum()
+    assert next_token_loss(model, batch)[0].item() == pytest.approx(wanted.item(), rel=1e-5)  # sums of float32
+
+
 def test_distillation_moves_the_student_towards_a_frozen_teacher(change, base, text_file, tmp_path):
     main = change("distillation")
     from train_loop import loss

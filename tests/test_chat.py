@@ -33,7 +33,7 @@ NO_SYSTEM = (
 
 
 def prepared(folder, rows, tokenizer, kind="jsonl", **more):
-    """The `Split` of rows; `block_size` is by default all of one."""
+    """The `Split` of `rows`, from a file of this kind."""
     path = folder / f"rows.{kind}"
     if kind == "parquet":
         path.write_bytes(parquet(rows))
@@ -77,7 +77,7 @@ def test_a_prompt_and_its_completion_may_be_messages(tmp_path):
     assert expected.startswith(text_of(split, tokenizer)[:-2])
 
 
-def test_what_a_template_leaves_out_of_earlier_turns_is_no_reason_to_guess(tmp_path):
+def test_a_template_that_leaves_out_parts_of_earlier_turns_is_refused(tmp_path):
     good, bad = messages("a", "b#c"), messages("a", "hm#b", "c", "d")
     tokenizer = byte_tokenizer(FORGETS)
     assert text_of(prepared(tmp_path, [{"messages": good}], tokenizer, block_size=2), tokenizer).startswith(

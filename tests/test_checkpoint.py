@@ -82,9 +82,9 @@ def test_the_checkpoint_of_every_step_leads_to_the_same_end(interrupted, argumen
 
 
 @pytest.mark.parametrize("other", [torch.optim.Adafactor, torch.optim.NAdam])
-def test_a_run_with_another_optimizer_goes_on_as_if_left_alone(other, arguments, tmp_path, monkeypatch):
-    """One with states of other shapes than the weights', one with numbers that are tensors: a reader's change to
-    optim.py is one line."""
+def test_a_run_with_a_different_optimizer_resumes_bit_for_bit(other, arguments, tmp_path, monkeypatch):
+    """As after a change of one line in optim.py: an optimizer whose states have other shapes than the weights, and one
+    that keeps its numbers as tensors."""
     monkeypatch.setattr("train_loop.run.build_optimizer", lambda model, settings: other(model.parameters(), lr=0.01))
     arguments = [*arguments, "--max_train_steps=10"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0
@@ -153,7 +153,7 @@ def test_the_newest_and_the_best_are_kept(arguments, tmp_path, reference):
     assert steps_in(run_dir / "checkpoints") == [best, 58, 59, 60]
 
 
-def test_a_finished_run_says_so_and_goes_on_only_on_request(interrupted, arguments, reference, capsys):
+def test_a_finished_run_says_so_and_is_extended_only_on_request(interrupted, arguments, reference, capsys):
     resume = [*arguments, f"--output_dir={interrupted}", "--resume_from_checkpoint=auto"]
     assert main(resume) == 0
     before = {path: path.stat().st_mtime_ns for path in interrupted.rglob("*")}
@@ -253,8 +253,9 @@ def test_auto_starts_where_there_is_nothing_and_leaves_foreign_folders_alone(arg
     assert "or resume the run in it with --resume_from_checkpoint auto" in capsys.readouterr().err
 
 
-def test_another_number_of_processes_goes_on_with_the_same_batches(text_file, tmp_path, capsys):
-    """Two processes begin, one goes on with two micro-batches to a step; without dropout equal to rounding."""
+def test_a_different_number_of_processes_resumes_with_the_same_batches(text_file, tmp_path, capsys):
+    """Two processes begin, one resumes with two micro-batches in a step. Without dropout the losses agree up to
+    rounding."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--checkpointing_steps=9", "--learning_rate=1e-3"]
     arguments += ["--per_device_train_batch_size=4"]
@@ -304,10 +305,10 @@ def test_a_nan_on_one_process_stops_all_and_names_the_last_checkpoint(arguments,
     assert [line["step"] for line in lines_of(output_dir) if "loss" in line] == [1, 2, 3, 4, 5, 6]
 
 
-def test_a_killed_worker_is_started_again_and_the_run_goes_on_by_itself(arguments, tmp_path):
+def test_a_killed_worker_is_restarted_and_the_run_resumes_without_a_flag(arguments, tmp_path):
     arguments = [*arguments, "--per_device_train_batch_size=4"]
     launcher = (*TWO, "--max_restarts=2")
-    environment = {"DEED": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
+    environment = {"SIGNAL": "SIGKILL", "PID_FILE": f"{tmp_path}/pid"}
     arguments_of_run = [*arguments, f"--output_dir={tmp_path}/run"]
     done = run_program("rank_1_dies_once.py", *arguments_of_run, launcher=launcher, **environment)
     assert done.returncode == 0, done.stderr
@@ -322,7 +323,7 @@ def test_a_peer_that_hangs_becomes_an_error_in_the_time_that_was_set(arguments, 
     launched = subprocess.Popen(
         [*TWO, PROGRAMS / "rank_1_dies_once.py", *arguments],
         cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "DEED": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "SIGNAL": "SIGSTOP", "PID_FILE": f"{tmp_path}/pid"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
@@ -348,7 +349,7 @@ def wait_for(path, seconds=300):
 
 
 def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, reference):
-    """`accelerate launch` of one process passes no signal on: it dies, and the run must notice."""
+    """With one process, `accelerate launch` does not pass the signal on: it dies, and the run must notice that."""
     arguments = [*arguments, f"--output_dir={tmp_path}/run", "--max_train_samples=100"]
     launched = subprocess.Popen(
         [*LAUNCH, "train_loop/main.py", *arguments],
@@ -365,8 +366,8 @@ def test_a_sigterm_to_the_launcher_reaches_the_run(arguments, tmp_path, referenc
     assert_same_run(tmp_path / "run", reference)
 
 
-def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_whole(arguments, tmp_path):
-    """The first one comes while a step takes for ever."""
+def test_a_second_ctrl_c_stops_at_once_and_the_last_checkpoint_is_complete(arguments, tmp_path):
+    """The first Ctrl-C comes in a step that does not end."""
     output_dir = tmp_path / "run"
     running = subprocess.Popen(
         [sys.executable, PROGRAMS / "hangs_after_step_5.py", output_dir, *arguments, f"--output_dir={output_dir}"],

@@ -83,7 +83,7 @@ def test_a_run_that_ended_at_its_time_again_and_again_is_the_one_that_never_did(
 
 
 def test_the_evaluation_at_the_end_of_the_time_does_not_use_up_patience(arguments, tmp_path):
-    """Nor can it be the best: a run that goes on would never have made it."""
+    """It cannot be the best either: a run with more time would not have made it."""
     more = ["--early_stopping_patience=1", "--early_stopping_threshold=9", "--load_best_model_at_end", "--eval_steps=4"]
     command = [*arguments, *more, f"--output_dir={tmp_path}/run", "--resume_from_checkpoint=auto"]
     assert main([*command, NO_TIME]) == 0 and main([*command, NO_TIME]) == 0

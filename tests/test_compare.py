@@ -66,7 +66,7 @@ def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_
 
 
 @pytest.mark.parametrize(
-    "deed, message",
+    "damage, message",
     [
         (lambda path: path.unlink(), "metrics.jsonl cannot be read: No such file"),
         (lambda path: path.write_text(""), "metrics.jsonl has no line of metrics"),
@@ -75,8 +75,8 @@ def test_the_picture_shows_training_and_validation_losses_of_each_run(runs, tmp_
         (lambda path: (path.parent / "train_config.yaml").unlink(), "train_config.yaml cannot be read"),
     ],
 )
-def test_a_folder_that_is_no_run_is_one_sentence(deed, message, runs, capsys):
-    deed(runs[0] / "metrics.jsonl")
+def test_a_folder_that_is_no_run_is_one_sentence(damage, message, runs, capsys):
+    damage(runs[0] / "metrics.jsonl")
     with pytest.raises(SystemExit) as error:
         main([*map(str, runs)])
     assert message in str(error.value) and "\n" not in str(error.value)

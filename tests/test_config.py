@@ -96,7 +96,7 @@ def test_a_switch_is_on_alone_or_with_a_value():
     assert not read_settings([*data, "--eval_only", "false", "--output_dir", "o"]).eval_only
 
 
-def test_all_problems_are_told_at_once_with_key_value_and_what_is_allowed(tmp_path):
+def test_all_problems_are_reported_at_once_with_key_value_and_what_is_allowed(tmp_path):
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("learning_rte: 1\nseed: [1]\n")
     problems = problems_of(["--config", str(recipe), "--block_size", "x", "--num_train_epochs", "0", "--no_such", "3"])
@@ -235,8 +235,8 @@ VALUES = st.one_of(
 @hypothesis.settings(max_examples=400, deadline=None, derandomize=True)
 @hypothesis.example([("mirror", "\0")])
 @hypothesis.given(st.lists(st.tuples(st.sampled_from(NAMES), VALUES), min_size=1, max_size=5))
-def test_any_value_for_any_setting_is_taken_or_named(pairs):
-    """Whatever stands on the command line: settings within their ranges, or a ValueError that names a flag."""
+def test_any_value_of_any_setting_is_accepted_or_named_in_an_error(pairs):
+    """Any command line gives settings within their ranges, or a ValueError that names a flag."""
     argv = [*MODEL, *DATA, *(f"--{name}={value}" for name, value in pairs)]
     try:
         settings = read_settings(argv)
@@ -259,7 +259,7 @@ KEYS = st.text(st.characters(exclude_characters="\n", exclude_categories=["Cs"])
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
 @hypothesis.given(entries=st.dictionaries(st.one_of(st.sampled_from(NAMES), KEYS, st.integers()), YAML, max_size=4))
-def test_any_recipe_is_taken_or_its_keys_are_named(tmp_path, entries):
+def test_any_recipe_is_accepted_or_its_keys_are_named_in_an_error(tmp_path, entries):
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(entries), encoding="utf-8")
     try:

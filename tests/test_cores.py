@@ -80,7 +80,7 @@ def test_a_process_that_waits_for_a_core_is_seen():
 
 
 @pytest.mark.parametrize("name", tuning.HOW_THREADS_WAIT)
-def test_what_the_user_said_of_waiting_threads_stays(name, monkeypatch):
+def test_the_users_choice_of_how_threads_wait_is_kept(name, monkeypatch):
     monkeypatch.setenv(name, "1")
     with tuning.sharing_cores():
         assert "sharing_cores" not in names_of_threads()

@@ -180,7 +180,7 @@ def test_a_null_row_is_named(tokenizer):
         tokenize_rows(rows, tokenizer, "training")
 
 
-def test_too_little_text_for_one_block_is_said(tokenizer):
+def test_too_little_text_for_one_block_is_an_error(tokenizer):
     rows = Rows.of(["one"])
     with pytest.raises(ValueError, match="less than one block of 64"):
         load_split(rows, tokenizer, "training", Settings(block_size=64))
@@ -331,7 +331,7 @@ def test_tokens_equal_the_tokenizers_own_row_by_row(make):
 
 
 class OneAtATime(PreTrainedTokenizerFast):
-    """A class whose Python code does not bear two threads."""
+    """A class whose Python code is not safe for two threads."""
 
     busy = threading.Lock()
 
@@ -351,7 +351,8 @@ def test_a_tokenizer_with_code_of_its_own_is_called_by_one_thread_at_a_time():
 
 
 def test_tokens_are_those_of_the_tokenizer_however_little_of_it_changes():
-    """Its vocabulary, its class, a setting that its serialisation lacks; but not whether it has been used before."""
+    """Its vocabulary, its class, or a setting that its saved form does not have. Whether it was used before does not
+    count."""
 
     def name_of(tokenizer, end_of_text=None):
         return tokenize_rows(Rows.of(ODD_ROWS), tokenizer, "test", end_of_text)[0].filename

@@ -62,8 +62,8 @@ def test_the_interval_of_two_runs_covers_the_true_difference_as_often_as_it_says
     ],
 )
 def test_the_interval_over_seeds_covers_the_true_difference(num_runs, seeds, of_text, most):
-    """`of_text`: how much the recipes differ from block to block, in all runs. With few runs the interval is on the
-    safe side."""
+    """`of_text`: how much the recipes differ from block to block, in all runs. With few runs the interval is rather too
+    wide than too narrow."""
     generator = np.random.default_rng(1)
     first, second = (
         recipe(generator, (1000, num, 240), loss, seeds, text=of_text * neighbours_alike(generator, (1000, 240), 0.5))
@@ -231,8 +231,8 @@ def test_other_blocks_are_refused_in_a_sentence(runs, capsys):
 
 
 def test_other_tokens_of_the_same_text_are_compared_in_bits_per_byte(runs, capsys):
-    """Of the same text, one with blocks of 400 bytes, the other with blocks of 300; the second covers less at the end.
-    A piece of the text that is hard is so for both."""
+    """Two runs on the same text, with blocks of 400 and of 300 bytes; the second covers less of the text's end. A hard
+    piece of text is hard for both."""
     generator = np.random.default_rng(10)
     hard = 1 + 0.2 * neighbours_alike(generator, (96_000,), 0.99)  # nats of a byte
     folders = []

@@ -75,9 +75,7 @@ def exported(folder):
         ("tokenizer.json", "cut"),
     ],
 )
-def test_a_finished_run_whose_exported_files_are_not_whole_is_exported_again(
-    name, deed, finished, reference, resume, capsys
-):
+def test_a_finished_run_with_damaged_exported_files_is_exported_again(name, deed, finished, reference, resume, capsys):
     path = finished / name
     content = {"missing": None, "cut": path.read_bytes()[:-1], "foreign": b"x" * path.stat().st_size}[deed]
     path.unlink() if content is None else path.write_bytes(content)
@@ -97,9 +95,7 @@ def test_a_damaged_model_without_checkpoints_is_a_sentence(finished, resume, cap
     assert "model.safetensors is missing. --overwrite_output_dir starts again from the beginning" in said
 
 
-def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_again(
-    finished, reference, resume, capsys
-):
+def test_a_run_resumed_with_changes_is_unfinished_until_it_is_exported_again(finished, reference, resume, capsys):
     """Its export fails: the same command must not say that it is finished, with the old model in the folder."""
     changed = "--learning_rate=5e-3", "--resume_with_changes"
     (finished / "model.safetensors").unlink()
@@ -114,7 +110,7 @@ def test_a_run_that_goes_on_with_changes_is_not_finished_until_it_was_exported_a
     assert (finished / "model.safetensors").read_bytes() != (reference / "model.safetensors").read_bytes()
 
 
-def test_what_is_not_as_the_run_left_it_is_not_pushed(finished, capsys):
+def test_files_that_changed_since_the_run_are_not_pushed(finished, capsys):
     (finished / "config.json").write_text("{}")
     push(Settings(output_dir=str(finished)), "me/mine", None)
     said = capsys.readouterr().err
@@ -162,7 +158,7 @@ def test_no_damaged_record_keeps_a_run_from_its_end(name, damage, interrupted, r
 
 
 @pytest.mark.parametrize("change", [{"step": "two"}, {"eval_loss": "low"}, {"best_step": {}}, {"files": []}], ids=str)
-def test_a_neighbours_manifest_of_other_types_is_skipped(change, interrupted, reference, resume):
+def test_a_manifest_with_values_of_wrong_types_is_skipped(change, interrupted, reference, resume):
     path = interrupted / "checkpoints" / "step-000002" / "manifest.json"
     manifest = json.loads(path.read_text()) | change
     path.write_text(json.dumps(manifest | {"blake2b": digest_of_manifest(manifest)}))

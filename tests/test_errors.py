@@ -113,7 +113,7 @@ def test_a_model_that_is_not_there_ends_with_one_sentence(folder, text_file, cap
 
 
 @pytest.mark.parametrize("name", ["./none", "/none/such", "models/none/such"])
-def test_a_path_that_is_not_there_is_not_looked_for_on_the_hub(name, folder, text_file, capsys):
+def test_a_missing_path_is_not_looked_up_on_the_hub(name, folder, text_file, capsys):
     arguments = [f"--model_name_or_path={name}", f"--train_file={text_file}", "--output_dir=out"]
     one_sentence(arguments, capsys, folder, f"{name!r} cannot be loaded: there is no such folder")
 
@@ -169,7 +169,7 @@ def test_both_processes_of_a_launch_end_with_one_sentence(folder, text_file):
     ]
 
 
-def test_an_error_of_one_process_alone_is_said_by_that_process(folder, text_file):
+def test_an_error_on_one_process_is_printed_by_that_process(folder, text_file):
     """The other one waits for it to join: no longer than ddp_timeout, else until the launcher kills it."""
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={folder}/out", "--ddp_timeout=5"]
     done = forked(PROGRAMS / "own_error_of_rank_1.py", *arguments, processes=2)

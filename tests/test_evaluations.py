@@ -140,8 +140,8 @@ def step_of(metrics, step, **values):
     metrics.count_step(step, step / 3, sums, torch.tensor(4), values)
 
 
-def test_a_line_holds_numbers_and_tensors_of_ones_own(tmp_path):
-    """Those of the last step; a tensor is read when the line is written, and a checkpoint can keep it."""
+def test_a_line_of_metrics_holds_your_own_numbers_and_tensors(tmp_path):
+    """The values are those of the last step. A tensor is read when the line is written; a checkpoint can hold it."""
     metrics = Metrics(tmp_path, 9, is_main=True)
     weight = torch.nn.Parameter(torch.ones(3))
     step_of(metrics, 1, weight_norm=weight.norm(), temperature=3)
@@ -167,13 +167,13 @@ def test_a_line_holds_numbers_and_tensors_of_ones_own(tmp_path):
         ("tokens_seen", 1.0, "a line of metrics already has tokens_seen"),
     ],
 )
-def test_what_cannot_stand_in_a_line_is_an_error_at_the_first_step(name, value, said, tmp_path):
+def test_a_value_that_a_line_cannot_hold_is_an_error_at_the_first_step(name, value, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         step_of(Metrics(tmp_path, 9, is_main=True), 1, **{name: value})
 
 
 def test_a_second_pass_over_a_window_is_a_second_call(blocks):
-    """Its gradients are added to those of the first; sums are of each pass."""
+    """The gradients of the second call are added to those of the first. The returned sums are those of each call."""
     accelerator, model = Accelerator(cpu=True), make_model()
     ids = torch.from_numpy(blocks[:6].astype(np.int64)).reshape(3, 2, BLOCK)
     tensors, num_targets = {"input_ids": ids, "labels": ids}, count_targets(ids)

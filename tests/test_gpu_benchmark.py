@@ -26,6 +26,6 @@ def test_a_part_runs_at_toy_size_and_comes_into_the_table(parts, tmp_path):
     assert found["surroundings"]["torch"]
 
 
-def test_a_part_that_takes_too_long_is_ended_and_said(tmp_path):
+def test_a_part_that_takes_too_long_is_ended_and_reported(tmp_path):
     done = forked(PROGRAMS / "slow_part.py", tmp_path)
     assert "| slow | NO | 0.2 | error | not done after 0 s |" in done.stdout, done.stderr

@@ -59,7 +59,9 @@ def test_a_model_without_it_is_refused(monkeypatch):
         load_model(settings, load_config(settings), TOKENIZER)
 
 
-def test_accelerates_own_way_is_refused_because_it_drops_other_numbers(text_file, tmp_path, monkeypatch, capsys):
+def test_accelerates_own_checkpointing_is_refused_because_its_dropout_masks_differ(
+    text_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")  # what the launcher makes of the launch config
     assert main([*TINY, f"--train_file={text_file}", f"--output_dir={tmp_path}/run"]) == 1

@@ -12,7 +12,9 @@ TABLE_HEAD = r"step +epoch train loss +eval loss perplexity +tokens/s"
 def assert_plain(done, *paths):
     """Exit status 0, no warning, no bar, no colour, and no line over 80 columns but for one with a path in it."""
     assert done.returncode == 0, done.stderr
-    assert "warning" not in (done.stdout + done.stderr).lower() and done.stderr == ""
+    # with torch 2.15 and Python 3.13, whatever imports triton prints this at its end
+    errors = re.sub(r"nanobind: leaked .*/refleaks\.html\n?", "", done.stderr, flags=re.DOTALL)
+    assert "warning" not in (done.stdout + errors).lower() and errors == ""
     assert not re.search(r"[\r\x1b]", done.stdout)
     too_long = [line for line in done.stdout.splitlines() if len(line) > 80 and not any(p in line for p in paths)]
     assert not too_long

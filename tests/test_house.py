@@ -37,6 +37,12 @@ def test_no_import_goes_in_a_circle():
         pytest.fail(f"these modules import each other in a circle: {' <- '.join(error.args[1])}", pytrace=False)
 
 
+def test_a_file_can_be_read_in_one_sitting():
+    """loop.py has at most 150 lines, every other file 300."""
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES.values()}
+    assert {name: n for name, n in lengths.items() if n > (150 if name == "loop.py" else 300)} == {}
+
+
 @pytest.mark.parametrize("wing", sorted(WINGS))
 def test_a_door_says_what_is_behind_it(wing):
     door = ast.get_docstring(ast.parse((PACKAGE / wing / "__init__.py").read_text(encoding="utf-8")))

@@ -235,7 +235,7 @@ def test_settings_of_publishing_that_fight_are_refused(arguments, said, text_fil
 def test_a_private_repository_arrives_as_one_and_a_second_push_changes_only_what_changed(
     logged_in, text_file, tmp_path, capsys
 ):
-    """The second time by the command that goes on with a finished run."""
+    """The second push is made by the command that resumes a finished run."""
     arguments = short(text_file, tmp_path / "run", "--hub_model_id=me/secret", "--hub_private_repo")
     assert main(arguments) == 0
     assert logged_in.visibility["models", "me/secret"] == "private"
@@ -324,7 +324,7 @@ def test_with_lora_a_checkpoint_is_pushed_as_the_merged_model_and_the_adapter(
 
 
 def test_checkpoints_that_cannot_be_pushed_are_warnings(logged_in, text_file, tmp_path, capsys):
-    """The first push hangs: those of later steps are left out, training goes on, and at the end nothing waits."""
+    """The first push hangs: those of later steps are skipped, training continues, and the run's end does not wait."""
     logged_in.fail("repos/create", "hang")
     arguments = short(text_file, tmp_path / "run", "--checkpointing_steps=2", "--hub_strategy=every_save")
     began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def test_the_notebook_trains_and_generates(tmp_path, monkeypatch, capfd):
             names["recipe"], names["prompt"] = "quickstart", "The value of"
         outputs[name] = capfd.readouterr().out
     assert "72 rows for training, 7 for validation" in outputs["rows"]
-    assert "929 blocks of 128" in outputs["blocks"] and outputs["blocks"].count("128 tokens: [") == 3
+    # Python's help texts differ between its versions
+    assert re.search(r" -> [\d,]+ blocks of 128;", outputs["blocks"]) and outputs["blocks"].count("128 tokens: [") == 3
     assert "done: runs/notebook" in outputs["train"] and outputs["curve"].startswith("step 8: validation loss")
     assert outputs["generate"].count("The value of") == 2
     assert all(cell.get("outputs") in (None, []) for cell in notebook["cells"]), "the notebook is kept without outputs"

@@ -41,8 +41,8 @@ STARTED = {
 
 
 def test_each_config_starts_what_it_says(tmp_path):
-    """By the launcher, with a script in the loop's place that writes down what it finds in its environment: so far one
-    can go without GPUs. The two machines of multi_node.yaml meet on the loopback."""
+    """The launcher starts a script in the place of the loop, which writes down its environment: this much works without
+    GPUs. The two machines of multi_node.yaml meet on the loopback."""
     assert set(STARTED) == {path.name for path in (ROOT / "launch_configs").glob("*.yaml")}
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
@@ -86,9 +86,9 @@ def hosts():
         yield pair
 
 
-def test_two_hosts_train_as_one_process_does_and_one_goes_on_for_them(hosts, text_file, tmp_path):
-    """multi_node.yaml with a process on each host against one with two micro-batches to a step; then one process goes
-    on from the hosts' checkpoint of step 18. Without dropout: its random numbers are each process's own."""
+def test_two_hosts_train_as_one_process_does_and_one_process_resumes_their_run(hosts, text_file, tmp_path):
+    """multi_node.yaml with a process on each host, against one process with two micro-batches in a step. Then one
+    process resumes from the hosts' checkpoint of step 18. Without dropout, whose numbers differ between processes."""
     arguments = [*TINY, NO_DROPOUT, f"--train_file={text_file}", "--num_train_epochs=2", "--logging_steps=1"]
     arguments += ["--learning_rate=1e-3", "--per_device_train_batch_size=4", "--checkpointing_steps=9"]
     first, second = launch_on_both(hosts, ON_CPUS, [*arguments, f"--output_dir={tmp_path}/two"])
@@ -160,8 +160,8 @@ def test_gradients_are_exchanged_once_an_optimizer_step(hosts, text_file, tmp_pa
 
 @pytest.mark.slow
 def test_a_lost_process_or_host_costs_the_steps_since_the_checkpoint(hosts, text_file, tmp_path):
-    """And not the run itself, although the host that lost none counts no restart, and was told to overwrite. A host
-    that is back needs the same command again."""
+    """The run is not lost, although the host that lost no process counts no restart and was told to overwrite. A host
+    that comes back needs the same command again."""
     program = PROGRAMS / "host_dies_once.py"
     environment = {"PYTHONPATH": str(ROOT), "FOLDER": str(tmp_path)}
     environment |= {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

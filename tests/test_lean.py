@@ -155,7 +155,7 @@ MASKS = {
     "more", [{}, {"position_bias": torch.linspace(0, 3, 72).view(1, 2, 6, 6)}], ids=["plain", "biased"]
 )
 def test_attention_is_causal_where_transformers_is(mask, of_module, of_call, more):
-    """Whatever the module, the call, a mask and a bias on positions say together. Tolerance: float32 rounding."""
+    """For each combination of what module, call, mask and bias on positions say. Tolerance: float32 rounding."""
     module = torch.nn.Module().train()
     module.is_causal, module.num_key_value_groups = of_module, 1
     inputs = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -71,8 +71,15 @@ def test_the_rate_ends_at_the_lowest_one(schedule):
 
 
 def test_warm_up_may_be_a_share_of_the_steps():
-    share, steps = Settings(warmup_ratio=0.25), Settings(num_warmup_steps=6)
+    share, steps = Settings(num_warmup_steps=0.25), Settings(num_warmup_steps=6)
     assert rates(share, 21) == rates(steps, 21)
+
+
+def test_a_recipe_with_both_names_of_the_warm_up_is_read_if_one_is_zero(tmp_path):
+    """An older version had two settings, and its train_config.yaml has both."""
+    for steps, ratio, wanted in ((5, 0.0, 5), (0, 0.1, 0.1), (0, 0.0, 0)):
+        (tmp_path / "r.yaml").write_text(f"num_warmup_steps: {steps}\nwarmup_ratio: {ratio}\n")
+        assert read_settings([*WORDS, f"--config={tmp_path}/r.yaml"]).num_warmup_steps == wanted
 
 
 def test_a_decay_longer_than_what_the_warm_up_leaves_begins_after_it():
@@ -135,8 +142,9 @@ def test_the_recipes_page_lists_the_schedules_with_their_parameters():
         ),
         ("cosine", ['--lr_scheduler_kwargs={"num_cycles": "x"}'], "a mapping of names to numbers"),
         ("cosine", ["--lr_scheduler_kwargs=" + "[" * 100_000], "a mapping of names to numbers"),
-        ("linear", ["--warmup_ratio=1"], "--warmup_ratio is '1', but must be a number, at least 0 and below 1"),
-        ("linear", ["--warmup_ratio=0.1", "--num_warmup_steps=3"], "give num_warmup_steps or warmup_ratio, not both"),
+        ("linear", ["--warmup_ratio=1"], "--warmup_ratio: 1 is not a share below 1; in steps: num_warmup_steps"),
+        ("linear", ["--warmup_ratio=0.1", "--num_warmup_steps=3"], "num_warmup_steps is given too: give one of them"),
+        ("linear", ["--num_warmup_steps=1.5"], "a whole number of steps, or a share from 0 to below 1"),
         ("constant", ["--num_warmup_steps=3"], "num_warmup_steps has no effect with lr_scheduler_type constant"),
         (
             "stepwise",
@@ -154,11 +162,11 @@ def test_what_a_schedule_cannot_do_is_one_sentence(schedule, words, said):
 
 def test_a_resumed_run_takes_the_rates_of_one_left_alone_and_refuses_other_parameters(text_file, tmp_path, capsys):
     arguments = [*TINY, f"--train_file={text_file}", "--max_train_steps=12", "--logging_steps=1"]
-    arguments += ["--checkpointing_steps=6", "--lr_scheduler_type=wsd", "--warmup_ratio=0.2"]
+    arguments += ["--checkpointing_steps=6", "--lr_scheduler_type=wsd", "--num_warmup_steps=0.2"]
     kwargs = {"decay_ratio": 0.5, "min_lr_ratio": 0.1}
     given = f"--lr_scheduler_kwargs={json.dumps(kwargs)}"
     assert main([*arguments, given, f"--output_dir={tmp_path}/alone"]) == 0
-    settings = Settings(learning_rate=1e-2, lr_scheduler_type="wsd", lr_scheduler_kwargs=kwargs, warmup_ratio=0.2)
+    settings = Settings(learning_rate=1e-2, lr_scheduler_type="wsd", lr_scheduler_kwargs=kwargs, num_warmup_steps=0.2)
     logged = [line["learning_rate"] for line in lines_of(tmp_path / "alone") if "loss" in line]
     assert logged == [1e-2 * lr_factor(step, 12, settings) for step in range(12)]
 

@@ -307,10 +307,10 @@ def with_z_loss(logits, targets, **of_rows):
 
 
 @pytest.mark.parametrize("objective", [smoothed, with_z_loss])
-def test_an_objective_of_ones_own_is_normalised_and_logged_in_training_and_evaluation(
+def test_your_own_objective_is_normalised_and_logged_in_training_and_evaluation(
     objective, blocks, tmp_path, monkeypatch
 ):
-    """It still does not matter how a step is cut, and evaluation reports it beside the plain loss."""
+    """How a step is cut into micro-batches has no effect. Evaluation reports the objective beside the plain loss."""
     plain_lines, _, plain_weights = train(make_model(), blocks, blocks[:3], tmp_path / "plain")
     monkeypatch.setattr("train_loop.loss.objective", objective)
     one = train(make_model(), blocks, blocks[:3], tmp_path / "one", per_device_train_batch_size=8)

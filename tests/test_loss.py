@@ -228,7 +228,7 @@ def test_a_model_that_changes_its_logits_otherwise_is_trained_through_full_logit
 
 
 def test_an_adapter_on_the_head_is_trained():
-    """It adds nothing before the first step, so a comparison of losses would not see it."""
+    """The adapter adds nothing before the first step, so a comparison of losses would not notice it."""
     peft = pytest.importorskip("peft")
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["lm_head", "q_proj"])
     model = peft.get_peft_model(make_model("llama", tie_word_embeddings=False), config)
@@ -251,8 +251,8 @@ class LargestTensor(TorchDispatchMode):
 
 
 def test_the_gradient_of_bfloat16_weights_is_summed_up_in_float32(small_chunks):
-    """256 chunks with the same share of it each; in bfloat16 the sum would stay behind by a half. Tolerance: the head's
-    products are rounded to bfloat16."""
+    """256 chunks, each with the same share of the gradient. A sum in bfloat16 would be half as large. Tolerance: the
+    head's products are rounded to bfloat16."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, 16, generator=generator).bfloat16().expand(1, 2049, -1)
     weight, labels = torch.randn(VOCAB, 16, generator=generator).bfloat16(), torch.full((1, 2049), 3)

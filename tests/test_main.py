@@ -132,7 +132,7 @@ def test_every_family_of_models_trains_and_reloads(model_type, text_file, tmp_pa
     assert len(AutoTokenizer.from_pretrained(tmp_path / "run")) == model.get_input_embeddings().num_embeddings
 
 
-def test_a_pretrained_model_goes_on_from_where_it_was(trained, text_file, tmp_path):
+def test_a_pretrained_model_starts_at_its_own_loss(trained, text_file, tmp_path):
     arguments = ["--block_size=32", "--max_eval_samples=30", f"--train_file={text_file}", "--max_train_steps=2"]
     arguments += ["--num_threads=1"]  # as before: another number may sum in another order
     assert main([f"--model_name_or_path={trained}", *arguments, f"--output_dir={tmp_path}/more"]) == 0
@@ -208,9 +208,9 @@ def test_the_plain_launch_uses_all_cores(text_file, tmp_path):
 def test_several_processes_give_the_losses_and_weights_of_one(
     processes, num_blocks, micro_batch, accumulation, text_file, tmp_path
 ):
-    """At last with fewer blocks than processes, in training and in
-    evaluation. Tolerance: sums in another order, in float32; for the weights a hundredth of the learning rate: AdamW
-    makes such steps out of the rounding of a gradient that is zero."""
+    """The last run has fewer blocks than processes, in training and in evaluation. Tolerance: sums in another order, in
+    float32. For the weights a hundredth of the learning rate: AdamW makes such steps from the rounding of a gradient
+    that is zero."""
     arguments = [*TINY, f"--train_file={text_file}", "--num_train_epochs=1", "--logging_steps=1", "--eval_steps=4"]
     arguments += ["--learning_rate=1e-3", f"--max_train_samples={num_blocks}"]
     arguments += [f"--max_eval_samples={min(num_blocks, 30)}"]

@@ -58,7 +58,7 @@ def test_a_smaller_one_is_found_with_the_same_blocks_in_a_step():
     assert micro_batch in (12, 6, 3) and micro_batch * accumulation == 48
 
 
-def test_where_not_even_one_block_fits_it_is_said():
+def test_if_not_even_one_block_fits_an_error_says_so():
     ((message,),) = limited(40)
     assert message.startswith("not even one block of 128 tokens fits into memory")
 

@@ -124,9 +124,9 @@ def flip(path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("deed", [flip, lambda path: path.unlink()], ids=["flipped", "missing"])
-def test_a_damaged_copy_is_not_taken(name, deed, arguments, place, mirrored, capsys):
-    deed(place / "mirror" / "step-000003" / name)
+@pytest.mark.parametrize("spoil", [flip, lambda path: path.unlink()], ids=["flipped", "missing"])
+def test_a_damaged_copy_is_not_taken(name, spoil, arguments, place, mirrored, capsys):
+    spoil(place / "mirror" / "step-000003" / name)
     assert main([*arguments, f"--output_dir={place}/run", f"--mirror={place}/mirror"]) == 0
     assert "step-000002 was fetched" in capsys.readouterr().err
     assert_same_run(place / "run", mirrored / "run")
@@ -143,7 +143,7 @@ def test_a_file_of_a_copy_is_written_nowhere_but_in_its_folder(arguments, place,
     assert not list((place / "deep").rglob("outside.txt"))
 
 
-def test_whole_checkpoints_of_the_folder_go_before_the_mirrors(arguments, place, mirrored, capsys):
+def test_complete_checkpoints_in_the_folder_win_over_the_mirror(arguments, place, mirrored, capsys):
     shutil.copytree(mirrored / "run", place / "run")
     for step in (3, 4):
         shutil.rmtree(place / "run" / "checkpoints" / f"step-00000{step}")

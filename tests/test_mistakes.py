@@ -39,7 +39,7 @@ def test_a_line_that_is_lost_from_the_loop_is_missed_at_once(line, said, blocks,
         train(make_model(), blocks, blocks[:2], tmp_path / "run")
 
 
-def test_two_windows_may_be_taken_for_one_step(blocks, tmp_path, monkeypatch):
+def test_one_step_may_take_two_windows(blocks, tmp_path, monkeypatch):
     """The position is where the last of them ends."""
     plain = loop.windows_from
 

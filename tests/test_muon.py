@@ -91,7 +91,7 @@ def test_muon_learns(blocks, tmp_path):
     assert evaluation["eval_loss"] < lines[0]["loss"] - 1
 
 
-def test_a_run_with_muon_goes_on_as_if_left_alone(text_file, tmp_path):
+def test_a_run_with_muon_resumes_bit_for_bit(text_file, tmp_path):
     arguments = [*TINY, f"--train_file={text_file}", "--optimizer=muon"]
     arguments += ["--checkpointing_steps=4", "--max_train_steps=8"]
     assert main([*arguments, f"--output_dir={tmp_path}/alone"]) == 0

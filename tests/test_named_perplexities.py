@@ -114,7 +114,8 @@ def test_special_tokens_are_context_and_no_text(model, begin, add_eos_token):
 
 
 def test_a_tokenizer_that_begins_each_row_has_the_perplexities_of_one_that_does_not():
-    """A model that guesses 1 of 300 tokens evenly: 300 to the power of the tokens in a word, whatever is between."""
+    """A model that gives each of 300 tokens the same probability. A word's perplexity is 300 to the power of its
+    tokens, those of white space included."""
     torch.manual_seed(0)
     even = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=300, **TINY_CONFIGS["llama"]))
     torch.nn.init.zeros_(even.get_output_embeddings().weight)

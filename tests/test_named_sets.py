@@ -124,7 +124,7 @@ def test_an_item_of_a_recipe_that_cannot_be_is_one_sentence(value, said, here, t
     assert problem.startswith(f"recipe {tmp_path}/recipe.yaml: validation_file") and said in problem
 
 
-def test_what_belongs_to_one_set_is_not_of_the_others():
+def test_a_key_of_one_set_does_not_change_the_run_or_other_sets():
     settings = Settings(text_column="text", validation_file=[{"name": "a", "validation_file": "a", "text_column": "b"}])
     assert validation_sets_of(settings)["a"].text_column == "b" and settings.text_column == "text"
     assert sources_of(settings) == {}
@@ -172,7 +172,7 @@ def test_settings_with_named_sets_are_read_back_the_same(trained):
     assert places(settings).keys() == {"wiki", "mine"} and validation_sets_of(settings)["mine"].text_column == ["body"]
 
 
-def test_a_run_with_named_sets_goes_on_as_if_left_alone(arguments, trained, tmp_path):
+def test_a_run_with_named_sets_resumes_bit_for_bit(arguments, trained, tmp_path):
     copy_until(20, trained, tmp_path / "resumed")
     assert main([*arguments, f"--output_dir={tmp_path}/resumed", "--resume_from_checkpoint=auto"]) == 0
     assert without_timings(tmp_path / "resumed") == without_timings(trained)

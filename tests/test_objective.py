@@ -176,7 +176,7 @@ def check(model, blocks, **settings):
     return loss_check.check_loss(model, Split("blocks", blocks), Settings(**settings), Accelerator(cpu=True))
 
 
-def test_nothing_is_said_of_the_objective_as_it_stands(trained, blocks):
+def test_the_unchanged_objective_gets_no_remark(trained, blocks):
     model, _ = trained
     model.train()
     random_state = torch.get_rng_state()
@@ -223,7 +223,7 @@ def test_a_mistake_in_next_token_loss_is_a_sentence_before_the_first_step(traine
 
 @pytest.mark.parametrize("first", [True, False])
 def test_logits_that_are_used_beside_an_inplace_cross_entropy_are_an_error(first, trained, blocks, monkeypatch):
-    """Silently, they would be other numbers."""
+    """Without an error, the objective would silently use other numbers."""
 
     def objective(logits, targets, **of_rows):
         before = logits.logsumexp(-1).square().sum() if first else 0
@@ -245,7 +245,7 @@ def test_an_exception_of_the_objective_is_shown_as_it_is(trained, blocks, monkey
     assert caught.traceback[-1].path.name == "test_objective.py"
 
 
-def test_a_model_whose_own_loss_is_another_one_is_said_with_both_numbers(trained, blocks):
+def test_a_model_whose_own_loss_differs_is_named_with_both_numbers(trained, blocks):
     model, _ = trained
     ids = torch.from_numpy(blocks[:1].astype(np.int64))
     plain = model(ids, labels=ids).loss.item()

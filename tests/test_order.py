@@ -75,7 +75,9 @@ def test_an_order_that_goes_wrong_later_is_found_when_its_epoch_begins(blocks, t
         train(make_model(), blocks, blocks[:2], tmp_path / "run", num_train_epochs=2.0)
 
 
-def test_an_epoch_of_another_length_than_the_first_is_told_and_counted_as_it_is(blocks, tmp_path, monkeypatch, capsys):
+def test_an_epoch_of_a_different_length_is_reported_and_counted_with_its_own_length(
+    blocks, tmp_path, monkeypatch, capsys
+):
     """22 blocks, then 10: three steps and two. The run has the six steps that two epochs like the first have."""
     monkeypatch.setattr(
         data, "block_order", lambda blocks, seed, epoch: plain_order(blocks, 1, 1)[: 10 if epoch else 22]
@@ -104,7 +106,7 @@ def test_a_position_moves_through_the_data_and_keeps_its_counts():
     assert position == Position(2, 1, 5, {"token": 3}, step=10, num_worse=2)
 
 
-def test_a_checkpoints_position_with_a_field_that_is_gone_is_refused_and_one_that_is_new_is_told(capsys):
+def test_a_position_with_a_removed_field_is_refused_and_a_new_field_is_reported(capsys):
     values = json.loads(json.dumps(dataclasses.asdict(Position(epoch=2, step=30))))
     assert Position.from_dict(values) == Position(epoch=2, step=30) and capsys.readouterr().err == ""
     with pytest.raises(UserError, match=r"position holds my_count, but Position has no such field: .*position\.py"):

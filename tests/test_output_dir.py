@@ -44,11 +44,11 @@ def content(folder):
     return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in files}
 
 
-def fork(deed):
+def fork(action):
     """The process number of a child that starts its action and waits to be killed. It has begun when this returns."""
     done, told = os.pipe()
     if not (pid := os.fork()):
-        with deed():
+        with action():
             os.write(told, b"!")
             time.sleep(600)
         os._exit(0)

@@ -32,7 +32,7 @@ def test_the_state_of_a_small_gpt2_is_as_counted_by_hand(model):
     model.transformer.wpe.weight.requires_grad_(True)
 
 
-def test_shares_are_rows_rounded_up_and_what_is_at_work_is_whole(model):
+def test_shares_are_rows_rounded_up_and_layers_in_use_are_unsharded(model):
     share = (P - 88) // 2 + 6 * 8  # of 11 rows of wte one process has 6
     at_work = OUTSIDE + 2 * LAYER
     assert state_bytes(model, 2, sharded=True) == {
@@ -90,7 +90,7 @@ def test_a_plan_leaves_nothing_and_an_earlier_run_as_it_was(text_file, tmp_path,
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
-def test_a_micro_batch_beyond_all_memory_is_said_and_not_tried(text_file, tmp_path, capsys):
+def test_a_micro_batch_that_exceeds_memory_is_reported_and_not_tried(text_file, tmp_path, capsys):
     arguments = [*TINY, f"--train_file={text_file}", f"--output_dir={tmp_path}/run", "--dry_run"]
     assert main([*arguments, "--per_device_train_batch_size=100000000"]) == 0
     lines = plan(capsys.readouterr().out)

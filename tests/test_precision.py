@@ -48,7 +48,7 @@ class Float16(Accelerator):
 
 
 def test_a_step_that_the_scaler_skips_moves_neither_schedule_nor_step_count(blocks, tmp_path):
-    """torch's own GradScaler works on a CPU too. It begins at a scale that overflows float32, and halves it with each
+    """torch's own GradScaler also works on a CPU. It begins at a scale that overflows float32, and halves it with each
     overflow until gradients fit; the steps after that equal those of a run that had no scaler. Tolerances: float32
     rounding."""
     splits = blocks, blocks[:2]

@@ -67,6 +67,7 @@ def test_out_of_memory_is_a_sentence(arguments, monkeypatch, capsys):
         (["--traceback", "false"], "", False),
         (["--traceback=false"], "traceback: true", False),
         ([], "traceback: true", True),
+        ([], "", False),
     ],
 )
 def test_traceback_is_a_setting_like_any_other(flags, recipe, shown, tmp_path, capsys):
@@ -126,7 +127,7 @@ def test_processes_that_wait_for_each_other_end_with_their_launcher(number, argu
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent died")
 def test_a_launcher_that_died_before_its_process_looked_is_noticed(arguments, tmp_path):
-    """A shell in the launcher's place, which is gone at once. Nothing of the run is begun."""
+    """A shell in the place of the launcher, which ends at once. The run does nothing."""
     words = " ".join(f"'{word}'" for word in [sys.executable, "train_loop/main.py", *arguments])
     assert shell(f"setsid sh -c \"(sleep 0.5; exec {words} > '{tmp_path}/told' 2>&1) &\"", **LAUNCHED).returncode == 0
     ends = time.monotonic() + 300
@@ -203,7 +204,7 @@ def unbroken(text_file, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", BROKEN_CONSOLES)
-def test_training_goes_on_without_a_console(name, unbroken, arguments, tmp_path):
+def test_training_continues_without_a_console(name, unbroken, arguments, tmp_path):
     words = " ".join(f"'{word}'" for word in [sys.executable, "train_loop/main.py", *arguments])
     done = shell(BROKEN_CONSOLES[name].format(words))
     assert done.returncode == 0, done.stderr
@@ -234,7 +235,7 @@ def test_what_comes_from_outside_is_printed_without_control_characters(capsys):
 
 
 def test_a_progress_bar_keeps_its_line(capsys):
-    """tqdm goes back to the beginning of a line, and a line up: that much passes."""
+    """tqdm may move the cursor to the beginning of a line and one line up. Other control codes are escaped."""
     from tqdm import tqdm
 
     from train_loop.process.console import safe_console

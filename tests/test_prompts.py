@@ -71,7 +71,7 @@ def test_without_completion_only_loss_every_token_is_a_target(tmp_path):
 
 
 def test_a_prompt_that_ends_within_a_token_gives_that_token_to_the_completion(tmp_path):
-    """As TRL has it: what comes after the tokens in common is the completion. How many rows are like that is said."""
+    """As in TRL: the completion is what comes after the common tokens. A message counts such rows."""
     tokenizer = byte_tokenizer(merges=[("Ġ", "I"), ("ĠI", "t")])
     split = prepared(write(tmp_path, ROWS), tokenizer, block_size=32)
     assert shown(split.blocks[0], tokenizer).startswith("¦What is 0+0?« It is 0.<|endoftext|>»")

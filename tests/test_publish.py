@@ -44,8 +44,8 @@ def test_the_table_has_a_row_for_each_evaluation(runs):
     assert rows[0][2] == "" and rows[-1][2] == f"{lines_of(runs / 'first')[-2]['loss']:.4f}"
 
 
-def test_what_is_not_on_the_hub_is_not_said_to_be(runs):
-    """Neither a folder as the base model nor a file as the data set, and no license that nobody gave."""
+def test_the_card_names_nothing_of_the_hub_that_is_not_there(runs):
+    """A folder is not named as the base model, a file not as the data set, and no license is invented."""
     for name in ("first", "second"):
         assert metadata_load(runs / name / "README.md").keys() == {
             "library_name",

@@ -11,15 +11,14 @@ import pytest
 import yaml
 from conftest import ONLINE, PROGRAMS, ROOT, TOKEN, run
 from hosts import documented_command
+from transformers.trainer_utils import get_last_checkpoint
 
 from train_loop import __version__
 
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
-PAGES += [
-    f"train_loop/{name}/README.md"
-    for name in ("recipes", "data", "checkpoint", "report", "compare", "publish", "settings")
-]
+PAGES += [f"train_loop/{name}/README.md" for name in ("recipes", "data", "checkpoint", "report", "compare", "publish")]
+PAGES += [f"train_loop/{name}/README.md" for name in ("settings", "trial", "machine", "process")]
 PAGES += ["tests/README.md", "tests/benchmarks/README.md", "CONTRIBUTING.md"]
 TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
 ALL = "\n".join(TEXTS.values())
@@ -33,7 +32,7 @@ TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
 
 
-def test_every_command_works_one_after_the_other_as_it_stands(healthy, text_file, tmp_path):
+def test_every_command_works_as_written_one_after_the_other(healthy, text_file, tmp_path):
     """In one folder, with the files that the pages speak of; two steps of each run."""
     lines = text_file.read_text(encoding="utf-8").splitlines(keepends=True)
     for name in ("my.txt", "other.txt"):
@@ -141,6 +140,13 @@ def test_tests_that_a_page_names_are_there():
         assert f"def {name}(" in code, name
     for name in set(re.findall(r"`(?:tests/)?(test_\w+\.py)`", ALL)):
         assert (ROOT / "tests" / name).is_file(), name
+
+
+def test_trainers_own_helper_takes_a_checkpoint_that_is_not_complete_as_readme_says(tmp_path):
+    for name in ("checkpoint-5/model.safetensors", "checkpoint-5/trainer_state.json", "checkpoint-10/half"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert get_last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
 
 
 def test_each_benchmark_is_in_the_list_with_its_last_figure():

@@ -76,22 +76,6 @@ def test_a_value_that_is_long_is_cut_where_it_is_named(tmp_path):
     assert len(problem) < 250 + len(str(tmp_path)) and problem.endswith("..., but must be a whole number, at least 0")
 
 
-@pytest.mark.parametrize(
-    "words, recipe, traceback",
-    [
-        (["--traceback"], "", True),
-        (["--traceback=true"], "", True),
-        (["--traceback", "false"], "", False),
-        (["--traceback=false"], "traceback: true", False),
-        ([], "traceback: true", True),
-        ([], "", False),
-    ],
-)
-def test_traceback_is_a_setting_like_any_other(words, recipe, traceback, tmp_path):
-    (tmp_path / "r.yaml").write_text(f"seed: 1\n{recipe}\n")
-    assert read_settings([*DATA, f"--config={tmp_path}/r.yaml", *words]).traceback is traceback
-
-
 def test_the_command_that_a_run_prints_can_be_pasted_into_a_shell(text_file, tmp_path, capsys):
     short = ["--max_train_steps=1", "--checkpointing_steps=none", f"--train_file={text_file}"]
     assert main([*TINY, *short, f"--output_dir={tmp_path}/my $HOME run; 'quoted'"]) == 0

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ONLINE, run_program
 from hub_server import HubServer
-from hypothesis import HealthCheck, given, settings, target
+from hypothesis import HealthCheck, assume, given, settings, target
 from hypothesis import strategies as st
 
 from train_loop.data import sources
@@ -96,6 +96,8 @@ def write_json(rows):
 
 
 def write_csv(rows, quoting=csv.QUOTE_MINIMAL, end="\r\n"):
+    if sys.version_info < (3, 11):  # its csv module neither writes nor reads one: such a file is refused
+        assume(not any("\0" in row for row in rows))
     file = io.StringIO(newline="")
     writer = csv.writer(file, quoting=quoting, lineterminator=end)
     writer.writerows([["id", "text", "date"], *([i, row, ""] for i, row in enumerate(rows))])
@@ -263,7 +265,7 @@ def test_a_line_of_json_that_cannot_be_read_is_named_blank_ones_counted(line, sa
         read(path)
 
 
-def test_numbers_and_half_characters_of_other_columns_are_no_concern(tmp_path):
+def test_broken_values_in_other_columns_do_not_matter(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "one", "n": %s, "other": "\\ud800", "x": NaN}\n' % ("9" * 5000))
     assert prepared(path, text_column=["text"]) == streamed(path, text_column=["text"]) == ["one"]
@@ -307,7 +309,7 @@ def test_a_pattern_means_files_at_any_depth_one_or_many(kind, tmp_path):
         read_settings([*words, "--model_type=gpt2", "--output_dir=o"])
 
 
-def test_what_a_folder_leaves_out_is_said_with_its_number(tmp_path, capsys):
+def test_files_that_a_folder_leaves_out_are_counted_in_a_message(tmp_path, capsys):
     for name in ("a.txt", "b.pdf", "c.jsonl", "d/e.png"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("text")

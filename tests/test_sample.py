@@ -51,7 +51,7 @@ def test_a_sample_is_the_greedy_continuation_and_training_is_left_as_it_was(mode
     assert written == tokenizer.decode(ids, skip_special_tokens=True) and len(written) > 0
 
 
-def test_a_prompt_longer_than_the_context_goes_on_from_its_end(model, tokenizer):
+def test_of_a_prompt_longer_than_the_context_the_end_is_used(model, tokenizer):
     """The model has 64 positions, the prompt over 100 tokens."""
     prompt = "the value of a class is " * 25
     ids = tokenizer(prompt)["input_ids"]
@@ -61,7 +61,7 @@ def test_a_prompt_longer_than_the_context_goes_on_from_its_end(model, tokenizer)
     assert write(model, tokenizer, prompt, block_size=16) == write(model, tokenizer, end, block_size=16) != ""
 
 
-def test_an_end_of_text_that_the_tokenizer_adds_is_not_gone_on_from(tokenizer):
+def test_an_end_of_text_token_that_the_tokenizer_adds_to_a_prompt_is_removed(tokenizer):
     plain = Samples(Settings(sample_prompt=["the value"]), tokenizer).prompts["the value"]
     added = make_tokenizer()
     template = TemplateProcessing(single=f"$A {END_OF_TEXT}", special_tokens=[(END_OF_TEXT, added.eos_token_id)])

@@ -108,7 +108,7 @@ def runs(text_file, tmp_path_factory):
     return folder
 
 
-def assert_goes_on_as(output_dir, reference):
+def assert_resumes_as(output_dir, reference):
     """The lines before come with the checkpoint. Tolerances: sums in another order, in float32."""
     assert_lines_agree(without_timings(output_dir), without_timings(reference))
     assert largest_difference(weights_of(output_dir), weights_of(reference)) < 1e-5
@@ -119,25 +119,25 @@ def test_sharded_training_equals_plain_training(runs):
     assert largest_difference(weights_of(runs / "sharded"), weights_of(runs / "plain")) < 1e-5
 
 
-def test_a_sharded_run_that_goes_on_is_one_that_never_stopped_bit_for_bit(runs):
+def test_a_sharded_run_resumes_bit_for_bit(runs):
     assert without_timings(runs / "resumed") == without_timings(runs / "sharded")
     assert largest_difference(weights_of(runs / "resumed"), weights_of(runs / "sharded")) == 0
 
 
-def test_one_process_goes_on_for_two_that_shared_and_two_for_one(runs):
-    assert_goes_on_as(runs / "from_sharded", runs / "plain")
-    assert_goes_on_as(runs / "from_plain", runs / "plain")
+def test_one_process_resumes_the_run_of_two_sharded_ones_and_the_other_way_round(runs):
+    assert_resumes_as(runs / "from_sharded", runs / "plain")
+    assert_resumes_as(runs / "from_plain", runs / "plain")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_processes", [3, 4])
-def test_more_processes_go_on_for_two(num_processes, runs, text_file, tmp_path):
+def test_more_processes_resume_the_run_of_two(num_processes, runs, text_file, tmp_path):
     """Four of them have fewer rows of some tensors than they are."""
     arguments = arguments_for(tmp_path / "run", 12 // (2 * num_processes), text_file, runs / "sharded")
     if num_processes == 4:
         arguments += ["--gradient_accumulation_steps=1", "--per_device_train_batch_size=3"]
     fsdp(num_processes, ("no", None, arguments))
-    assert_goes_on_as(tmp_path / "run", runs / "plain")
+    assert_resumes_as(tmp_path / "run", runs / "plain")
 
 
 def test_each_process_writes_its_rows_and_no_more(runs):
@@ -155,7 +155,7 @@ def test_each_process_writes_its_rows_and_no_more(runs):
         assert (runs / name / "checkpoints" / name_of(8) / "model.safetensors").is_file()
 
 
-def test_the_export_of_a_sharded_run_is_whole_and_tied(runs):
+def test_the_export_of_a_sharded_run_is_complete_and_tied(runs):
     model, info = AutoModelForCausalLM.from_pretrained(runs / "sharded", output_loading_info=True)
     assert not any(info.values()), info
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -193,7 +193,7 @@ def test_sharded_layers_that_are_computed_again_drop_the_same_numbers(runs):
 
 def test_sharded_lora_equals_that_of_one_process_resumes_bit_for_bit_and_is_exported_merged(runs):
     """With an embedding that grew: its new rows are the same on all processes. Tolerance: sums in another order."""
-    assert_goes_on_as(runs / "lora", runs / "plain_lora")
+    assert_resumes_as(runs / "lora", runs / "plain_lora")
     assert without_timings(runs / "resumed_lora") == without_timings(runs / "lora")
     for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
         assert largest_difference(*(load_file(runs / run / name) for run in ("resumed_lora", "lora"))) == 0

@@ -57,7 +57,7 @@ def tokenizer(texts, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that the text has some thirty."""
+    """Small chunks, so that the text has about thirty."""
     monkeypatch.setattr(sources, "CHUNK_BYTES", 500)
 
 
@@ -306,7 +306,7 @@ def test_a_streamed_run_killed_at_random_instants_ends_as_if_left_alone(processe
     assert counts["kills"] == kills and counts["equal"] == counts["runs"] > 0
 
 
-def test_two_processes_go_on_with_the_stream_of_one(arguments, tmp_path):
+def test_two_processes_resume_the_stream_of_one(arguments, tmp_path):
     """In the second epoch, within a group; without dropout equal to rounding. Each tokenises every second chunk."""
     arguments = [*arguments, NO_DROPOUT, "--per_device_train_batch_size=4"]
     assert main([*arguments, "--gradient_accumulation_steps=2", f"--output_dir={tmp_path}/one"]) == 0
@@ -319,7 +319,7 @@ def test_two_processes_go_on_with_the_stream_of_one(arguments, tmp_path):
 
 
 def test_a_process_that_cannot_read_its_share_stops_both_with_one_sentence(arguments, texts, tmp_path):
-    """The second one: the second chunk is its."""
+    """It is the second process: the second chunk is its share."""
     path = write("txt", tmp_path, texts)
     content = bytearray(path.read_bytes())
     content[700] = 0xFF

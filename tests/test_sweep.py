@@ -45,7 +45,7 @@ def test_each_task_of_a_slurm_array_has_its_own_seed_and_folder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_loops_of_the_page_run_as_they_stand_and_once_more(healthy, tmp_path):
+def test_the_loops_on_the_page_run_as_written_and_a_second_time(healthy, tmp_path):
     """Two steps of each run. The second time they are finished already."""
     (tmp_path / "train_loop").symlink_to(ROOT / "train_loop")
     environment = healthy.environment(tmp_path / "cache") | {"PYTHONPATH": str(ROOT)}

@@ -3,6 +3,7 @@
 import fcntl
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ def test_a_run_needs_nothing_that_windows_lacks(text_file, tmp_path):
 def windows(monkeypatch):
     """Files as Windows has them: no folder can be opened, a file is flushed through a handle that may write, and a file
     that this process has mapped into its memory is neither removed nor replaced."""
-    open_, fsync, unlink, replace = os.open, os.fsync, os.unlink, os.replace
+    open_, fsync, unlink, replace = os.open, os.fsync, Path.unlink, os.replace
 
     def open_file(path, flags, *more, **options):
         if os.path.isdir(path):
@@ -41,9 +42,9 @@ def windows(monkeypatch):
             if any(line.rstrip().endswith(f" {path}") for line in maps):
                 raise PermissionError(13, "Access is denied", str(path))
 
-    def remove_file(path, *more, **options):
+    def remove_file(path, missing_ok=False):
         refuse_if_mapped(path)
-        unlink(path, *more, **options)
+        unlink(path, missing_ok)
 
     def replace_file(source, target, *more, **options):
         refuse_if_mapped(source)
@@ -53,7 +54,7 @@ def windows(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(os, "open", open_file)
     monkeypatch.setattr(os, "fsync", flush_file)
-    monkeypatch.setattr(os, "unlink", remove_file)
+    monkeypatch.setattr(Path, "unlink", remove_file)
     monkeypatch.setattr(os, "replace", replace_file)
 
 

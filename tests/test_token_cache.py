@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable_that_moves_it(tokeniz
 
 
 def test_an_empty_row_is_no_document_and_gets_neither_a_beginning_nor_an_end(tokenizer):
-    """Without an end of documents a row is what the tokenizer makes of it: here one token, which begins it."""
+    """Without add_eos_token an empty row is what the tokenizer makes of it: here the one token that begins a row."""
     assert encode(["a", "", "b"], tokenizer, None).tolist() == [0, 2, 0, 0, 3]
     assert encode(["a", "", "b"], tokenizer, 1).tolist() == [0, 2, 1, 0, 3, 1]
     assert encode(["", ""], tokenizer, 1).tolist() == []

@@ -189,6 +189,6 @@ def evaluate_splits(
         found = evaluate(model, split, settings, accelerator, show_progress, stop)
         if found is None:
             return None
-        (result.block_nats[name],) = found.block_nats.values()
+        result.block_nats[name] = found.block_nats[split.name]
         result |= {f"eval_{name}_{key.removeprefix('eval_')}": found[key] for key in found} if result else found
     return result

@@ -2,7 +2,7 @@
 
 W: processes, M: micro-batches of a window (one optimizer step, on one process), B: blocks of a micro-batch, T: tokens
 of a block. The loss of an optimizer step is the sum of -log p over every target token of its W x M x B blocks, divided
-by the number of those targets: how the blocks are spread over micro-batches and processes has no effect.
+by the number of those targets, however the blocks are spread over micro-batches and processes.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ def train(
     """
     metrics, checkpoints, stop = services.metrics, services.checkpoints, services.stop
     accelerator, device = services.accelerator, services.accelerator.device
-    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings.seed), accelerator.num_processes)
+    num_steps = settings.num_steps(train_split.blocks_in_epoch(settings), accelerator.num_processes)
     saved_step, last_step = position.step, best.last_step(position, num_steps, settings)
     windows = windows_from(position, train_split, settings, accelerator)
     finite = FiniteGuard(optimizer, accelerator, checkpoints)

@@ -142,7 +142,7 @@ def load_model(settings: Settings, config: PreTrainedConfig, tokenizer: PreTrain
         checkpoint_activations(model)
     if settings.document_attention and not keeps_documents_apart(model):
         raise UserError(
-            f"document_attention: the attention of {config.model_type} does not keep to the documents of a block"
+            f"document_attention: the attention of {config.model_type} cannot keep the documents of a block apart"
         )
     return model
 

@@ -105,7 +105,7 @@ def lr_factor(step: int, num_steps: int, settings: Settings) -> float:
     """
     schedule = settings.lr_scheduler_type
     given = SCHEDULES[schedule] | (settings.lr_scheduler_kwargs or {})
-    warmup = settings.num_warmup_steps or math.ceil(num_steps * settings.warmup_ratio)
+    warmup = math.ceil(settings.num_warmup_steps * (num_steps if settings.num_warmup_steps < 1 else 1))
     if step < warmup and schedule != "constant":
         return step / warmup
     rest = max(1, num_steps - warmup)

@@ -26,9 +26,9 @@ class Position(Place):
     """How far a run is: its place in the data, and `step` optimizer steps in all."""
 
     step: int = 0
-    evaluated_step: int | None = None  # the step of the last evaluation, and what came out
+    evaluated_step: int | None = None  # the step of the last evaluation, and its numbers
     evaluation: dict[str, Any] | None = None
-    best_step: int | None = None  # of the lowest validation loss, and that evaluation; kept by `best.py`
+    best_step: int | None = None  # the step of the evaluation with the lowest loss, and its numbers (`best.py`)
     best: dict[str, Any] | None = None
     num_worse: int = 0  # evaluations in a row that did not beat the best
 

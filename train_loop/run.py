@@ -36,7 +36,7 @@ from train_loop.publish import Publisher
 from train_loop.report import Kept, Metrics, Samples, Trackers, banner, table, write_block_nats
 from train_loop.services import Services
 from train_loop.settings import Settings
-from train_loop.trial import check_loss, fit_micro_batch
+from train_loop.trial import Planned, check_loss, fit_micro_batch, print_plan
 from train_loop.tuning import sharing_cores
 
 
@@ -75,7 +75,7 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
             return False
 
         # -> optimizer
-        run_length = train_split.blocks_in_epoch(settings.seed), accelerator.num_processes
+        run_length = train_split.blocks_in_epoch(settings), accelerator.num_processes
         per_epoch, num_steps = settings.steps_per_epoch(*run_length), settings.num_steps(*run_length)
         optimizer = build_optimizer(model, settings)
         decides = run_identity(
@@ -87,22 +87,20 @@ def run(settings: Settings, stop: StopSignal, repository: str | None = None) -> 
         for remark in check_loss(model, train_split, settings, accelerator):
             accelerator.print(f"loss        {remark}")
         set_seed(settings.seed, device_specific=True)  # each process has its own dropout
-        whole = accelerator.unwrap_model(model)
-        arithmetic = banner(settings, accelerator, whole, eval_splits, held_out, train_split, per_epoch, num_steps)
+        unwrapped = accelerator.unwrap_model(model)
+        arithmetic = banner(settings, accelerator, unwrapped, eval_splits, held_out, train_split, per_epoch, num_steps)
         if settings.dry_run:
-            from train_loop.trial import print_plan
-
             accelerator.print(arithmetic, flush=True)
             stop.timeout = settings.ddp_timeout  # not deferred: there is nothing to save
             scheduler = build_scheduler(optimizer, settings, num_steps)
-            print_plan(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
+            print_plan(Planned(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop))
             return False
 
         # -> where an earlier run was
         clock = Clock(settings.save_minutes, settings.max_minutes, stop.began)
         checkpoints, position = Checkpoints(settings, accelerator, decides, clock), Position()
         at_the_end.callback(checkpoints.end)
-        mfu = mfu_per_token_rate(whole, settings, accelerator)
+        mfu = mfu_per_token_rate(unwrapped, settings, accelerator)
         trackers = Trackers(settings)
         metrics = Metrics(settings.folder, num_steps, is_main, show_progress, trackers, mfu, list(eval_splits))
         at_the_end.callback(trackers.finish)

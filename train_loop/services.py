@@ -18,5 +18,5 @@ class Services:
     metrics: Metrics  # lines and tables of numbers
     checkpoints: Checkpoints
     stop: StopSignal  # whether the run was asked to stop
-    publisher: Publisher | None = None  # hears of each checkpoint
+    publisher: Publisher | None = None  # may push each checkpoint
     samples: Samples | None = None  # text that the model writes with each evaluation

@@ -1,4 +1,4 @@
-"""A run whose first step after the checkpoint of step 5 takes for ever. It prints "slow" then. The first argument is
+"""A run whose first step after the checkpoint of step 5 does not end. It prints "slow" then. The first argument is
 its output_dir, the others are the run's."""
 
 import sys

@@ -1,4 +1,4 @@
-"""A run whose process 1 has a loss that is not a number in step 7."""
+"""A run in which the loss of process 1 is NaN in step 7."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""A run whose process 1 sends itself the signal of DEED in step 8, unless it was restarted. It writes its process
+"""A run whose process 1 sends itself the signal SIGNAL in step 8, unless it was restarted. It writes its process
 number to PID_FILE just before."""
 
 import os
@@ -15,7 +15,7 @@ plain = Metrics.count_step
 def dying(self, step, *arguments):
     if step == 8 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         Path(os.environ["PID_FILE"]).write_text(str(os.getpid()))
-        os.kill(os.getpid(), getattr(signal, os.environ["DEED"]))
+        os.kill(os.getpid(), getattr(signal, os.environ["SIGNAL"]))
     plain(self, step, *arguments)
 
 

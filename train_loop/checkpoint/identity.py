@@ -25,7 +25,6 @@ CHANGEABLE = {
     "lr_scheduler_type",
     "lr_scheduler_kwargs",
     "num_warmup_steps",
-    "warmup_ratio",
     "weight_decay",
     "adam_beta1",
     "adam_beta2",

@@ -95,7 +95,7 @@ class Mirror:
         names = [entry.rstrip("/").rpartition("/")[2] for entry in entries]
         return [name for name in names if re.fullmatch(r"step-\d{6,}", name)]
 
-    def _whole(self) -> dict[str, dict]:
+    def _complete(self) -> dict[str, dict]:
         """{name: manifest} of the complete copies, oldest first."""
         found = {}
         for name in self._names():
@@ -117,13 +117,13 @@ class Mirror:
 
     def _copy(self, path: Path, kept: set[str]) -> None:
         self._open()
-        whole, manifest, target = self._whole(), manifest_of(path), f"{self.root}/{path.name}"
-        for name, other in whole.items():
+        complete, manifest, target = self._complete(), manifest_of(path), f"{self.root}/{path.name}"
+        for name, other in complete.items():
             state = self._state(name, other)
             if state is not None and (reason := self.refusal(state)):
                 self.is_off = True  # a copy of a different run would be overwritten or removed
                 return warn(f"nothing is mirrored: {self.address}/{name} {reason}. Give --mirror a different address")
-        if whole.get(path.name) != manifest:
+        if complete.get(path.name) != manifest:
             self._remove(path.name)
             self.store.makedirs(target, exist_ok=True)
             self.store.pipe_file(f"{target}/unfinished", b"")
@@ -133,11 +133,11 @@ class Mirror:
                 if entry and not self._is_as_written(f"{target}/{name}", entry):
                     raise OSError(f"{name} was not stored as it was written")
             self.store.rm_file(f"{target}/unfinished")
-            if self._whole().get(path.name) != manifest:
+            if self._complete().get(path.name) != manifest:
                 raise OSError("manifest.json was not stored as it was written")
         for name in set(self._names()) - kept - {path.name}:
-            is_older = name in whole and whole[name]["step"] < manifest["step"]
-            if is_older or (name in whole and self.resumed) or self.store.exists(f"{self.root}/{name}/unfinished"):
+            is_older = name in complete and complete[name]["step"] < manifest["step"]
+            if is_older or (name in complete and self.resumed) or self.store.exists(f"{self.root}/{name}/unfinished"):
                 self._remove(name)
 
     def _is_as_written(self, address: str, entry: dict) -> bool:
@@ -155,8 +155,8 @@ class Mirror:
         Returns its path, or None if there is none. Raises UserError if the run must not resume from it."""
         try:
             self._open()
-            whole = self._whole()
-            for name, manifest in reversed(whole.items()):
+            complete = self._complete()
+            for name, manifest in reversed(complete.items()):
                 state = self._state(name, manifest)
                 if state is not None and (reason := self.refusal(state)):
                     raise UserError(f"{self.address}/{name} {reason}")
@@ -164,8 +164,8 @@ class Mirror:
                 if path is None:
                     continue
                 best = name_of(manifest.get("best_step") or 0)
-                if best in whole and best != name:
-                    self._download(best, whole[best])
+                if best in complete and best != name:
+                    self._download(best, complete[best])
                 return path
         except UserError:
             raise

@@ -34,7 +34,8 @@ class Measured:
 
 
 def measure(recipes: dict[str, list[Run]], best: bool, set_name: str | None) -> Measured:
-    """Raises UserError if nats are missing, or if the runs were not evaluated on the same text."""
+    """The losses of `recipes` on the same pieces of text, of validation set `set_name`, else the first. Raises
+    UserError if nats are missing, or if the runs were not evaluated on the same text."""
     found = {name: [run.block_nats(best, set_name) for run in runs] for name, runs in recipes.items()}
     steps = {name: [run.evaluation(best).step or 0 for run in runs] for name, runs in recipes.items()}
     all_found = [nats for several in found.values() for nats in several]

@@ -78,13 +78,13 @@ def difference(first: np.ndarray, second: np.ndarray, weights: np.ndarray) -> Di
     else:
         variance, num = spreads[0]
         parts = [(text_alone, num_groups - 1), (variance * (1 + 1 / num), num - 1)]
-    whole, variance = half_width(parts), sum(part for part, _ in parts)
+    combined, variance = half_width(parts), sum(part for part, _ in parts)
     share = float(parts[0][0] / variance) if variance else 0.0  # of the text, of the variance
     return Difference(
         float(value),
-        whole,
-        whole * math.sqrt(share),
-        whole * math.sqrt(1 - share) if spreads else None,
+        combined,
+        combined * math.sqrt(share),
+        combined * math.sqrt(1 - share) if spreads else None,
         float((per_block < 0).mean()),
         float((per_block > 0).mean()),
     )

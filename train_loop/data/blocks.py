@@ -54,8 +54,8 @@ class TrainingData(Protocol):
     def num_blocks(self) -> int | None:
         """None if unknown."""
 
-    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
-        """Number of blocks in an epoch; None if unknown."""
+    def blocks_in_epoch(self, settings: Settings) -> int | None:
+        """Number of blocks in the first epoch; None if unknown."""
 
     def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
         """This process's windows from `start` to the end of its epoch."""
@@ -119,8 +119,8 @@ class Split:
             )
         return order
 
-    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int:
-        return len(self.order(seed, epoch))
+    def blocks_in_epoch(self, settings: Settings) -> int:
+        return len(self.order(settings.seed, epoch=0))
 
     def windows(self, start: Place, settings: Settings, accelerator: Accelerator) -> Iterator[Window]:
         """This process's windows from `start` to the end of its epoch."""

@@ -79,9 +79,8 @@ def columns_meant(
         )
     if len(meant) == 2:
         return RowColumns(tuple(meant), PROMPT)
-    is_chat = meant[0] in chats or (
-        meant == ["messages"] and meant[0] not in texts
-    )  # a wrong row is reported with its line
+    # a column named messages may have wrong rows: each is reported with its line
+    is_chat = meant[0] in chats or (meant == ["messages"] and meant[0] not in texts)
     return RowColumns(tuple(meant), CHAT if is_chat else TEXT)
 
 

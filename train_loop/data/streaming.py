@@ -117,7 +117,7 @@ class Stream:
         rows = f" (rows of {self.marking.kind})" if self.marking.kind != TEXT else ""
         return f"streamed from {self.source.files.summary()}{rows}; blocks of {self.settings.block_size} {order}"
 
-    def blocks_in_epoch(self, seed: int, epoch: int = 0) -> int | None:
+    def blocks_in_epoch(self, settings: Settings) -> int | None:
         """Not known before the end of the data."""
         return None
 

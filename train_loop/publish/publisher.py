@@ -22,8 +22,6 @@ from train_loop.settings import Settings
 from train_loop.whole import utf8
 
 CARD = "README.md"
-
-
 EXPORT_PARTIAL = ".export.partial"  # the folder in output_dir to which the files are written first
 
 
@@ -92,16 +90,16 @@ class Publisher:
         self.step: int | None = None
 
     def export_model(self, model: torch.nn.Module, lines: list[Line], results: dict[str, Any]) -> dict[str, dict]:
-        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Called on every process.
-        Returns what `export` does, and the same of the records that can be written again from a checkpoint, on the main
-        one; {} on the others."""
+        """Writes everything that `from_pretrained(output_dir)` needs, and the model card. Call it on every process.
+        Returns on the main process {name: size and digest} of the exported files and of the records that a checkpoint
+        can restore, {} on the others."""
         self.end()
-        is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
-        state_dict = unsharded_tensors(whole, keep=is_main)
+        is_main, unwrapped = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
+        state_dict = unsharded_tensors(unwrapped, keep=is_main)
         if is_main:
-            card = model_card(self, whole, lines, results)
+            card = model_card(self, unwrapped, lines, results)
             folder = self.settings.folder
-            exported = export(folder, whole, state_dict, self.tokenizer, card)
+            exported = export(folder, unwrapped, state_dict, self.tokenizer, card)
             return exported | {name: flushed(folder / name) for name in ("metrics.jsonl", BLOCK_NATS.as_posix())}
         return {}
 
@@ -110,8 +108,9 @@ class Publisher:
         still running. A failure is a warning: training continues."""
         if self.settings.hub_strategy != "every_save":
             return
-        is_main, whole = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
-        frozen = unsharded_tensors(whole, keep=is_main, frozen_alone=True)  # of all processes; no checkpoint has them
+        is_main, unwrapped = self.accelerator.is_main_process, self.accelerator.unwrap_model(model)
+        # no checkpoint has the frozen weights; all processes take part in gathering them
+        frozen = unsharded_tensors(unwrapped, keep=is_main, frozen_alone=True)
         if self.repository is None:
             return
         if self.client is not None and self.client.is_running():
@@ -124,8 +123,8 @@ class Publisher:
             self.pushed_folder.mkdir()
             saved = Shares(checkpoint, "model")
             state_dict = frozen | {name: saved.read(name) for name in saved.pieces}
-            card = model_card(self, whole, metrics.lines)
-            export(self.pushed_folder, whole, state_dict, self.tokenizer, card)
+            card = model_card(self, unwrapped, metrics.lines)
+            export(self.pushed_folder, unwrapped, state_dict, self.tokenizer, card)
             for name in ("metrics.jsonl", "train_config.yaml"):
                 shutil.copy(self.settings.folder / name, self.pushed_folder)
             self.client = upload(self.pushed_folder, self.repository, self.settings, f"step {step}")

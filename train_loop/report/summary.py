@@ -51,7 +51,7 @@ def banner(
         lines.append(f"trusted     Python code that comes with {origin} is run (trust_remote_code)")
     if train_split and num_steps:
         blocks = s.blocks_per_step(world_size)
-        num_taken = train_split.blocks_in_epoch(s.seed)
+        num_taken = train_split.blocks_in_epoch(s)
         if num_taken != train_split.num_blocks:
             lines.append(f"epoch       {num_taken:,} of {train_split.num_blocks:,} blocks (block_order), none twice")
         lines += [

@@ -126,11 +126,8 @@ def _schedule_problems(s: Settings) -> list[str]:
     """The same for the learning rate."""
     schedule, given = s.lr_scheduler_type, s.lr_scheduler_kwargs or {}
     known, found = SCHEDULES[schedule], []
-    if s.num_warmup_steps and s.warmup_ratio:
-        found.append("give num_warmup_steps or warmup_ratio, not both")
-    if schedule == "constant" and (s.num_warmup_steps or s.warmup_ratio):
-        name = "num_warmup_steps" if s.num_warmup_steps else "warmup_ratio"
-        found.append(f"{name} has no effect with lr_scheduler_type constant: give constant_with_warmup")
+    if schedule == "constant" and s.num_warmup_steps:
+        found.append("num_warmup_steps has no effect with lr_scheduler_type constant: give constant_with_warmup")
     for name, value in (known | given).items():
         of = f"lr_scheduler_kwargs: {name} of lr_scheduler_type {schedule} is {value}"
         if name not in known:

@@ -46,8 +46,7 @@ SAME = {
     "max_train_steps": "",
     "lr_scheduler_type": "--help lists them",
     "lr_scheduler_kwargs": "--help lists what each schedule takes",
-    "num_warmup_steps": "",
-    "warmup_ratio": "",
+    "num_warmup_steps": "below 1 it is a share of all steps",
     "label_smoothing_factor": "in training only: the validation loss is a plain cross entropy",
     "seed": "",
     "gradient_checkpointing": "with dropout too the losses stay the same",
@@ -71,7 +70,8 @@ SAME = {
 # alias: (setting, remark)
 ALIASES = {
     "max_steps": ("max_train_steps", "-1 is none"),
-    "warmup_steps": ("num_warmup_steps", "below 1 it is a share: warmup_ratio"),
+    "warmup_steps": ("num_warmup_steps", "below 1 it is a share of all steps, there too"),
+    "warmup_ratio": ("num_warmup_steps", "which takes a share as well, as warmup_steps of transformers does"),
     "save_steps": ("checkpointing_steps", ""),
     "save_strategy": ("checkpointing_steps", "steps: every save_steps or 500; epoch; no: none"),
     "save_total_limit": ("checkpoints_total_limit", "the best one is kept beside them; 0 keeps all"),
@@ -223,7 +223,8 @@ def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, An
         target, value = _meaning(name, entries[name], entries, problems)
         if target is None:
             continue
-        if target in entries and target != "eval_steps" and settings[target] != value:
+        is_unset = target == "eval_steps" or (name == "warmup_ratio" and _number(settings.get(target)) == 0)
+        if target in entries and not is_unset and settings[target] != value:
             problems.append((name, f"{target} is given too: give one of them"))
         found[target], written[target] = value, name
     return settings | found, written, problems
@@ -246,8 +247,11 @@ def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[Inst
         return target, None if number is not None and number <= 0 else value
     if name == "save_total_limit":
         return target, None if number is not None and number <= 0 else value
-    if name == "warmup_steps" and number is not None and 0 < number < 1:
-        return "warmup_ratio", value
+    if name == "warmup_ratio" and number == 0:  # as an older train_config.yaml has it, beside num_warmup_steps
+        return None, None
+    if name == "warmup_ratio" and number is not None and number >= 1:
+        problems.append((name, f"{text} is not a share below 1; in steps: num_warmup_steps"))
+        return None, None
     if name == "save_steps" and "save_strategy" in entries:
         return None, None
     if name in ("save_strategy", "eval_strategy", "evaluation_strategy"):

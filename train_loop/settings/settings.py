@@ -128,9 +128,12 @@ class Settings:
         "parameters of the schedule, a mapping in a recipe, JSON on the command line, e.g. '{\"min_lr_ratio\": 0.1}'; "
         + "; ".join(f"{name}: {', '.join(known)}" for name, known in SCHEDULES.items() if known),
     )
-    num_warmup_steps: int = setting("training", 0, "optimizer steps of linear warm-up", **at_least(0))
-    warmup_ratio: float = setting(
-        "training", 0.0, "linear warm-up as a share of all optimizer steps, instead of num_warmup_steps", **FRACTION
+    num_warmup_steps: float = setting(
+        "training",
+        0.0,
+        "optimizer steps of linear warm-up; below 1: a share of all steps",
+        check=lambda value: 0 <= value < 1 or (value > 0 and value.is_integer()),
+        wanted="a whole number of steps, or a share from 0 to below 1",
     )
     optimizer: str = setting("training", "adamw", "muon: faster than adamw from scratch", **one_of("adamw", "muon"))
     weight_decay: float = setting("training", 0.0, "decay of the weights, on matrices only", **at_least(0))

@@ -6,6 +6,6 @@ plan.py         memory and time of a run (`--dry_run`)
 
 from train_loop.trial.loss_check import check_loss
 from train_loop.trial.micro_batch import fit_micro_batch
-from train_loop.trial.plan import print_plan
+from train_loop.trial.plan import Planned, print_plan
 
-__all__ = ["check_loss", "fit_micro_batch", "print_plan"]
+__all__ = ["Planned", "check_loss", "fit_micro_batch", "print_plan"]

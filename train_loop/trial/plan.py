@@ -46,6 +46,20 @@ NO_TARGET = (
 )
 
 
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """What the planned run would train with."""
+
+    model: torch.nn.Module
+    optimizer: AcceleratedOptimizer
+    scheduler: LambdaLR
+    train_split: TrainingData
+    eval_splits: dict[str, Split]
+    settings: Settings
+    accelerator: Accelerator
+    stop: StopSignal
+
+
 def state_bytes(
     model: torch.nn.Module, num_processes: int = 1, sharded: bool = False, accumulates: bool = False, half: bool = False
 ) -> dict[str, int]:
@@ -143,19 +157,11 @@ def working_bytes(
     return peaks[0] - size * per_block, per_block, peaks[1]
 
 
-def measure(
-    model: torch.nn.Module,
-    optimizer: AcceleratedOptimizer,
-    scheduler: LambdaLR,
-    train_split: TrainingData,
-    eval_splits: dict[str, Split],
-    settings: Settings,
-    accelerator: Accelerator,
-    stop: StopSignal,
-) -> dict[str, float]:
+def measure(run: Planned) -> dict[str, float]:
     """{"step", "evaluation", "exchange": seconds, "peak": bytes} of a few steps of the loop itself, with the run's own
     micro-batch. At most two micro-batches of a step are run; the time of the others is computed from these. Raises
     UserError if the measured steps have no target."""
+    model, settings, accelerator, eval_splits = run.model, run.settings, run.accelerator, run.eval_splits
     world_size, accumulation = accelerator.num_processes, min(settings.gradient_accumulation_steps, 2)
     num_steps = NUM_MICRO_BATCHES // accumulation
     few = dataclasses.replace(
@@ -170,13 +176,13 @@ def measure(
     batch = settings.per_device_eval_batch_size * world_size
     few_blocks = {n: dataclasses.replace(split, blocks=split.blocks[: 2 * batch]) for n, split in eval_splits.items()}
     metrics, checkpoints = Metrics("", num_steps, is_main=False), Checkpoints(few, accelerator)
-    services = Services(accelerator, metrics, checkpoints, stop)
+    services = Services(accelerator, metrics, checkpoints, run.stop)
     loop.train(
         model=model,
-        optimizer=optimizer,
-        scheduler=scheduler,
+        optimizer=run.optimizer,
+        scheduler=run.scheduler,
         position=Position(),
-        train_split=train_split,
+        train_split=run.train_split,
         eval_splits=few_blocks,
         settings=few,
         services=services,
@@ -189,7 +195,7 @@ def measure(
         raise UserError(NO_TARGET)
     tokens = [b["tokens_seen"] - a["tokens_seen"] for a, b in zip([{"tokens_seen": 0}, *lines], lines)]  # noqa: B905
     blocks_of_step = few.blocks_per_step(world_size)
-    num_blocks = train_split.blocks_in_epoch(settings.seed) or blocks_of_step
+    num_blocks = run.train_split.blocks_in_epoch(settings) or blocks_of_step
     of_step = blocks_of_step * max(tokens) / min(blocks_of_step, num_blocks)
     step = median(of_step / line["tokens_per_second"] for line in lines if line["step"] > num_steps // 2)
 
@@ -206,8 +212,8 @@ def measure(
     evaluation = seconds_of(lambda: evaluate_splits(model, few_blocks, settings, accelerator)) * num_batches / num_tried
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    once = seconds_of(lambda: [accelerator.clip_grad_norm_(model.parameters(), 1.0), optimizer.step()])
-    optimizer.zero_grad()
+    once = seconds_of(lambda: [accelerator.clip_grad_norm_(model.parameters(), 1.0), run.optimizer.step()])
+    run.optimizer.zero_grad()
     exchange = 0.0
     if world_size > 1:
         gradients = torch.zeros(sum(p.numel() for p in model.parameters() if p.requires_grad), device=device)
@@ -217,34 +223,26 @@ def measure(
     return {"step": step, "evaluation": evaluation, "exchange": exchange, "peak": peak}
 
 
-def print_plan(
-    model: torch.nn.Module,
-    optimizer: AcceleratedOptimizer,
-    scheduler: LambdaLR,
-    train_split: TrainingData,
-    eval_splits: dict[str, Split],
-    settings: Settings,
-    accelerator: Accelerator,
-    stop: StopSignal,
-) -> None:
-    """Prints the plan on the main process; call it on all. It trains `model` a few steps: do not use it further."""
+def print_plan(run: Planned) -> None:
+    """Prints the plan on the main process; call it on all. It trains the model a few steps: do not use it further."""
+    model, train_split, settings, accelerator = run.model, run.train_split, run.settings, run.accelerator
     say = lambda *lines: accelerator.print(*lines, sep="\n", flush=True)  # noqa: E731
     gib = lambda size: f"{size / GIB:.2f} GiB" if size >= 0.1 * GIB else f"{size / MB:.1f} MB"  # noqa: E731
     W, B, A = accelerator.num_processes, settings.per_device_train_batch_size, settings.gradient_accumulation_steps
-    whole, device = accelerator.unwrap_model(model), accelerator.device
+    unwrapped, device = accelerator.unwrap_model(model), accelerator.device
     sharded, runs_sharded = asks_for_fsdp(), accelerator.distributed_type == "FSDP"
     available = available_bytes(device)
 
     half = accelerator.mixed_precision in ("bf16", "fp16")
 
     def parts_of(sharded: bool) -> dict[str, int]:
-        return state_bytes(whole, W, sharded, A > 1, half)
+        return state_bytes(unwrapped, W, sharded, A > 1, half)
 
     parts, here = parts_of(sharded), parts_of(runs_sharded)
     listed = ", ".join(f"{name} {gib(size)}" for name, size in parts.items() if size)
     how = f"FSDP over {W}" if sharded else f"DDP, {W} copies" if W > 1 else "one process"
-    size = sum(p.numel() for p in whole.parameters())
-    sent = bytes_exchanged(whole, W, sharded, A, half)
+    size = sum(p.numel() for p in unwrapped.parameters())
+    sent = bytes_exchanged(unwrapped, W, sharded, A, half)
     say(f"state       of a process ({how}): {listed} = {gib(sum(parts.values()))}, for {size:,} parameters")
     if W > 1:
         say(f"exchange    each process sends {gib(sent)} in an optimizer step")
@@ -267,10 +265,9 @@ def print_plan(
         say("limit       memory: the micro-batch does not fit, and no step is tried. Give --auto_micro_batch")
         return
 
-    found = measure(model, optimizer, scheduler, train_split, eval_splits, settings, accelerator, stop)
-    num_blocks = train_split.blocks_in_epoch(
-        settings.seed
-    )  # None for a stream: evaluations at an epoch's end are not counted
+    found = measure(run)
+    # None for a stream: evaluations at the ends of its epochs are not counted
+    num_blocks = train_split.blocks_in_epoch(settings)
     num_steps, per_epoch = settings.num_steps(num_blocks, W), settings.steps_per_epoch(num_blocks, W)
     num_evaluations = 1 + -(-num_steps // (settings.eval_steps or per_epoch or num_steps))
     per_step = settings.blocks_per_step(W)
