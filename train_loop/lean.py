@@ -152,8 +152,8 @@ class DropoutAttention(torch.autograd.Function):
     """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
 
     For the backward pass it keeps only the dropout mask, as bytes. It recomputes the rest, a few blocks or heads at a
-    time, in memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea is that
-    of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a block.
+    time, in memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea
+    is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a head.
     """
 
     @staticmethod
