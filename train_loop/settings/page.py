@@ -38,10 +38,21 @@ A default that is not given: the setting is off, or follows from the others.
 | setting | default | |
 |---|---|---|
 """
-USUAL = (
-    "block_size num_train_epochs per_device_train_batch_size gradient_accumulation_steps learning_rate "
-    "lr_scheduler_type num_warmup_steps weight_decay seed eval_steps logging_steps checkpointing_steps output_dir"
-).split()
+USUAL = [
+    "block_size",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "weight_decay",
+    "seed",
+    "eval_steps",
+    "logging_steps",
+    "checkpointing_steps",
+    "output_dir",
+]
 
 
 def page() -> str:
