@@ -14,6 +14,7 @@ from hosts import documented_command
 from transformers.trainer_utils import get_last_checkpoint
 
 from train_loop import __version__
+from train_loop.generate import generate
 
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
@@ -104,6 +105,17 @@ def test_the_commands_for_gpus_and_several_machines_are_those_of_their_configs()
         assert words[: len(documented)] == documented
     (slurm,) = [words for words in COMMANDS if words[0] == "sbatch"]
     assert f"#   {shlex.join(slurm)}\n" in (ROOT / "launch_configs" / "slurm.sbatch").read_text(encoding="utf-8")
+
+
+def test_the_flags_of_generate_are_those_of_its_help(capsys):
+    with pytest.raises(SystemExit):
+        generate(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    section = TEXTS["train_loop/README.md"].partition("## Generate text")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(--\w+)` \| (\S+) \| (.*) \|$", section, re.MULTILINE)
+    assert {flag for flag, _, _ in rows} == {*re.findall(r"--\w+", told)} - {"--help"}
+    for flag, default, what in rows:
+        assert f"{what} (default: {default})" in told, flag
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python\s(tests/benchmarks/[^`]*)`", ALL))))
