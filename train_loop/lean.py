@@ -180,7 +180,7 @@ class DropoutAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, hidden, kept = ctx.saved_tensors
         grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
-        for some in _groups(*query.shape[:2], kept[0, 0].numel()):
+        for some in _groups(len(query), query.shape[1], kept[0, 0].numel()):
             grad = grad_output.transpose(1, 2)[some] / (1 - ctx.p)
             probs = _probabilities(query[some], key[some], hidden[some[0]], ctx.scale)
             grad_value[some] = (probs * kept[some]).transpose(2, 3) @ grad
