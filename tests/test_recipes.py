@@ -81,3 +81,11 @@ def test_the_command_that_a_run_prints_can_be_pasted_into_a_shell(text_file, tmp
     assert main([*TINY, *short, f"--output_dir={tmp_path}/my $HOME run; 'quoted'"]) == 0
     (command,) = re.findall(r"^  (python -m train_loop\.generate .*)$", capsys.readouterr().out, re.MULTILINE)
     assert shlex.split(command)[3:] == [f"{tmp_path}/my $HOME run; 'quoted'", "The value of"]
+
+
+def test_the_fast_recipe_does_the_job_of_the_reference_recipe_with_a_third_of_its_tokens():
+    reference, fast = (read_settings([f"--config=distilgpt2_wikitext2{name}"]) for name in ("", "_fast"))
+    same_job = ("model_name_or_path", "dataset_name", "dataset_config_name", "block_size", "max_train_steps")
+    assert all(getattr(reference, name) == getattr(fast, name) for name in same_job)
+    assert 3 * fast.num_train_epochs == reference.num_train_epochs
+    assert reference.output_dir != fast.output_dir

@@ -1,0 +1,101 @@
+"""Recipes beside the reference recipe, on models that stand in for theirs: losses with intervals, and tokens.
+
+    python tests/benchmarks/recipes.py train --folder runs/small --recipe distilgpt2_wikitext2 --seeds 1 2 3 \
+        --model_name_or_path MODEL --train_file train.txt --validation_file valid.txt
+    python tests/benchmarks/recipes.py train --folder runs/small --recipe distilgpt2_wikitext2_fast --seeds 1 2 3 ...
+    python tests/benchmarks/recipes.py table --folder runs/small
+
+`train` runs a recipe as it is written, but for model and data, once for each seed, in the folder NAME-SEED (--name;
+else the recipe's name). Arguments that it does not know go to the run. A finished run is left as it is, another one is
+resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from train_loop.compare import difference
+from train_loop.report import BLOCK_NATS, BlockNats, read_block_nats, read_lines
+
+ROOT = Path(__file__).parent.parent.parent
+REFERENCE = "distilgpt2_wikitext2"
+REPLACED = ("model_name_or_path", "dataset_name", "dataset_config_name", "output_dir")
+COLUMNS = (
+    "stand-in, recipe, seeds, tokens, before, after, minus the reference's, share of its tokens, share to its loss"
+)
+
+
+def train(folder: Path, recipe: str, name: str, seeds: list[int], more: list[str]) -> None:
+    settings = yaml.safe_load((ROOT / "train_loop" / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    folder.mkdir(parents=True, exist_ok=True)
+    config = folder / f"{name}.yaml"
+    config.write_text(yaml.safe_dump({key: value for key, value in settings.items() if key not in REPLACED}))
+    for seed in seeds:
+        output = folder / f"{name}-{seed}"
+        if not (output / "all_results.json").exists():
+            command = [sys.executable, "-m", "train_loop.main", f"--config={config}", f"--seed={seed}"]
+            command += [f"--output_dir={output}", "--resume_from_checkpoint=auto", *more]
+            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+
+def table(folders: list[Path]) -> None:
+    """A row for each recipe. Losses are means over its seeds; the last column is of the evaluations while it trained:
+    the first at or below the reference's last loss, of the seed that took longest."""
+    print(f"| {COLUMNS.replace(', ', ' | ')} |\n" + "|---" * len(COLUMNS.split(",")) + "|")
+    for folder in folders:
+        found: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob("*-*/all_results.json")):
+            found.setdefault(path.parent.name.rpartition("-")[0], []).append(path.parent)
+        if REFERENCE not in found:
+            sys.exit(f"{folder} has no finished run of {REFERENCE}")
+        nats = {name: np.stack([last_nats(run).nats for run in runs]) for name, runs in found.items()}
+        targets = last_nats(found[REFERENCE][0]).targets
+        losses = {name: of_runs.sum(1).mean() / targets.sum() for name, of_runs in nats.items()}
+        for name, runs in found.items():
+            evaluations = [
+                [line for line in read_lines(run / "metrics.jsonl") if line.get("eval_loss") is not None]
+                for run in runs
+            ]
+            share = num_tokens(runs[0]) / num_tokens(found[REFERENCE][0])
+            reached = []
+            for lines in evaluations:
+                steps = [line["step"] for line in lines if line["eval_loss"] <= losses[REFERENCE]]
+                reached.append(share * steps[0] / lines[-1]["step"] if steps else float("inf"))
+            against = difference(nats[REFERENCE], nats[name], targets)
+            minus = f"{against.value:+.4f} +- {against.half_width:.4f}"
+            shares = [f"{share:.2f}", f"{max(reached):.2f}"]
+            row = [folder.name, name, len(runs), f"{num_tokens(runs[0]):,}", f"{evaluations[0][0]['eval_loss']:.4f}"]
+            row += [f"{losses[name]:.4f}", *(["", "1", ""] if name == REFERENCE else [minus, *shares])]
+            print(f"| {' | '.join(map(str, row))} |")
+
+
+def last_nats(run: Path) -> BlockNats:
+    return next(iter(read_block_nats(run / BLOCK_NATS)["last"].sets.values()))
+
+
+def num_tokens(run: Path) -> int:
+    return json.loads((run / "all_results.json").read_text(encoding="utf-8"))["train_tokens"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "table"])
+    parser.add_argument("--folder", type=Path, nargs="+", required=True)
+    parser.add_argument("--recipe", default=REFERENCE)
+    parser.add_argument("--name", help="what the runs are called; else as the recipe")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    options, more = parser.parse_known_args()
+    if options.what == "table":
+        table(options.folder)
+    else:
+        train(options.folder[0], options.recipe, options.name or options.recipe, options.seeds, more)
+
+
+if __name__ == "__main__":
+    main()
