@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from chat_templates import CHATML
 from filelock import FileLock
 from forks import forked
 from hub_server import HubServer
@@ -25,6 +24,7 @@ from safetensors.torch import load_file
 # no test reads or fills the user's caches, or asks a hub; the libraries read these when they are imported
 CACHE = tempfile.mkdtemp(prefix="train_loop_tests_")
 atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+assert "huggingface_hub" not in sys.modules, "an import above loads huggingface_hub: the next line comes too late"
 os.environ |= {"HF_HOME": CACHE, "HF_HUB_OFFLINE": "1"}
 
 ROOT = Path(__file__).parent.parent
@@ -182,6 +182,7 @@ def hub(text_file, tmp_path_factory):
     """A hub with small stand-ins for what the reference recipe asks for: a GPT-2 with a byte-level BPE tokenizer, which
     is found under its old name, and some prose in the files and the columns of WikiText."""
     import datasets
+    from chat_templates import CHATML
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from train_loop.model import load_tokenizer

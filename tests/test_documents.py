@@ -79,5 +79,5 @@ def test_a_model_that_cannot_keep_documents_apart_is_refused(model_type, tmp_pat
     assert not keeps_documents_apart(model)
     model.save_pretrained(tmp_path)
     settings = Settings(model_name_or_path=str(tmp_path), document_attention=True, add_eos_token=True)
-    with pytest.raises(ValueError, match=f"the attention of {model_type} does not keep to the documents"):
+    with pytest.raises(ValueError, match=f"the attention of {model_type} cannot keep the documents of a block apart"):
         load_model(settings, config, TOKENIZER)

@@ -41,6 +41,15 @@ def test_lean_modules_train_as_the_ones_they_stand_for(apart, blocks, tmp_path):
     assert torch.equal(dropout.train()(x), expected) and torch.equal(dropout.eval()(x), x)
 
 
+@pytest.mark.parametrize("num_heads, length", [(12, 128), (8, 300), (8, 2048), (3, 1)])
+def test_attention_computes_each_head_once_and_few_scores_at_once(num_heads, length):
+    times = torch.zeros(5, num_heads)
+    for some in lean._groups(5, num_heads, length**2):
+        times[some] += 1
+        assert times[some].numel() * length**2 <= max(lean.NUM_SCORES, torch.get_num_threads() * length**2)
+    assert (times == 1).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_scores", [1, 2 * 3 * 12 * 12, 2**18])
 def test_attention_with_dropout_equals_torchs_in_groups_of_any_size(num_scores, dtype, monkeypatch):

@@ -14,6 +14,7 @@ from hosts import documented_command
 from transformers.trainer_utils import get_last_checkpoint
 
 from train_loop import __version__
+from train_loop.generate import generate
 
 # in the order in which their commands are run: a page may use what an earlier one has trained
 PAGES = ["README.md", "launch_configs/README.md", "train_loop/README.md"]
@@ -30,6 +31,11 @@ COMMANDS = [
 ]
 TRAIN = ["accelerate", "launch", "train_loop/main.py"]
 SHORT = ["--max_train_steps=2", "--max_eval_samples=2", "--logging_steps=1"]
+
+
+def is_of_a_config(words):
+    """Whether a command needs GPUs or several machines: test_launch_configs.py runs it as it stands in its config."""
+    return "ADDRESS" in words or "launch_configs/multi_gpu.yaml" in words
 
 
 def test_every_command_works_as_written_one_after_the_other(healthy, text_file, tmp_path):
@@ -58,13 +64,13 @@ def test_every_command_works_as_written_one_after_the_other(healthy, text_file, 
             here.append(("train_loop.main", words[4:] + SHORT))
         elif words[:2] == ["python", "-m"] and words[2].startswith("train_loop."):
             here.append((words[2], words[3:]))
-        elif words[:3] == ["accelerate", "launch", "--config_file"] and "ADDRESS" not in words:
+        elif words[:3] == ["accelerate", "launch", "--config_file"] and not is_of_a_config(words):
             launched.append([*words, *SHORT])
         elif words[0] == "tensorboard":
             launched.append(["tensorboard.main", *words[1:], "--inspect"])  # without it, it would stay
         else:
             is_for_tests = words[:3] in (["python", "-m", "pip"], ["python", "-m", "pytest"])
-            assert is_for_tests or words[0] == "sbatch" or "ADDRESS" in words, words
+            assert is_for_tests or words[0] == "sbatch" or is_of_a_config(words), words
     assert len(here) >= 8 and len(launched) == 2
 
     environment = healthy.environment(tmp_path / "cache", TOKEN) | {"PYTHONPATH": str(ROOT)}
@@ -90,12 +96,26 @@ def test_the_picture_of_the_house_names_every_file():
     assert not missing, f"the picture of the files in train_loop/README.md does not name {', '.join(missing)}"
 
 
-def test_the_commands_for_several_machines_are_those_of_their_configs():
+def test_the_commands_for_gpus_and_several_machines_are_those_of_their_configs():
     """Which test_launch_configs.py runs."""
-    (nodes,) = [words for words in COMMANDS if "ADDRESS" in words]
-    assert nodes[:-1] == documented_command("multi_node.yaml")[: len(nodes) - 1]
+    several = [words for words in COMMANDS if is_of_a_config(words)]
+    assert len(several) == 2
+    for words in several:
+        documented = documented_command(words[3].removeprefix("launch_configs/"))
+        assert words[: len(documented)] == documented
     (slurm,) = [words for words in COMMANDS if words[0] == "sbatch"]
     assert f"#   {shlex.join(slurm)}\n" in (ROOT / "launch_configs" / "slurm.sbatch").read_text(encoding="utf-8")
+
+
+def test_the_flags_of_generate_are_those_of_its_help(capsys):
+    with pytest.raises(SystemExit):
+        generate(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    section = TEXTS["train_loop/README.md"].partition("## Generate text")[2].partition("\n## ")[0]
+    rows = re.findall(r"^\| `(--\w+)` \| (\S+) \| (.*) \|$", section, re.MULTILINE)
+    assert {flag for flag, _, _ in rows} == {*re.findall(r"--\w+", told)} - {"--help"}
+    for flag, default, what in rows:
+        assert f"{what} (default: {default})" in told, flag
 
 
 @pytest.mark.parametrize("command", sorted(set(re.findall(r"python\s(tests/benchmarks/[^`]*)`", ALL))))

@@ -30,7 +30,7 @@ try:  # no public name gives the functions that a model uses for attention and a
 except ImportError as error:
     MOVED = error
 
-NUM_SCORES = 2**18  # attention scores computed at once, at least those of one block: 1 MiB, which fits a core's cache
+NUM_SCORES = 2**18  # attention scores computed at once, at least one head's a thread: 1 MiB, which fits a core's cache
 # the arguments of transformers' attention function that `_attention` supports; a new one could change the result
 ATTENTION_ARGUMENTS = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal"}
 ATTENTION_ARGUMENTS |= {"position_bias", "kwargs"}
@@ -151,9 +151,9 @@ def _attention(
 class DropoutAttention(torch.autograd.Function):
     """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
 
-    For the backward pass it keeps only the dropout mask, as bytes. It recomputes the rest, a few blocks at a time, in
-    memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea is that
-    of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a block.
+    For the backward pass it keeps only the dropout mask, as bytes. It recomputes the rest, a few blocks or heads at a
+    time, in memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea
+    is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a head.
     """
 
     @staticmethod
@@ -169,9 +169,9 @@ class DropoutAttention(torch.autograd.Function):
         B, H, T, D = query.shape
         kept = torch.empty(B, H, T, T, dtype=torch.bool).bernoulli_(1 - p)  # the same draws as torch's dropout
         output = query.new_empty(B, T, H, D)
-        for some in _groups(B, H * T * T):
-            probs = _probabilities(query[some], key[some], hidden[some], scale).mul_(kept[some])
-            output[some] = (probs @ value[some]).mul_(1 / (1 - p)).transpose(1, 2)
+        for some in _groups(B, H, T * T):
+            probs = _probabilities(query[some], key[some], hidden[some[0]], scale).mul_(kept[some])
+            output.transpose(1, 2)[some] = (probs @ value[some]).mul_(1 / (1 - p))
         ctx.save_for_backward(query, key, value, hidden, kept)
         ctx.p, ctx.scale = p, scale
         return output
@@ -180,9 +180,9 @@ class DropoutAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, hidden, kept = ctx.saved_tensors
         grad_query, grad_key, grad_value = map(torch.empty_like, (query, key, value))
-        for some in _groups(len(query), kept[0].numel()):
-            grad = grad_output[some].transpose(1, 2) / (1 - ctx.p)
-            probs = _probabilities(query[some], key[some], hidden[some], ctx.scale)
+        for some in _groups(len(query), query.shape[1], kept[0, 0].numel()):
+            grad = grad_output.transpose(1, 2)[some] / (1 - ctx.p)
+            probs = _probabilities(query[some], key[some], hidden[some[0]], ctx.scale)
             grad_value[some] = (probs * kept[some]).transpose(2, 3) @ grad
             grad_probs = (grad @ value[some].transpose(2, 3)).mul_(kept[some])
             grad_scores = _softmax_backward(grad_probs, probs).mul_(ctx.scale)
@@ -199,9 +199,14 @@ def _softmax_backward(grad: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
     return probs * (grad - (grad * probs).sum(-1, keepdim=True))
 
 
-def _groups(num_blocks: int, scores_per_block: int) -> list[slice]:
-    size = max(1, NUM_SCORES // scores_per_block)
-    return [slice(first, first + size) for first in range(0, num_blocks, size)]
+def _groups(num_blocks: int, num_heads: int, scores_of_a_head: int) -> list[tuple[slice, slice]]:
+    """(blocks, heads) that are computed together: blocks with all their heads, or some heads of one block."""
+    num = max(NUM_SCORES // scores_of_a_head, torch.get_num_threads())  # of heads
+    if num < num_heads:
+        heads = [slice(first, first + num) for first in range(0, num_heads, num)]
+        return [(slice(block, block + 1), some) for block in range(num_blocks) for some in heads]
+    size = num // num_heads
+    return [(slice(first, first + size), slice(None)) for first in range(0, num_blocks, size)]
 
 
 def _probabilities(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor, scale: float) -> torch.Tensor:

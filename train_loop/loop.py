@@ -2,7 +2,7 @@
 
 W: processes, M: micro-batches of a window (one optimizer step, on one process), B: blocks of a micro-batch, T: tokens
 of a block. The loss of an optimizer step is the sum of -log p over every target token of its W x M x B blocks, divided
-by the number of those targets: how the blocks are spread over micro-batches and processes has no effect.
+by the number of those targets, however the blocks are spread over micro-batches and processes.
 """
 
 import contextlib

@@ -74,7 +74,7 @@ def run(command, environment=(), checkout=ROOT):
     return printed, float(peak.split()[1])
 
 
-def ours(folder, batch, num_steps, evaluate, options, checkout=ROOT):
+def ours(folder, batch, num_steps, evaluate, options, checkout=ROOT, start=("-m", "train_loop.main")):
     """{"loss", "seconds": of each step, "peak"} of this loop."""
     output, block_size = folder / "ours", options.block_size
     arguments = [
@@ -94,7 +94,7 @@ def ours(folder, batch, num_steps, evaluate, options, checkout=ROOT):
         environment["ACCELERATE_MIXED_PRECISION"] = "bf16"
     elif options.precision == "tf32":
         arguments.append("--tf32")
-    _, peak = run([sys.executable, "-m", "train_loop.main", *arguments], environment, checkout)
+    _, peak = run([sys.executable, *start, *arguments], environment, checkout)
     results = json.loads((output / "all_results.json").read_text())
     peak = results.get("peak_device_memory_gib", peak)
     if evaluate:

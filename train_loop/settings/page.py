@@ -1,4 +1,5 @@
-"""Writes README.md beside this file: what arguments of transformers' scripts become, and the loop's own settings."""
+"""Writes README.md beside this file: the usual settings' defaults, what arguments of transformers' scripts become, and
+the loop's own settings."""
 
 import dataclasses
 
@@ -7,13 +8,23 @@ from train_loop.settings.settings import Settings
 
 HEAD = """# Arguments and settings
 
-The first table says what becomes of the arguments of `TrainingArguments`, `run_clm.py` and `run_clm_no_trainer.py`, in
-a recipe or on the command line. The second lists the settings that only this loop has. An argument in neither table is
-refused as unknown, except the flags `--config`, `--print_config`, `--print_launch_config` and `--help`. `--help` has
-the settings of both tables with their defaults. This page is written from the code:
+The first table has the usual settings. The second says what becomes of the arguments of `TrainingArguments`,
+`run_clm.py` and `run_clm_no_trainer.py`, in a recipe or on the command line. The third lists the settings that only
+this loop has. Any other argument is refused as unknown, except the flags `--config`, `--print_config`,
+`--print_launch_config` and `--help`. `--help` lists all settings with their defaults. This page is written from the
+code, by this command in the repository's root:
 
-    python -c 'from train_loop.settings.page import page; print(page(), end="")'
+    python -c 'from train_loop.settings.page import page; print(page(), end="")' > train_loop/settings/README.md
 
+## The usual settings
+
+A recipe may set other values: `accelerate launch train_loop/main.py --config NAME --print_config` shows them.
+`output_dir` has no default: give one, unless the recipe does or the run is `--eval_only`.
+
+| setting | default | |
+|---|---|---|
+"""
+SCRIPTS = """
 ## Arguments of transformers' scripts
 
 | argument | here | |
@@ -27,6 +38,21 @@ A default that is not given: the setting is off, or follows from the others.
 | setting | default | |
 |---|---|---|
 """
+USUAL = [
+    "block_size",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "learning_rate",
+    "lr_scheduler_type",
+    "num_warmup_steps",
+    "weight_decay",
+    "seed",
+    "eval_steps",
+    "logging_steps",
+    "checkpointing_steps",
+    "output_dir",
+]
 
 
 def page() -> str:
@@ -36,9 +62,12 @@ def page() -> str:
     rows += [(name, "no effect", why) for name, why in NO_EFFECT.items()]
     for name, (instead, taken) in REFUSED.items():
         rows.append((name, f"refused, except {taken.replace(',', ', ')}" if taken else "refused", instead))
-    fields = [field for field in dataclasses.fields(Settings) if field.name not in SAME]
-    own = [(f.name, "" if f.default is None else str(f.default).lower(), f.metadata["help"]) for f in fields]
-    return HEAD + _table(sorted(rows)) + OWN + _table(own)
+    fields = {
+        f.name: (f.name, "" if f.default is None else str(f.default).lower(), f.metadata["help"])
+        for f in dataclasses.fields(Settings)
+    }
+    usual, own = [fields[name] for name in USUAL], [fields[name] for name in fields if name not in SAME]
+    return HEAD + _table(usual) + SCRIPTS + _table(sorted(rows)) + OWN + _table(own)
 
 
 def _table(rows: list[tuple[str, str, str]]) -> str:

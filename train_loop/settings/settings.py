@@ -172,7 +172,7 @@ class Settings:
         "training", None, "dense TFLOP/s of a device, for mfu; known for some NVIDIA GPUs", **above(0)
     )
     tuning: bool = setting(
-        "training", True, "allocator, huge pages, threads and lean modules: faster, with no effect on the numbers"
+        "training", True, "allocator, huge pages, threads and lean modules: faster; the last digits may differ"
     )
 
     per_device_eval_batch_size: int = setting(
