@@ -76,6 +76,8 @@ def test_the_page_lists_them_as_they_are():
         ("--warmup_steps 0.1", "num_warmup_steps", 0.1),
         ("--warmup_ratio 0.1", "num_warmup_steps", 0.1),
         ("--warmup_ratio 0 --num_warmup_steps 5", "num_warmup_steps", 5),
+        ("--warmup_ratio 0.1 --warmup_steps 0", "num_warmup_steps", 0.1),
+        ("--warmup_steps 0 --warmup_ratio 0.1", "num_warmup_steps", 0.1),
         ("--save_steps 50", "checkpointing_steps", "50"),
         ("--save_strategy epoch --save_steps 50", "checkpointing_steps", "epoch"),
         ("--save_strategy steps --save_steps 50", "checkpointing_steps", "50"),
@@ -112,6 +114,8 @@ def test_a_recipe_may_hold_aliases_and_a_flag_wins_over_them(tmp_path):
     assert (settings.max_train_steps, settings.checkpointing_steps) == (10, "epoch")
     assert settings.resume_from_checkpoint == "auto"
     assert read_settings([*DATA, f"--config={recipe}", "--max_train_steps=20"]).max_train_steps == 20
+    recipe.write_text("num_warmup_steps: 0.03\n")
+    assert read_settings([*DATA, f"--config={recipe}", "--warmup_ratio=0"]).num_warmup_steps == 0
     recipe.write_text("fp16: true\nmax_steps: x\n")
     launched = "give it to the launcher: accelerate launch --mixed_precision fp16 train_loop/main.py ..."
     assert problems_of(f"--config={recipe}") == [

@@ -9,6 +9,7 @@ import torch
 import transformers
 from conftest import ROOT, TINY, assert_same_run, copy_until, lines_of
 
+from train_loop.checkpoint.identity import differences
 from train_loop.main import main
 from train_loop.optim import build_scheduler, lr_factor
 from train_loop.settings.command_line import read_settings
@@ -144,6 +145,16 @@ def test_the_recipes_page_lists_the_schedules_with_their_parameters():
         ("cosine", ["--lr_scheduler_kwargs=" + "[" * 100_000], "a mapping of names to numbers"),
         ("linear", ["--warmup_ratio=1"], "--warmup_ratio: 1 is not a share below 1; in steps: num_warmup_steps"),
         ("linear", ["--warmup_ratio=0.1", "--num_warmup_steps=3"], "num_warmup_steps is given too: give one of them"),
+        (
+            "linear",
+            ["--warmup_ratio=0.1", "--warmup_steps=3"],
+            "warmup_steps: warmup_ratio is given too: give one of them",
+        ),
+        (
+            "linear",
+            ["--warmup_steps=3", "--warmup_ratio=0.1"],
+            "warmup_ratio: warmup_steps is given too: give one of them",
+        ),
         ("linear", ["--num_warmup_steps=1.5"], "a whole number of steps, or a share from 0 to below 1"),
         ("constant", ["--num_warmup_steps=3"], "num_warmup_steps has no effect with lr_scheduler_type constant"),
         (
@@ -179,3 +190,10 @@ def test_a_resumed_run_takes_the_rates_of_one_left_alone_and_refuses_other_param
     )
     assert main([*resume, given]) == 0
     assert_same_run(tmp_path / "resumed", tmp_path / "alone")
+
+
+@pytest.mark.parametrize("warmup, changed", [(0.1, []), (0.0, ["num_warmup_steps: 0.1 -> 0.0"])])
+def test_a_checkpoint_with_its_warmup_as_warmup_ratio_is_of_the_run_with_that_share(warmup, changed):
+    older = {"num_warmup_steps": 0, "warmup_ratio": 0.1}
+    state, settings = {"identity": older, "settings": older}, Settings(num_warmup_steps=warmup)
+    assert differences(state, {"num_warmup_steps": warmup}, settings) == ([], changed, [], [], [])

@@ -152,8 +152,9 @@ class DropoutAttention(torch.autograd.Function):
     """dropout(softmax(query @ key.T * scale)) @ value, [B, T, H, D], with scores at `hidden` [B, 1, T, T] left out.
 
     For the backward pass it keeps only the dropout mask, as bytes. It recomputes the rest, a few blocks or heads at a
-    time, in memory that fits the cache. On a CPU torch keeps three tensors of floats as large as all scores. The idea
-    is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without tiles in a head.
+    time: in memory that fits the cache, or in a long block a head for each thread. On a CPU torch keeps three tensors
+    of floats as large as all scores. The idea is that of FlashAttention (Dao et al. 2022, arXiv:2205.14135), without
+    tiles in a head.
     """
 
     @staticmethod
@@ -201,7 +202,7 @@ def _softmax_backward(grad: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
 
 def _groups(num_blocks: int, num_heads: int, scores_of_a_head: int) -> list[tuple[slice, slice]]:
     """(blocks, heads) that are computed together: blocks with all their heads, or some heads of one block."""
-    num = max(NUM_SCORES // scores_of_a_head, torch.get_num_threads())  # of heads
+    num = max(NUM_SCORES // scores_of_a_head, min(num_heads, torch.get_num_threads()))  # of heads
     if num < num_heads:
         heads = [slice(first, first + num) for first in range(0, num_heads, num)]
         return [(slice(block, block + 1), some) for block in range(num_blocks) for some in heads]

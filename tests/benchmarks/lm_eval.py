@@ -1,7 +1,7 @@
 """The named perplexities of one text, beside those of lm-evaluation-harness: same model, text and windows.
 
-python -m venv /tmp/lm_eval && /tmp/lm_eval/bin/pip install "lm_eval[hf]==0.4.13"
-python tests/benchmarks/lm_eval.py --models runs/quickstart --text test.raw.txt --lm_eval /tmp/lm_eval/bin/python
+python -m venv LM_EVAL && LM_EVAL/bin/pip install "lm_eval[hf]==0.4.13"
+python tests/benchmarks/lm_eval.py --models runs/quickstart --text test.txt --lm_eval LM_EVAL/bin/python
 
 Both get the file as one document. lm-eval puts a prefix token before it, and predicts the document in windows of L
 tokens, each from the token before it on: its max_length. That is a block of L + 1 tokens here, moved by a stride of L.

@@ -128,6 +128,8 @@ def main():
     parser.add_argument("--only", choices=PEERS, nargs="+", default=list(PEERS))
     parser.add_argument("--runs", type=Path, help="file that gets a line for each round of runs")
     options = parser.parse_args()
+    if options.steps < 5 and any(PEERS[name][2] for name in options.only):
+        parser.error("--steps must be 5 at least where something is compiled: leave that out with --only")
     options.block_size, options.compiled = 128, False
     work = {"batch": options.batch_size, "precision": options.precision, "model": options.model}
     earlier = options.runs.read_text().splitlines() if options.runs and options.runs.exists() else []
@@ -136,13 +138,16 @@ def main():
         prepare(Path(folder), options.batch_size * options.steps, 128, SHAPES[options.model])
         for _ in range(options.repetitions):
             done = [measure(name, Path(folder), options) for name in PEERS if name in {"this loop", *options.only}]
-            rounds.append({found.pop("peer"): found for found in done if found})
+            runs = {found.pop("peer"): found for found in done if found}
+            if "this loop" not in runs:
+                sys.exit("this loop failed: the round is not kept")
+            for name, found in runs.items():
+                if abs(found["loss"] / runs["this loop"]["loss"] - 1) > 0.02:
+                    sys.exit(f"not the same work: the losses of {name} and this loop, in {runs}")
+            rounds.append(runs)
             if options.runs:
                 with options.runs.open("a") as file:
-                    file.write(json.dumps({"work": work, "runs": rounds[-1]}) + "\n")
-            for name, found in rounds[-1].items():
-                if abs(found["loss"] / rounds[-1]["this loop"]["loss"] - 1) > 0.02:
-                    sys.exit(f"not the same work: the losses of {name} and this loop, in {rounds[-1]}")
+                    file.write(json.dumps({"work": work, "runs": runs}) + "\n")
     print("\n".join(table(rounds)))
 
 

@@ -47,6 +47,7 @@ CODE = (
     "loss.py",
     "cross_entropy.py",
     "head.py",
+    "lean.py",
     "model.py",
     "lora.py",
     "optim.py",
@@ -118,7 +119,7 @@ def differences(
     from it, a clause each. fixed: they make it a different run. changed: they change the result, and may be wanted.
     code: the files of the step that changed. bits: they may change the last bits. others: settings without effect on
     the result."""
-    old = state["identity"]
+    old, old_settings = (_with_one_warmup(state[key]) for key in ("identity", "settings"))
     old_bits, new_bits = old.get("same bits", {}), new.get("same bits", {})
     other_bits = [name for name in {**old_bits, **new_bits} if old_bits.get(name) != new_bits.get(name)]
     code = [name.removeprefix(CODE_OF) for name in other_bits if name.startswith(CODE_OF)]
@@ -129,11 +130,18 @@ def differences(
     values = dataclasses.asdict(settings)
     others = [
         f"{name}: {value} -> {values.get(name)}"
-        for name, value in state["settings"].items()
+        for name, value in old_settings.items()
         if values.get(name) != value and name not in clauses | new_bits and not name.startswith("resume_")
     ]
     fixed = [clause for name, clause in clauses.items() if name not in CHANGEABLE]
     return fixed, [clause for name, clause in clauses.items() if name in CHANGEABLE], code, bits, others
+
+
+def _with_one_warmup(values: dict[str, Any]) -> dict[str, Any]:
+    """The same with `num_warmup_steps` alone. Older checkpoints have a share of the steps, `warmup_ratio`, as well."""
+    share = values.get("warmup_ratio")
+    values = {name: value for name, value in values.items() if name != "warmup_ratio"}
+    return values | {"num_warmup_steps": share} if share else values
 
 
 def refusal(state: dict[str, Any], identity: dict[str, Any], settings: Settings) -> str | None:

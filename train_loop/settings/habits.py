@@ -226,6 +226,8 @@ def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, An
         is_unset = target == "eval_steps" or (name == "warmup_ratio" and _number(settings.get(target)) == 0)
         if target in entries and not is_unset and settings[target] != value:
             problems.append((name, f"{target} is given too: give one of them"))
+        elif target == "num_warmup_steps" and found.get(target, value) != value:
+            problems.append((name, f"{written[target]} is given too: give one of them"))
         found[target], written[target] = value, name
     return settings | found, written, problems
 
@@ -247,7 +249,9 @@ def _meaning(name: str, value: Any, entries: dict[str, Any], problems: list[Inst
         return target, None if number is not None and number <= 0 else value
     if name == "save_total_limit":
         return target, None if number is not None and number <= 0 else value
-    if name == "warmup_ratio" and number == 0:  # as an older train_config.yaml has it, beside num_warmup_steps
+    # 0 is the default of both in transformers: it does not stand against the other one
+    others = {"warmup_ratio": ("num_warmup_steps", "warmup_steps"), "warmup_steps": ("warmup_ratio",)}.get(name, ())
+    if number == 0 and any(_number(entries.get(other)) for other in others):
         return None, None
     if name == "warmup_ratio" and number is not None and number >= 1:
         problems.append((name, f"{text} is not a share below 1; in steps: num_warmup_steps"))
