@@ -218,7 +218,8 @@ def translate(entries: dict[str, Any], remarks: list[str]) -> tuple[dict[str, An
             remarks.append(f"{name} has no effect: {NO_EFFECT[name]}")
         elif name in REFUSED and entries[name] is not None and _text(entries[name]) not in REFUSED[name][1].split(","):
             problems.append((name, REFUSED[name][0]))
-    found, written = {}, {}
+    found: dict[str, Any] = {}
+    written: dict[str, str] = {}
     for name in [name for name in entries if name in ALIASES]:
         target, value = _meaning(name, entries[name], entries, problems)
         if target is None:
