@@ -162,7 +162,7 @@ def test_frozen_weights_of_another_model_do_not_continue_a_run(model, text_file,
 
 
 def test_the_best_matrices_are_exported(model, text_file, tmp_path):
-    """The more a model trains on rows of one letter, the less it expects another one."""
+    """Training on rows of the letter a raises the loss on rows of the letter b."""
     (tmp_path / "a.txt").write_text("a a a a a a a a a a\n" * 500)
     (tmp_path / "b.txt").write_text("b b b b b b b b b b\n" * 50)
     arguments = arguments_for(model, tmp_path / "a.txt", "--lora_r=8", f"--validation_file={tmp_path}/b.txt")

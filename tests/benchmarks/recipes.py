@@ -6,8 +6,8 @@
     python tests/benchmarks/recipes.py table --folder runs/small
 
 `train` runs a recipe as it is written, but for model and data, once for each seed, in the folder NAME-SEED (--name;
-else the recipe's name). Arguments that it does not know go to the run. A finished run is left as it is, another one is
-resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2.
+else the recipe's name). Unknown arguments are passed to the run. A finished run is not touched; an unfinished
+one is resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2.
 """
 
 import argparse

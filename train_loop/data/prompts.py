@@ -36,7 +36,7 @@ PLAIN = Marking()
 
 @dataclass
 class Counts:
-    """What happened to the rows of a split, as far as its tokens do not show it: rows cut, lost, left out."""
+    """Counts of the rows of a split that were cut, merged or left out, which its tokens alone do not show."""
 
     num_tokens: int = 0  # of the rows, without padding
     num_cut: int = 0  # rows that are longer than `row_length`
