@@ -1,6 +1,7 @@
 """Copies of checkpoints at another place: whole or not counted, and the way back from them."""
 
 import json
+import re
 import shutil
 import time
 from pathlib import Path
@@ -174,6 +175,13 @@ def test_a_mirror_that_fails_is_a_warning(address, reason, arguments, mirrored, 
     told = capsys.readouterr().err
     assert f"is not mirrored to {address}: " in told and reason in told
     assert_same_run(tmp_path / "run", mirrored / "run")
+
+
+def test_a_bug_in_copying_is_a_warning_with_its_line(arguments, place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("train_loop.checkpoint.mirror.Mirror._copy", lambda *arguments: {}["files"])
+    assert main([*arguments, f"--output_dir={tmp_path}/run", f"--mirror={place}"]) == 0
+    told = capsys.readouterr().err
+    assert re.search(rf"is not mirrored to .*: KeyError: 'files' \({re.escape(__file__)}, line \d+\)\n", told)
 
 
 def test_training_does_not_wait_for_a_slow_mirror_but_the_end_of_the_run_does(arguments, mirrored, tmp_path, capsys):

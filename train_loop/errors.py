@@ -1,6 +1,7 @@
 """Messages on stderr, and the class of errors that the user can mend."""
 
 import sys
+import traceback
 
 from train_loop.process import printable
 
@@ -26,6 +27,14 @@ def one_line(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return (" ".join(printable(str(error)).split()) or type(error).__name__)[:300].rstrip(".")
+
+
+def with_line(error: Exception) -> str:
+    """`one_line`; of anything but an OSError also the class and the line that raised it, because it may be a bug."""
+    if isinstance(error, OSError):
+        return one_line(error)
+    raised = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{type(error).__name__}: {one_line(error)} ({raised.filename}, line {raised.lineno})"
 
 
 def num_of(number: int, noun: str) -> str:

@@ -4,21 +4,28 @@
         --model_name_or_path MODEL --train_file train.txt --validation_file valid.txt
     python tests/benchmarks/recipes.py train --folder runs/small --recipe distilgpt2_wikitext2_fast --seeds 1 2 3 ...
     python tests/benchmarks/recipes.py table --folder runs/small
+    python tests/benchmarks/recipes.py average --folder runs/small --recipe distilgpt2_wikitext2_fast --seeds 1 2 3
 
 `train` runs a recipe as it is written, but for model and data, once for each seed, in the folder NAME-SEED (--name;
 else the recipe's name). Unknown arguments are passed to the run. A finished run is not touched; an unfinished
-one is resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2.
+one is resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2. `average`
+takes the means of the weights of a run's last 2, 4 and 8 checkpoints (train with --checkpointing_steps N), and compares
+their losses with the run's own.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 from train_loop.compare import difference
 from train_loop.report import BLOCK_NATS, BlockNats, read_block_nats, read_lines
@@ -26,6 +33,7 @@ from train_loop.report import BLOCK_NATS, BlockNats, read_block_nats, read_lines
 ROOT = Path(__file__).parent.parent.parent
 REFERENCE = "distilgpt2_wikitext2"
 REPLACED = ("model_name_or_path", "dataset_name", "dataset_config_name", "output_dir")
+EVALUATION = ("validation_file", "max_eval_samples", "block_size", "per_device_eval_batch_size", "num_threads")
 COLUMNS = (
     "stand-in, recipe, seeds, tokens, before, after, minus the reference's, share of its tokens, share to its loss"
 )
@@ -75,6 +83,28 @@ def table(folders: list[Path]) -> None:
             print(f"| {' | '.join(map(str, row))} |")
 
 
+def average(folder: Path, name: str, seeds: list[int]) -> None:
+    for run in (folder / f"{name}-{seed}" for seed in seeds):
+        settings = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
+        command = [sys.executable, "-m", "train_loop.main", "--eval_only"]
+        command += [f"--{key}={settings[key]}" for key in EVALUATION if settings[key] is not None]
+        checkpoints = sorted((run / "checkpoints").iterdir())
+        trained = last_nats(run)
+        for last in (number for number in (2, 4, 8) if number <= len(checkpoints)):
+            weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints[-last:]]
+            with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as output:
+                for file in run.glob("*.json"):
+                    shutil.copy(file, model)
+                means = {key: torch.stack([one[key] for one in weights]).mean(0) for key in weights[0]}
+                save_file(means, f"{model}/model.safetensors", {"format": "pt"})
+                subprocess.run([*command, f"--model_name_or_path={model}", f"--output_dir={output}"], check=True)
+                found = last_nats(Path(output))
+            against = difference(trained.nats[None], found.nats[None], found.targets)
+            loss = found.nats.sum() / found.targets.sum()
+            minus = f"{against.value:+.4f} +- {against.half_width:.4f}"
+            print(f"{run.name}, mean of the last {last} checkpoints: {loss:.4f}, minus that of the run: {minus}")
+
+
 def last_nats(run: Path) -> BlockNats:
     return next(iter(read_block_nats(run / BLOCK_NATS)["last"].sets.values()))
 
@@ -85,7 +115,7 @@ def num_tokens(run: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "table"])
+    parser.add_argument("what", choices=["train", "table", "average"])
     parser.add_argument("--folder", type=Path, nargs="+", required=True)
     parser.add_argument("--recipe", default=REFERENCE)
     parser.add_argument("--name", help="what the runs are called; else as the recipe")
@@ -93,6 +123,8 @@ def main() -> None:
     options, more = parser.parse_known_args()
     if options.what == "table":
         table(options.folder)
+    elif options.what == "average":
+        average(options.folder[0], options.name or options.recipe, options.seeds)
     else:
         train(options.folder[0], options.recipe, options.name or options.recipe, options.seeds, more)
 

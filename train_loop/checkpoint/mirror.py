@@ -23,7 +23,7 @@ from train_loop.checkpoint.durable import (
     put_in_place,
     verified,
 )
-from train_loop.errors import UserError, one_line, tell, warn
+from train_loop.errors import UserError, one_line, tell, warn, with_line
 from train_loop.whole import remove
 
 WAIT_SECONDS, WAIT_BYTES_PER_SECOND = 60, 10_000_000  # at its end a run waits at most this long for a copy
@@ -78,7 +78,7 @@ class Mirror:
         try:
             self._copy(path, kept)
         except Exception as error:  # each store's library has errors of its own
-            warn(f"{path.name} is not mirrored to {self.address}: {one_line(error)}")
+            warn(f"{path.name} is not mirrored to {self.address}: {with_line(error)}")
 
     def _open(self) -> None:
         from fsspec.core import url_to_fs  # imported only if asked for: it takes half a second
@@ -170,7 +170,7 @@ class Mirror:
         except UserError:
             raise
         except Exception as error:  # as above
-            warn(f"the mirror {self.address} cannot be read, so nothing is resumed from it: {one_line(error)}")
+            warn(f"the mirror {self.address} cannot be read, so nothing is resumed from it: {with_line(error)}")
         return None
 
     def _download(self, name: str, manifest: dict) -> Path | None:
