@@ -62,6 +62,8 @@ def table(folders: list[Path]) -> None:
             found.setdefault(path.parent.name.rpartition("-")[0], []).append(path.parent)
         if REFERENCE not in found:
             sys.exit(f"{folder} has no finished run of {REFERENCE}")
+        if len({last_nats(run).blocks for runs in found.values() for run in runs}) > 1:
+            sys.exit(f"the runs in {folder} were evaluated on different blocks")
         nats = {name: np.stack([last_nats(run).nats for run in runs]) for name, runs in found.items()}
         targets = last_nats(found[REFERENCE][0]).targets
         losses = {name: of_runs.sum(1).mean() / targets.sum() for name, of_runs in nats.items()}
