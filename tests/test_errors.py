@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import sys
 
 import datasets
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from train_loop import generate
 from train_loop.data import Split
-from train_loop.errors import num_of
+from train_loop.errors import num_of, with_line
 from train_loop.main import main
 
 
@@ -251,3 +252,22 @@ def test_one_block_is_not_one_blocks():
     split = Split("validation", np.zeros((1, 8), dtype=np.int32), 1, 9, 1)
     assert split.summary() == "1 row -> 9 tokens -> 1 block of 8; 1 token dropped"
     assert [num_of(n, "process") for n in (0, 1, 2000)] == ["0 processes", "1 process", "2,000 processes"]
+
+
+def raised_by(function):
+    with pytest.raises(Exception) as caught:
+        function()
+    return caught.value
+
+
+def test_a_failing_device_is_told_in_a_sentence_and_a_possible_bug_with_the_line_of_this_package(tmp_path):
+    missing = raised_by((tmp_path / "none").read_text)
+    assert with_line(missing) == f"[Errno 2] No such file or directory: '{tmp_path}/none'"
+    ours, library = raised_by(lambda: num_of("x", "block")), raised_by(lambda: json.loads("{"))
+    assert re.fullmatch(
+        r"ValueError: Cannot specify ',' with 's' \(.*/train_loop/errors\.py, line \d+\)", with_line(ours)
+    )
+    assert re.fullmatch(r"JSONDecodeError: .* \(.*/json/decoder\.py, line \d+\)", with_line(library))
+    outer = RuntimeError("the outer one")
+    outer.__cause__ = ours
+    assert with_line(outer) == with_line(ours)

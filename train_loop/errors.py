@@ -2,6 +2,7 @@
 
 import sys
 import traceback
+from pathlib import Path
 
 from train_loop.process import printable
 
@@ -29,12 +30,17 @@ def one_line(error: BaseException) -> str:
     return (" ".join(printable(str(error)).split()) or type(error).__name__)[:300].rstrip(".")
 
 
-def with_line(error: Exception) -> str:
-    """`one_line`; of anything but an OSError also the class and the line that raised it, because it may be a bug."""
-    if isinstance(error, OSError):
+def with_line(error: BaseException) -> str:
+    """`one_line`; except for a failing device or a missing library also the class, and the line of this package that
+    it came from: it may be a bug."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, (OSError, ImportError)):
         return one_line(error)
-    raised = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {one_line(error)} ({raised.filename}, line {raised.lineno})"
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if Path(frame.filename).is_relative_to(Path(__file__).parent)] or frames
+    place = f" ({ours[-1].filename}, line {ours[-1].lineno})" if ours else ""
+    return f"{type(error).__name__}: {one_line(error)}{place}"
 
 
 def num_of(number: int, noun: str) -> str:

@@ -9,11 +9,13 @@
 `train` runs a recipe as it is written, but for model and data, once for each seed, in the folder NAME-SEED (--name;
 else the recipe's name). Unknown arguments are passed to the run. A finished run is not touched; an unfinished
 one is resumed. `table` prints the runs of the folders; the reference is what is called distilgpt2_wikitext2. `average`
-takes the means of the weights of a run's last 2, 4 and 8 checkpoints (train with --checkpointing_steps N), and compares
-their losses with the run's own.
+evaluates the means of the weights of a run's last 1, 2, 4 and 8 checkpoints (train with --checkpointing_steps N
+--checkpoints_total_limit 8), and compares them with the run's own last evaluation. The first of them is that model:
+where its difference is not 0, the evaluation is not the same, as with another mixed precision.
 """
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -21,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +36,7 @@ from train_loop.report import BLOCK_NATS, BlockNats, read_block_nats, read_lines
 ROOT = Path(__file__).parent.parent.parent
 REFERENCE = "distilgpt2_wikitext2"
 REPLACED = ("model_name_or_path", "dataset_name", "dataset_config_name", "output_dir")
-EVALUATION = ("validation_file", "max_eval_samples", "block_size", "per_device_eval_batch_size", "num_threads")
+OF_THE_RUN = ("model_name_or_path", "gguf_file", "output_dir", "resume_from_checkpoint", "resume_with_changes")
 COLUMNS = (
     "stand-in, recipe, seeds, tokens, before, after, minus the reference's, share of its tokens, share to its loss"
 )
@@ -47,9 +50,8 @@ def train(folder: Path, recipe: str, name: str, seeds: list[int], more: list[str
     for seed in seeds:
         output = folder / f"{name}-{seed}"
         if not (output / "all_results.json").exists():
-            command = [sys.executable, "-m", "train_loop.main", f"--config={config}", f"--seed={seed}"]
-            command += [f"--output_dir={output}", "--resume_from_checkpoint=auto", *more]
-            subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+            command = [f"--config={config}", f"--seed={seed}", f"--output_dir={output}"]
+            train_loop([*command, "--resume_from_checkpoint=auto", *more])
 
 
 def table(folders: list[Path]) -> None:
@@ -80,31 +82,47 @@ def table(folders: list[Path]) -> None:
             against = difference(nats[REFERENCE], nats[name], targets)
             minus = f"{against.value:+.4f} +- {against.half_width:.4f}"
             shares = [f"{share:.2f}", f"{max(reached):.2f}"]
-            row = [folder.name, name, len(runs), f"{num_tokens(runs[0]):,}", f"{evaluations[0][0]['eval_loss']:.4f}"]
+            before = [f"{line['eval_loss']:.4f}" for lines in evaluations for line in lines if line["step"] == 0]
+            row = [folder.name, name, len(runs), f"{num_tokens(runs[0]):,}", (before or [""])[0]]
             row += [f"{losses[name]:.4f}", *(["", "1", ""] if name == REFERENCE else [minus, *shares])]
             print(f"| {' | '.join(map(str, row))} |")
 
 
-def average(folder: Path, name: str, seeds: list[int]) -> None:
-    for run in (folder / f"{name}-{seed}" for seed in seeds):
-        settings = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
-        command = [sys.executable, "-m", "train_loop.main", "--eval_only"]
-        command += [f"--{key}={settings[key]}" for key in EVALUATION if settings[key] is not None]
-        checkpoints = sorted((run / "checkpoints").iterdir())
-        trained = last_nats(run)
-        for last in (number for number in (2, 4, 8) if number <= len(checkpoints)):
-            weights = [load_file(checkpoint / "model.safetensors") for checkpoint in checkpoints[-last:]]
-            with tempfile.TemporaryDirectory() as model, tempfile.TemporaryDirectory() as output:
-                for file in run.glob("*.json"):
-                    shutil.copy(file, model)
-                means = {key: torch.stack([one[key] for one in weights]).mean(0) for key in weights[0]}
-                save_file(means, f"{model}/model.safetensors", {"format": "pt"})
-                subprocess.run([*command, f"--model_name_or_path={model}", f"--output_dir={output}"], check=True)
-                found = last_nats(Path(output))
-            against = difference(trained.nats[None], found.nats[None], found.targets)
-            loss = found.nats.sum() / found.targets.sum()
-            minus = f"{against.value:+.4f} +- {against.half_width:.4f}"
-            print(f"{run.name}, mean of the last {last} checkpoints: {loss:.4f}, minus that of the run: {minus}")
+def average(run: Path) -> None:
+    checkpoints = sorted(run.glob("checkpoints/step-*[0-9]"), key=step_of)
+    if len(checkpoints) < 2:
+        sys.exit(
+            f"{run} has fewer than two checkpoints: train with --checkpointing_steps and --checkpoints_total_limit"
+        )
+    settings = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
+    trained = last_nats(run)
+    for last in (number for number in (1, 2, 4, 8) if number <= len(checkpoints)):
+        used = checkpoints[-last:]
+        weights = [load_file(checkpoint / "model.safetensors") for checkpoint in used]
+        with tempfile.TemporaryDirectory() as folder:
+            model, config, output = (Path(folder, name) for name in ("model", "config.yaml", "output"))
+            shutil.copytree(run, model, ignore=shutil.ignore_patterns("checkpoints", "evaluations", "model*"))
+            means = {key: torch.stack([one[key] for one in weights]).mean(0) for key in weights[0]}
+            save_file(means, model / "model.safetensors", {"format": "pt"})
+            config.write_text(yaml.safe_dump({key: settings[key] for key in settings if key not in OF_THE_RUN}))
+            command = [f"--config={config}", "--eval_only", f"--model_name_or_path={model}", f"--output_dir={output}"]
+            train_loop(command, stdout=subprocess.DEVNULL)
+            found = last_nats(output)
+        if found.blocks != trained.blocks:
+            sys.exit(f"{run} was evaluated on different blocks")
+        against = difference(trained.nats[None], found.nats[None], found.targets)
+        steps = ", ".join(str(step_of(checkpoint)) for checkpoint in used)
+        loss, minus = found.nats.sum() / found.targets.sum(), f"{against.value:+.4f} +- {against.half_width:.4f}"
+        print(f"{run.name}, mean of steps {steps}: {loss:.4f}, minus that of the run: {minus}")
+
+
+def train_loop(arguments: list[str], **options: Any) -> None:
+    command = [sys.executable, "-m", "train_loop.main", *arguments]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_nats(run: Path) -> BlockNats:
@@ -123,12 +141,15 @@ def main() -> None:
     parser.add_argument("--name", help="what the runs are called; else as the recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     options, more = parser.parse_known_args()
+    name = options.name or options.recipe
+    if options.what == "train":
+        return train(options.folder[0], options.recipe, name, options.seeds, more)
+    if more:
+        parser.error(f"unknown arguments: {' '.join(more)}")
     if options.what == "table":
-        table(options.folder)
-    elif options.what == "average":
-        average(options.folder[0], options.name or options.recipe, options.seeds)
-    else:
-        train(options.folder[0], options.recipe, options.name or options.recipe, options.seeds, more)
+        return table(options.folder)
+    for folder, seed in itertools.product(options.folder, options.seeds):
+        average(folder / f"{name}-{seed}")
 
 
 if __name__ == "__main__":
