@@ -302,6 +302,21 @@ def test_the_picture_shows_the_difference_and_its_interval(runs, capsys, tmp_pat
     assert len(picture) > len(imread(tmp_path / "without.png"))
 
 
+def test_long_names_neither_cover_the_curves_nor_narrow_them(runs, capsys, tmp_path, monkeypatch):
+    from matplotlib import pyplot
+
+    names = ["a-recipe-with-a-name-that-is-really-long", "another-recipe-with-a-name-that-is-even-longer"]
+    folders = runs({name: (1, np.full(20, 3.0 + i), {"learning_rate": 1e-3 * i}) for i, name in enumerate(names)})
+    monkeypatch.setattr(pyplot, "close", lambda figure: None)  # the figure can be looked at
+    main(folders)
+    figure = pyplot.gcf()
+    monkeypatch.undo()
+    pyplot.close("all")
+    left, right, below = (axes.get_window_extent() for axes in figure.axes)
+    assert figure.axes[1].get_legend().get_window_extent().y0 >= right.y1
+    assert left.width > 0.4 * figure.bbox.width and below.y1 < left.y0
+
+
 def test_the_curve_shows_the_band_of_a_recipes_seeds(runs, capsys, tmp_path, monkeypatch):
     """At the steps that all of them have: the mean, from the lowest to the highest."""
     from matplotlib import pyplot

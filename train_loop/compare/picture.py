@@ -17,13 +17,11 @@ def draw(
     the others would look alike. Below, with `measured`: each recipe's distance to the lowest loss, with its 95 %
     interval."""
     plt = pyplot()
-    height = 4.2 + (0.9 + 0.3 * len(recipes) if measured else 0)
-    figure = plt.figure(figsize=(9, height), layout="constrained")
-    if measured:
-        grid = figure.add_gridspec(2, 2, height_ratios=(3.4, height - 3.8))
-        left, right, below = *(figure.add_subplot(grid[0, i]) for i in range(2)), figure.add_subplot(grid[1, :])
-    else:
-        left, right = figure.subplots(1, 2, sharex=True)
+    height, height_below = 3.8 + 0.2 * len(recipes), 0.8 + 0.3 * len(recipes)  # inches
+    figure = plt.figure(figsize=(9, height + height_below * bool(measured)), layout="constrained")
+    # figures of their own: long names beside the lower one leave the width of the upper one as it is
+    above, *rest = np.atleast_1d(figure.subfigures(2, 1, height_ratios=(height, height_below)) if measured else figure)
+    left, right = above.subplots(1, 2, sharex=True)
     styles = {
         name: {"color": plt.get_cmap("tab10")(i % 10), "ls": ("-", "--", ":")[i // 10 % 3]}
         for i, name in enumerate(recipes)
@@ -45,8 +43,9 @@ def draw(
     for axes, kind in ((left, "training loss"), (right, f"loss on {set_name}" if set_name else "validation loss")):
         axes.set_ylabel(f"{kind} (nats per token)")
         axes.set_xlabel("optimizer step")
-    right.legend(frameon=False, fontsize="small")
-    if measured:
+    right.legend(frameon=False, fontsize="small", loc="lower right", bbox_to_anchor=(1, 1))  # not upon the curves
+    below = rest[0].subplots() if rest else None
+    if measured and below:
         names = sorted(measured.losses, key=measured.loss, reverse=True)  # the lowest loss is on top
         for place, name in enumerate(names):
             found = measured.difference(names[-1], name)
@@ -56,7 +55,7 @@ def draw(
         below.set_yticks(range(len(names)), names)
         below.set_ylim(-0.6, len(names) - 0.4)
         below.set_xlabel(f"{measured.unit} above {names[-1]}, with 95 % intervals")
-    save_figure(figure, path, without_steps=[below] if measured else [])
+    save_figure(figure, path, without_steps=[below] if below else [])
 
 
 def validation(runs: list[Run], set_name: str | None) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

@@ -128,7 +128,7 @@ def save_figure(figure: Any, path: Path | str, without_steps: Sequence[Any] = ()
         axes.spines[["top", "right"]].set_visible(False)
         if axes in without_steps:
             continue
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=(1, 2, 5, 10)))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     figure.align_ylabels()
     figure.savefig(path, dpi=150)
