@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from train_loop.checkpoint.durable import damage, name_of, steps_in
-from train_loop.checkpoint.sharded import Shares
+from train_loop.checkpoint.sharded import Shares, write_share
 from train_loop.main import main
 from train_loop.trial.plan import state_bytes
 
@@ -209,3 +209,9 @@ def test_one_process_that_cannot_write_stops_all_with_a_sentence(runs):
     assert output.count("error: the checkpoint of step 4 cannot be written") == 1
     assert steps_in(runs / "full" / "checkpoints") == []
     assert not list((runs / "full" / "checkpoints").iterdir())
+
+
+def test_tensors_that_cannot_be_saved_are_not_told_as_a_disk_that_fails(tmp_path):
+    weight = torch.zeros(4)
+    with pytest.raises(RuntimeError, match="share memory"):
+        write_share({"a": weight, "b": weight}, tmp_path / "model.safetensors", is_main=True)

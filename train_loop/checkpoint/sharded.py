@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from train_loop.checkpoint.durable import manifest_of
@@ -96,7 +96,7 @@ def write_share(tensors: Tensors, path: Path, is_main: bool) -> None:
         mode = path.stat().st_mode  # the usual mode of a new file; safetensors would make it readable by the owner only
         save_file(rows, path, metadata={"first_rows": json.dumps(first_rows, sort_keys=True)})
         path.chmod(mode)
-    except Exception as error:  # safetensors has an error class of its own for a full disk
+    except SafetensorError as error:  # of a full disk, too
         raise OSError(str(error)) from error
 
 

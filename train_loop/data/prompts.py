@@ -36,7 +36,7 @@ PLAIN = Marking()
 
 @dataclass
 class Counts:
-    """Counts of the rows of a split that were cut, merged or left out, which its tokens alone do not show."""
+    """How many rows of a split were cut, merged or left out. This cannot be seen from the tokens that are kept."""
 
     num_tokens: int = 0  # of the rows, without padding
     num_cut: int = 0  # rows that are longer than `row_length`
