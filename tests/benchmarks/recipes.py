@@ -30,6 +30,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from train_loop.checkpoint.durable import name_of, steps_in
 from train_loop.compare import difference
 from train_loop.report import BLOCK_NATS, BlockNats, read_block_nats, read_lines
 
@@ -89,16 +90,15 @@ def table(folders: list[Path]) -> None:
 
 
 def average(run: Path) -> None:
-    checkpoints = sorted(run.glob("checkpoints/step-*[0-9]"), key=step_of)
-    if len(checkpoints) < 2:
+    steps = steps_in(run / "checkpoints")
+    if len(steps) < 2:
         sys.exit(
             f"{run} has fewer than two checkpoints: train with --checkpointing_steps and --checkpoints_total_limit"
         )
     settings = yaml.safe_load((run / "train_config.yaml").read_text(encoding="utf-8"))
     trained = last_nats(run)
-    for last in (number for number in (1, 2, 4, 8) if number <= len(checkpoints)):
-        used = checkpoints[-last:]
-        weights = [load_file(checkpoint / "model.safetensors") for checkpoint in used]
+    for last in (number for number in (1, 2, 4, 8) if number <= len(steps)):
+        weights = [load_file(run / "checkpoints" / name_of(step) / "model.safetensors") for step in steps[-last:]]
         with tempfile.TemporaryDirectory() as folder:
             model, config, output = (Path(folder, name) for name in ("model", "config.yaml", "output"))
             shutil.copytree(run, model, ignore=shutil.ignore_patterns("checkpoints", "evaluations", "model*"))
@@ -111,18 +111,13 @@ def average(run: Path) -> None:
         if found.blocks != trained.blocks:
             sys.exit(f"{run} was evaluated on different blocks")
         against = difference(trained.nats[None], found.nats[None], found.targets)
-        steps = ", ".join(str(step_of(checkpoint)) for checkpoint in used)
         loss, minus = found.nats.sum() / found.targets.sum(), f"{against.value:+.4f} +- {against.half_width:.4f}"
-        print(f"{run.name}, mean of steps {steps}: {loss:.4f}, minus that of the run: {minus}")
+        print(f"{run.name}, mean of steps {steps[-last:]}: {loss:.4f}, minus that of the run: {minus}")
 
 
 def train_loop(arguments: list[str], **options: Any) -> None:
     command = [sys.executable, "-m", "train_loop.main", *arguments]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, **options)
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def last_nats(run: Path) -> BlockNats:
